@@ -1,0 +1,74 @@
+# Each target does its own set-up: git, make and a Python 3.12 or newer are enough.
+#   make demo    train the bundled model on the bundled pairs, and look at the result
+#   make test    what a change has to pass: lint, then the tests
+#   make lint    ruff and pyright alone
+#   make bench   the benchmarks (installs the GPU's and TPU's compilers: 1 GB more)
+#   make clean   remove the environment and every cache
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench setup clean
+.DELETE_ON_ERROR:
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Tests and the demo run on the CPU unless told otherwise: JAX_PLATFORMS=cuda make demo.
+export JAX_PLATFORMS ?= cpu
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+demo: $(VENV)/.run
+	$(PY) examples/demo/run.py
+
+test: lint
+	$(PY) -m pytest -q -n 2
+
+lint: $(VENV)/.test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check --quiet .
+	PYRIGHT_PYTHON_GLOBAL_NODE=0 $(VENV)/bin/pyright --pythonpath $(PY)
+
+format: $(VENV)/.test
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(VENV)/.bench
+	$(PY) -m pytest bench --benchmark-enable
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .benchmarks *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The three stages of the environment. A stage is redone when what it is made from
+# changes, and leaves no stamp when it fails.
+$(VENV)/.run: pyproject.toml constraints.txt | $(PY)
+	@echo "== installing the program and its pinned dependencies into $(VENV)"
+	@$(PIP) pip hatchling editables
+	@$(PIP) --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.run
+	@echo "== installing the test tools"
+	@$(PIP) --no-build-isolation -e ".[test]"
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	@echo "== installing the compilers for GPU and TPU"
+	@$(PIP) --no-build-isolation -e ".[test,bench]"
+	@touch $@
+
+# PYTHON=/path/to/python3.12 chooses one by hand.
+NEW_ENOUGH := -c 'import sys, venv; sys.exit(sys.version_info < (3, 12))' 2>/dev/null
+PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.14; do \
+	$$p $(NEW_ENOUGH) && echo $$p && break; done)
+
+$(PY):
+	@"$(PYTHON)" $(NEW_ENOUGH) || { echo "make: Python 3.12 or newer is needed; looked" \
+	"at: $(or $(PYTHON),python3 python3.12 python3.13 python3.14). Install it (Debian," \
+	"Ubuntu: apt install python3.12-venv; macOS: brew install python@3.12; anywhere:" \
+	"pyenv install 3.12), or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" \
+	>&2; exit 1; }
+	@echo "== making $(VENV) with $$($(PYTHON) --version)"
+	@"$(PYTHON)" -m venv --clear $(VENV) || { rm -rf $(VENV); echo "make: $(PYTHON)" \
+	"cannot make environments; Debian, Ubuntu: apt install python3.12-venv" >&2; exit 1; }

@@ -1,0 +1,7 @@
+"""Fused log-probabilities of target tokens for preference tuning in JAX."""
+
+from dpo_kernels.interface import TokenLogprobs
+from dpo_kernels.sequence_sums import sequence_sums
+from dpo_kernels.token_logprobs import token_logprobs
+
+__all__ = ["TokenLogprobs", "sequence_sums", "token_logprobs"]

@@ -1,0 +1,149 @@
+"""The backend that runs anywhere: plain JAX over tiles of logits in a workspace."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dpo_kernels import tiling
+from dpo_kernels.backends import traced_platform
+from dpo_kernels.interface import LogitOptions, Partials, accumulator, capped
+from dpo_kernels.loops import (
+    for_each_chunk,
+    for_each_row_block,
+    make_varying,
+    put_rows,
+    take_rows,
+    varying_axes,
+)
+
+
+def _tile_logits(hidden, head, bias, options: LogitOptions):
+    """x = scale * hidden @ head.T + bias and z = cap(x); z is -inf where bias is."""
+    x_tv = options.scale * jnp.einsum(
+        "TD,VD->TV", hidden, head, preferred_element_type=accumulator(hidden.dtype)
+    )
+    if bias is None:
+        return x_tv, capped(x_tv, options.softcap)
+    exists_v = bias != -jnp.inf
+    x_tv = x_tv + jnp.where(exists_v, bias, jnp.zeros_like(bias)).astype(x_tv.dtype)
+    # The cap comes before the mask: capped, a masked -inf would be a finite -softcap.
+    return x_tv, jnp.where(exists_v, capped(x_tv, options.softcap), -jnp.inf)
+
+
+def _reduce_tile(hidden, head, bias, targets, options: LogitOptions) -> Partials:
+    """One tile's partials, each of shape [t]."""
+    with_rank_promotion = None if bias is None else bias[None]
+    _, z_tv = _tile_logits(hidden, head, with_rank_promotion, options)
+    max_t = z_tv.max(axis=1)
+    # A tile whose entries are all masked: -inf - -inf would be NaN.
+    shift_t = jnp.where(max_t == -jnp.inf, jnp.zeros_like(max_t), max_t)
+    e_tv = jnp.exp(z_tv - shift_t[:, None])
+    hit_tv = jnp.arange(z_tv.shape[1], dtype=jnp.int32)[None] == targets[:, None]
+    finite_tv = z_tv if bias is None else jnp.where(z_tv == -jnp.inf, 0.0, z_tv)
+    exists_v = jnp.ones(z_tv.shape[1], bool) if bias is None else bias != -jnp.inf
+    partials = Partials(
+        max=max_t,
+        sum_exp=e_tv.sum(axis=1),
+        target_logit=jnp.where(hit_tv, z_tv, -jnp.inf).max(axis=1),
+    )
+    if "entropy" in options.stats:
+        partials = partials._replace(sum_exp_z=(e_tv * finite_tv).sum(axis=1))
+    if "collision" in options.stats:
+        partials = partials._replace(sum_exp2=(e_tv * e_tv).sum(axis=1))
+    if "mean_logit" in options.stats:
+        count = jnp.broadcast_to(exists_v.sum().astype(z_tv.dtype), max_t.shape)
+        partials = partials._replace(sum_logit=finite_tv.sum(axis=1), num_logits=count)
+    return partials
+
+
+def forward_partials(
+    hidden: Float[Array, "T D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, " T"],
+    bias: Float[Array, " V"] | None,
+    num_valid: Int[Array, ""] | None,
+    *,
+    options: LogitOptions,
+    workspace_bytes: int,
+) -> Partials:
+    """See `Backend.forward_partials`; one block per vocabulary chunk of the tile."""
+    (T, D), V = hidden.shape, head.shape[0]
+    acc = accumulator(hidden.dtype)
+    tile = tiling.xla_forward_tile(
+        T,
+        D,
+        V,
+        itemsize=hidden.dtype.itemsize,
+        workspace_bytes=workspace_bytes,
+        platform=traced_platform(),
+        ragged=num_valid is not None,
+    )
+    num_chunks = -(-V // tile.chunk_v)
+
+    def empty(fill: float) -> Array:
+        axes = varying_axes(hidden, head, targets, bias, num_valid)
+        return make_varying(jnp.full((num_chunks, T), fill, acc), axes)
+
+    has = options.stats.__contains__
+    carry = Partials(
+        max=empty(-jnp.inf),
+        sum_exp=empty(0),
+        target_logit=empty(-jnp.inf),
+        sum_exp_z=empty(0) if has("entropy") else None,
+        sum_exp2=empty(0) if has("collision") else None,
+        sum_logit=empty(0) if has("mean_logit") else None,
+        num_logits=empty(0) if has("mean_logit") else None,
+    )
+
+    def chunk(start_v, size: int, carry: Partials) -> Partials:
+        head_v = take_rows(head, start_v, size)
+        bias_v = None if bias is None else take_rows(bias, start_v, size)
+
+        def rows(start_t, _fresh, carry: Partials) -> Partials:
+            # Rows done twice get the same value twice; padding rows get garbage that
+            # no one reads.
+            tile_t = _reduce_tile(
+                take_rows(hidden, start_t, tile.block_t),
+                head_v,
+                bias_v,
+                take_rows(targets, start_t, tile.block_t) - start_v,
+                options,
+            )
+            at = (jnp.int32(start_v // tile.chunk_v), start_t)
+            return jax.tree.map(lambda x, update: _put(x, update, at), carry, tile_t)
+
+        return for_each_row_block(T, tile.block_t, num_valid, rows, carry)
+
+    return for_each_chunk(V, tile.chunk_v, chunk, carry)
+
+
+def _put(x: Array, update: Array, at: tuple[Array, Array]) -> Array:
+    row = take_rows(x, at[0], 1)[0]
+    return put_rows(x, put_rows(row, update, at[1])[None], at[0])
+
+
+def dlogits(
+    hidden: Float[Array, "T D"],
+    head: Float[Array, "chunk D"],
+    targets: Int[Array, " T"],
+    bias: Float[Array, " chunk"] | None,
+    lse: Float[Array, " T"],
+    p_coef: Float[Array, " T"],
+    target_grad: Float[Array, " T"],
+    *,
+    options: LogitOptions,
+    want_dbias: bool,
+) -> tuple[Float[Array, "T chunk"], Float[Array, " chunk"] | None]:
+    """See `Backend.dlogits`."""
+    row_bias = None if bias is None else bias[None]
+    x_tv, z_tv = _tile_logits(hidden, head, row_bias, options)
+    hit_tv = jnp.arange(z_tv.shape[1], dtype=jnp.int32)[None] == targets[:, None]
+    p_tv = jnp.exp(z_tv - lse[:, None])
+    dx_tv = jnp.where(hit_tv, target_grad[:, None], p_coef[:, None] * p_tv)
+    if options.softcap is not None:
+        # cap'(x) = 1 - tanh(x / softcap)^2; of x, not z, which is -inf where masked.
+        dx_tv = dx_tv * (1 - jnp.tanh(x_tv / options.softcap) ** 2)
+    if bias is not None:
+        dx_tv = jnp.where(row_bias == -jnp.inf, 0.0, dx_tv)
+    dbias_v = dx_tv.sum(axis=0) if want_dbias else None
+    return dx_tv.astype(hidden.dtype), dbias_v

@@ -1,0 +1,109 @@
+"""What the op returns, and what a backend must offer.
+
+A backend is one module with the two functions of `Backend`. Everything else, the loop
+over vocabulary chunks, the merge of partials, the collectives and the vjp, is shared
+and lives in `token_logprobs.py`.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+STATS = ("entropy", "collision", "mean_logit", "top1")
+
+
+class TokenLogprobs(NamedTuple):
+    """Per-token results of `token_logprobs`; a stat that was not asked for is None.
+
+    All are float32 (float64 for float64 inputs) but `top1`. With p = softmax(z):
+    """
+
+    logprob: Float[Array, " T"]  # z[target] - lse, nats
+    lse: Float[Array, " T"]  # logsumexp(z), nats
+    entropy: Float[Array, " T"] | None = None  # -sum(p log p), nats
+    collision: Float[Array, " T"] | None = None  # sum(p ** 2)
+    mean_logit: Float[Array, " T"] | None = None  # mean of z over the vocabulary
+    top1: Bool[Array, " T"] | None = None  # no logit is larger than the target's
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitOptions:
+    """The static part of z = cap(scale * hidden @ head.T + bias)."""
+
+    softcap: float | None = None
+    scale: float = 1.0
+    stats: tuple[str, ...] = ()
+
+
+class Partials(NamedTuple):
+    """One entry per (vocabulary block, row); `merge` folds the blocks together.
+
+    With m the block's maximum and e = exp(z - m): a block of which every entry is
+    masked has m = -inf and zeros elsewhere. Fields of stats not asked for are None.
+    """
+
+    max: Float[Array, "blocks T"]
+    sum_exp: Float[Array, "blocks T"]  # sum(e)
+    target_logit: Float[Array, "blocks T"]  # -inf where the block lacks the target
+    sum_exp_z: Float[Array, "blocks T"] | None = None  # sum(e * z), for the entropy
+    sum_exp2: Float[Array, "blocks T"] | None = None  # sum(e * e), for the collision
+    sum_logit: Float[Array, "blocks T"] | None = None  # sum(z) over unmasked entries
+    num_logits: Float[Array, "blocks T"] | None = None  # how many those are
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Two functions on one device's slice of the vocabulary.
+
+    `targets` are ids relative to the slice: an id outside [0, V) is another slice's.
+    `num_valid` None means every row; else rows at and after it may hold anything.
+    An entry whose bias is -inf does not exist: it has no probability, no gradient, and
+    no part in the mean logit, whatever the soft-cap.
+    """
+
+    def forward_partials(
+        self,
+        hidden: Float[Array, "T D"],
+        head: Float[Array, "V D"],
+        targets: Int[Array, " T"],
+        bias: Float[Array, " V"] | None,
+        num_valid: Int[Array, ""] | None,
+        *,
+        options: LogitOptions,
+        workspace_bytes: int,
+    ) -> Partials:
+        """Reduce every row over every block of the vocabulary."""
+        ...
+
+    def dlogits(
+        self,
+        hidden: Float[Array, "T D"],
+        head: Float[Array, "chunk D"],
+        targets: Int[Array, " T"],
+        bias: Float[Array, " chunk"] | None,
+        lse: Float[Array, " T"],
+        p_coef: Float[Array, " T"],
+        target_grad: Float[Array, " T"],
+        *,
+        options: LogitOptions,
+        want_dbias: bool,
+    ) -> tuple[Float[Array, "T chunk"], Float[Array, " chunk"] | None]:
+        """The gradient of the pre-activation x = scale * hidden @ head.T + bias.
+
+        dx = cap'(x) * (target_grad where v == target else p_coef * exp(z - lse)), cast
+        to the dtype of `hidden`; with `want_dbias` also its column sums, uncast.
+        """
+        ...
+
+
+def accumulator(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype of logits, sums and results: float64 for float64, else float32."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def capped(x: jax.Array, softcap: float | None) -> jax.Array:
+    """softcap * tanh(x / softcap), or x itself."""
+    return x if softcap is None else softcap * jnp.tanh(x / softcap)

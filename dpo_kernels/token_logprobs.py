@@ -1,0 +1,229 @@
+"""The op: log-probability of each target token, without the logits ever existing.
+
+One `custom_vjp` for every backend. Letters: T tokens, D hidden, V vocabulary (this
+device's slice of it, under `axis_name`); lower case is a tile.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float, Int
+
+from dpo_kernels.backends import load_backend
+from dpo_kernels.backward import (
+    Inputs,
+    Wanted,
+    backward,
+    power_of_two,
+    row_coefficients,
+)
+from dpo_kernels.checks import check_arguments, check_vocab_parallel
+from dpo_kernels.interface import (
+    Backend,
+    LogitOptions,
+    TokenLogprobs,
+    accumulator,
+)
+from dpo_kernels.loops import make_varying, varying_axes
+from dpo_kernels.partials import finish, merge, no_vocabulary
+
+AxisName = str | tuple[str, ...]
+
+
+def token_logprobs(
+    hidden: Float[Array, "T D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, " T"],
+    *,
+    num_valid: Int[Array, ""] | int | None = None,
+    bias: Float[Array, " V"] | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    axis_name: AxisName | None = None,
+    stats: tuple[str, ...] = (),
+    workspace_bytes: int = 256 * 2**20,
+    implementation: str = "auto",
+) -> TokenLogprobs:
+    """Log-probability in nats of each target; the [T, V] logits are never stored.
+
+        z = cap(scale * hidden @ head.T + bias),  cap(z) = softcap * tanh(z / softcap)
+        logprob[t] = z[t, targets[t]] - lse[t],   lse[t] = logsumexp(z[t])
+
+    `logprob` and `lse` may be differentiated with respect to `hidden`, `head` and
+    `bias`, with any cotangents; the stats carry no gradient. An argument that is not
+    differentiated costs no work in the backward.
+
+    Args:
+        hidden: bfloat16, float16, float32, or (under x64) float64.
+        head: the dtype of `hidden`. Its gradient is summed in float32.
+        targets: ids in [0, V); one outside gives a logprob of -inf.
+        num_valid: rows at and after it are padding: they may hold anything, give 0 and
+            get gradient 0, and whole blocks of them are skipped. May be traced.
+        bias: added before the soft-cap. An entry of -inf takes its vocabulary entry
+            away, whatever the soft-cap.
+        axis_name: inside `shard_map`: `head` and `bias` are this device's slice of the
+            vocabulary in axis order, `targets` ids in the whole of it. `hidden` must be
+            the same on the whole axis; so are all results and the gradient of `hidden`.
+            Under `check_vma=False`, take gradients inside the `shard_map`.
+        stats: any of `entropy`, `collision`, `mean_logit`, `top1`.
+        workspace_bytes: upper bound on temporaries beyond the float32 gradient of
+            `hidden` and a few numbers per token. More is not slower.
+        implementation: `auto`, or a backend's name.
+    Returns:
+        Nats in float32 (float64 for float64 inputs), 0 in padding rows.
+    Raises:
+        ValueError: shapes or dtypes that do not fit, an unknown option or name.
+    Source: Wijmans et al. 2024, arXiv:2411.09009 (the idea; the code is ours).
+    """
+    stats = tuple(stats)
+    check_arguments(hidden, head, targets, num_valid, bias, softcap, stats)
+    static = _Static(
+        options=LogitOptions(
+            softcap=None if softcap is None else float(softcap),
+            scale=float(scale),
+            stats=stats,
+        ),
+        axis_name=axis_name,
+        workspace_bytes=workspace_bytes,
+        backend=load_backend(implementation),
+    )
+    if axis_name is not None:
+        check_vocab_parallel(hidden, head, targets, axis_name)
+    if num_valid is not None:
+        num_valid = jnp.asarray(num_valid, jnp.int32)
+    # Typed alike before the vjp, so that what a broadcast over the data axis sums in
+    # the backward is summed by JAX, outside.
+    vocab_axes = frozenset(_axis_tuple(axis_name))
+    axes = varying_axes(hidden, head, targets, bias, num_valid)
+    hidden = make_varying(hidden, axes - vocab_axes)
+    head = make_varying(head, axes)
+    bias = None if bias is None else make_varying(bias, axes)
+    results: tuple[Array, ...] = _token_logprobs(
+        static, hidden, head, bias, targets, num_valid
+    )
+    logprob, lse, *stat_values = results
+    named = dict(zip(stats, map(lax.stop_gradient, stat_values), strict=True))
+    return TokenLogprobs(logprob=logprob, lse=lse, **named)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Static:
+    options: LogitOptions
+    axis_name: AxisName | None
+    workspace_bytes: int
+    backend: Backend
+
+
+def _axis_tuple(axis_name: AxisName | None) -> tuple[str, ...]:
+    if axis_name is None:
+        return ()
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+
+
+def _local_targets(targets: Array, V: int, axis_name: AxisName | None) -> Array:
+    targets = targets.astype(jnp.int32)
+    if axis_name is None:
+        return targets
+    return targets - lax.axis_index(axis_name) * V
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _token_logprobs(static, hidden, head, bias, targets, num_valid):
+    return _forward(static, hidden, head, bias, targets, num_valid)
+
+
+def _forward(static: _Static, hidden, head, bias, targets, num_valid):
+    acc = accumulator(hidden.dtype)
+    T, stats = hidden.shape[0], static.options.stats
+    if T == 0:
+        empty = jnp.zeros((0,), acc)
+        return (empty, empty, *(empty.astype(_stat_dtype(s, acc)) for s in stats))
+    if head.shape[0] == 0:
+        partials = no_vocabulary(T, acc, stats)
+    else:
+        partials = static.backend.forward_partials(
+            hidden,
+            head,
+            _local_targets(targets, head.shape[0], static.axis_name),
+            bias,
+            num_valid,
+            options=static.options,
+            workspace_bytes=static.workspace_bytes,
+        )
+        partials = merge(
+            partials,
+            lambda x: x.max(axis=0, keepdims=True),
+            lambda x: x.sum(axis=0, keepdims=True),
+        )
+        partials = jax.tree.map(lambda x: x[0], partials)
+    if static.axis_name is not None:
+        partials = merge(
+            partials,
+            lambda x: lax.pmax(x, static.axis_name),
+            lambda x: lax.psum(x, static.axis_name),
+        )
+    results = finish(partials, stats)
+    if num_valid is None:
+        return results
+    valid_T = jnp.arange(T, dtype=jnp.int32) < num_valid
+    return tuple(jnp.where(valid_T, x, jnp.zeros_like(x)) for x in results)
+
+
+def _stat_dtype(name: str, acc):
+    return jnp.bool_ if name == "top1" else acc
+
+
+def _vjp_forward(static: _Static, hidden, head, bias, targets, num_valid):
+    values = jax.tree.map(
+        lambda x: x.value,
+        (hidden, head, bias, targets, num_valid),
+        is_leaf=lambda x: hasattr(x, "perturbed"),
+    )
+    results = _forward(static, *values)
+    # Whether an input is differentiated is static: it travels as tree structure.
+    wanted = Wanted(*(_flag(x) for x in (hidden, head, bias)))
+    return results, (*values, *results[:2], wanted)
+
+
+def _flag(primal) -> tuple[()] | None:
+    return () if primal is not None and primal.perturbed else None
+
+
+def _vjp_backward(static: _Static, saved, cotangents):
+    hidden, head, bias, targets, num_valid, logprob, lse, wanted = saved
+    if hidden.shape[0] == 0 or head.shape[0] == 0:
+        dbias = None if bias is None else jnp.zeros_like(bias)
+        return jnp.zeros_like(hidden), jnp.zeros_like(head), dbias, None, None
+    dlogprob, dlse = (
+        jnp.zeros_like(lse) if isinstance(ct, SymbolicZero) else ct
+        for ct in cotangents[:2]
+    )
+    scale_up = power_of_two(hidden.dtype, dlogprob, dlse)
+    grads = backward(
+        static.backend,
+        static.options,
+        Inputs(
+            hidden=hidden,
+            head=head,
+            bias=bias,
+            targets=_local_targets(targets, head.shape[0], static.axis_name),
+            num_valid=num_valid,
+        ),
+        row_coefficients(logprob, lse, dlogprob, dlse, scale_up),
+        wanted,
+        scale_up=scale_up,
+        workspace_bytes=static.workspace_bytes,
+    )
+    dhidden = grads.hidden
+    if dhidden is not None:
+        if static.axis_name is not None:
+            dhidden = lax.psum(dhidden, static.axis_name)
+        dhidden = dhidden.astype(hidden.dtype)
+    return dhidden, grads.head, grads.bias, None, None
+
+
+_token_logprobs.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)

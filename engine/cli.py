@@ -1,0 +1,129 @@
+"""The command line: `dpo train`, `dpo validate`, `dpo run`, `dpo verify`."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from engine import __version__
+from engine.errors import InputError
+
+_DESCRIPTION = """\
+Preference-tune (DPO) language models in JAX, on CPU, GPU and TPU.
+
+A run file is YAML: `config:` with model, reference_model, mixture, eval_mixture,
+sharding and trainer, and `actions:`, a list of train and validate. Every option can be
+changed from the command line by its dotted name without `config.`:
+
+  dpo train run.yaml trainer.beta=0.2 mixture.informs.0.split='train[:50%]'
+
+`dpo --config run.yaml` is short for `dpo run run.yaml`.
+"""
+_COMMANDS = {
+    "train": "train on the run file's pairs, evaluate, and save the model",
+    "validate": "check the run file, its model and its data; train nothing",
+    "run": "carry out the run file's own `actions:`, in order",
+}
+_BAD_INPUT = 2
+_INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see `{self.prog} --help`")
+
+
+def _quiet():
+    # transformers says at import that there is no PyTorch; nothing here needs it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("engine").setLevel(logging.INFO)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command, and returns its exit code; bad input is one line and a 2."""
+    _quiet()
+    try:
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except InputError as error:
+        # A path or a value in the message may hold a line break of its own.
+        print(f"dpo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return _BAD_INPUT
+    except KeyboardInterrupt:
+        print("dpo: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _dispatch(argv: list[str]) -> int:
+    if argv[:1] == ["verify"]:  # which reads its own arguments
+        from dpo_kernels.verify import main as verify
+
+        return verify(argv[1:])
+    if argv and argv[0].split("=")[0] == "--config":
+        argv = ["run", *argv]
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+    path, overrides = arguments.config, arguments.words
+    if path is None:
+        if not overrides:
+            raise InputError(
+                f"no run file; write `dpo {arguments.command} run.yaml`, see "
+                "`dpo --help`"
+            )
+        path, *overrides = overrides
+    _run(arguments.command, path, overrides)
+    return 0
+
+
+def _run(command: str, path: str, overrides: list[str]):
+    from engine.config import load_run_config
+
+    run_config = load_run_config(path, overrides)
+    actions = run_config.actions if command == "run" else (command,)
+    if not actions:
+        raise InputError(
+            f"{path}: no actions; list some, such as `actions: [train]`, or use "
+            "`dpo train`"
+        )
+    from engine.run import train_from_config, validate_config
+
+    for action in actions:
+        if action == "train":
+            train_from_config(run_config)
+        else:
+            validate_config(run_config)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="dpo",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"dpo {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, text in _COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            usage=f"dpo {name} RUN.yaml [KEY=VALUE ...]",
+            allow_abbrev=False,
+        )
+        command.add_argument("--config", metavar="RUN.yaml", help="the run file")
+        command.add_argument(
+            "words",
+            nargs="*",
+            metavar="KEY=VALUE",
+            help="an option's dotted name and its value in YAML: trainer.beta=0.2",
+        )
+    commands.add_parser(
+        "verify", help="run every kernel that this machine can, against the reference"
+    )
+    return parser

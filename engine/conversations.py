@@ -1,0 +1,248 @@
+"""One preference row as three texts: the prompt, and the prompt with each completion.
+
+The rules are TRL's: `extract_prompt` and `DPOTrainer._prepare_dataset` of trl 1.16.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from engine.errors import InputError
+
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    KeyError,
+    IndexError,
+    AttributeError,
+)
+
+
+class Texts(NamedTuple):
+    """The texts to tokenise; the last two begin with the prompt (or nearly so)."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    templated: bool  # rendered by a chat template, which has put in every special token
+
+
+def row_texts(
+    row: Mapping[str, Any],
+    where: str,
+    tokenizer: PreTrainedTokenizerBase,
+    eos: str | None,
+) -> Texts:
+    """The texts of one row; plain-text completions end with `eos`, once.
+
+    Raises:
+        InputError: a row that is not a preference pair, or that the template refuses;
+            it begins with `where`.
+    """
+    chosen = _field(row, "chosen", where)
+    rejected = _field(row, "rejected", where)
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise InputError(
+            f"{where}, field 'rejected', is {_kind(rejected)}, but chosen is "
+            f"{_kind(chosen)}; make both text or both lists of messages"
+        )
+    prompt = _field(row, "prompt", where) if "prompt" in row else None
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if prompt is None:
+            prompt, chosen, rejected = _split_text(chosen, rejected)
+        if not isinstance(prompt, str):
+            raise InputError(
+                f"{where}, field 'prompt', is a list of messages, but chosen is text; "
+                "make all three text or all three lists of messages"
+            )
+        if eos is None:
+            raise InputError(
+                f"{where}, is plain text, whose end the tokenizer cannot mark: it has "
+                "no eos_token; set it in tokenizer_config.json, or give messages"
+            )
+        chosen = chosen if chosen.endswith(eos) else chosen + eos
+        rejected = rejected if rejected.endswith(eos) else rejected + eos
+        return Texts(prompt, prompt + chosen, prompt + rejected, templated=False)
+    assert isinstance(chosen, list) and isinstance(rejected, list)
+    if isinstance(prompt, list):
+        messages = prompt
+    else:
+        shared = _shared_turns(chosen, rejected, where)
+        messages, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        if prompt is not None and prompt not in [m.get("content") for m in messages]:
+            raise InputError(
+                f"{where}, field 'prompt', is text that is no message of what chosen "
+                "and rejected start with; give messages, or leave the column out"
+            )
+    render = _Renderer(row, where, tokenizer)
+    return Texts(
+        render("prompt", messages, add_generation_prompt=True),
+        render("chosen", messages + chosen),
+        render("rejected", messages + rejected),
+        templated=True,
+    )
+
+
+class _Renderer:
+    """The tokenizer's chat template with a row's own `tools` and template arguments."""
+
+    def __init__(
+        self, row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase
+    ):
+        if tokenizer.chat_template is None:
+            raise InputError(
+                f"{where}, holds lists of messages, but the tokenizer has no chat "
+                "template; name one that has in model.tokenizer (an instruct model's), "
+                "or give prompt, chosen and rejected as text"
+            )
+        self._where = where
+        self._tokenizer = tokenizer
+        self._arguments = {"tools": _tools(row, where), **_arguments(row, where)}
+
+    def __call__(self, field: str, messages: list[dict], **arguments) -> str:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, **arguments, **self._arguments
+            )
+        except _TEMPLATE_ERRORS as error:
+            raise InputError(
+                f"{self._where}, field {field!r}: the tokenizer's chat template "
+                f"refuses it ({_one_line(error)}); change the messages or the template"
+            ) from error
+        assert isinstance(text, str)
+        return text
+
+
+def _field(row: Mapping[str, Any], field: str, where: str) -> str | list[dict]:
+    """A required field: text, or a list of well-formed messages without their Nones."""
+    if field not in row:
+        raise InputError(
+            f"{where}, has no {field!r}, only {', '.join(map(repr, row))}; each row "
+            "needs chosen, rejected and (unless both start with it) prompt"
+        )
+    value = row[field]
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Sequence):
+        raise InputError(
+            f"{where}, field {field!r}, is {_kind(value)}; it must be text or a list "
+            "of messages: correct the row or leave it out"
+        )
+    if len(value) == 0:
+        raise InputError(
+            f"{where}, field {field!r}, is an empty list; give at least one message"
+        )
+    return [_message(m, f"{where}, field {field!r}", i) for i, m in enumerate(value)]
+
+
+def _message(message: Any, where: str, number: int) -> dict[str, Any]:
+    rule = 'a message is {"role": "user" or another, "content": text}'
+    if not isinstance(message, Mapping):
+        raise InputError(f"{where}, message {number}, is {_kind(message)}; {rule}")
+    # Where rows differ, Arrow fills in the keys of the others.
+    message = {k: v for k, v in message.items() if v is not None}
+    for key, other in (("role", "from"), ("content", "value")):
+        if key not in message and not (key == "content" and "tool_calls" in message):
+            hint = f": rename {other!r} to {key!r}" if other in message else ""
+            raise InputError(f"{where}, message {number}, has no {key!r}; {rule}{hint}")
+    if not isinstance(message["role"], str):
+        raise InputError(
+            f"{where}, message {number}, has the role {_short(message['role'])}; {rule}"
+        )
+    content = message.get("content", "")
+    parts = content if isinstance(content, list) else []
+    if not isinstance(content, str | list) or any(
+        not isinstance(part, Mapping) or part.get("type") != "text" for part in parts
+    ):
+        raise InputError(
+            f"{where}, message {number}, has the content {_short(content)}; {rule}, or "
+            'a list of {"type": "text", "text": text} (images and sound are not read)'
+        )
+    return message
+
+
+def _split_text(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """Prompt and completions of two texts whose shared start is the prompt.
+
+    A space just before the difference goes to the completions. If one text begins with
+    the whole other, the prompt ends before the shorter one's last character.
+    """
+    shorter = min(len(chosen), len(rejected))
+    shared = _shared_length(chosen, rejected)
+    if shared == shorter:
+        shared = max(shorter - 1, 0)
+    elif shared > 0 and chosen[shared - 1] == " ":
+        shared -= 1
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _shared_turns(chosen: list[dict], rejected: list[dict], where: str) -> int:
+    """How many messages both start with, at least one message of each being left."""
+    shared = min(_shared_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+    if shared == 0:
+        raise InputError(
+            f"{where}, fields 'chosen' and 'rejected', do not start with the same "
+            "messages, which would be the prompt; give the prompt in both, or as a "
+            "list of messages in a field 'prompt'"
+        )
+    return shared
+
+
+def _shared_length(a: Sequence[Any], b: Sequence[Any]) -> int:
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+def _tools(row: Mapping[str, Any], where: str) -> list[Any] | None:
+    """The row's `tools`, which may be a list or that list as JSON."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{where}, field 'tools', is not JSON ({_one_line(error)}); give a "
+                "list of tools, as JSON or not"
+            ) from error
+    if tools is not None and not isinstance(tools, list):
+        raise InputError(
+            f"{where}, field 'tools', is {_kind(tools)}; give a list of tools, or null"
+        )
+    return tools
+
+
+def _arguments(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    arguments = row.get("chat_template_kwargs")
+    if arguments is None:
+        return {}
+    if not isinstance(arguments, Mapping):
+        raise InputError(
+            f"{where}, field 'chat_template_kwargs', is {_kind(arguments)}; give a "
+            "mapping of the chat template's arguments, or null"
+        )
+    return {k: v for k, v in arguments.items() if v is not None}
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, list):
+        return "a list of messages"
+    return f"{_short(value)} (a {type(value).__name__})"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,224 @@
+"""One decoder for every family: hidden states in, hidden states out, never logits."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from engine.errors import InputError
+from engine.models.architecture import SLIDING, DecoderConfig
+from engine.models.attention import attend
+from engine.models.rope import rope_tables, rotate
+from engine.sharding import FSDP, TENSOR
+
+REMAT = ("none", "dots", "full")
+DTYPES = ("bfloat16", "float16", "float32")
+_BLOCK_OUT = "block_out"
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+def rms_norm(
+    x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float, plus_one: bool
+) -> Float[Array, "... D"]:
+    """x / rms(x) * weight, float32 inside; `plus_one` (gemma): weight + 1."""
+    weight = weight.astype(x.dtype).reshape((1,) * (x.ndim - 1) + weight.shape)
+    x_f32 = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True)
+    normed = x_f32 * lax.rsqrt(mean_square + eps)
+    if plus_one:
+        return (normed * (1.0 + weight.astype(jnp.float32))).astype(x.dtype)
+    return normed.astype(x.dtype) * weight
+
+
+def _project(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    out = jnp.einsum("RSI,OI->RSO", x, weight)
+    return out if bias is None else out + bias.astype(x.dtype)[None, None, :]
+
+
+def _save_activations(prim: Any, *avals: Any, **params: Any) -> bool:
+    """Keeps what has more than two dims: inside a layer all else is made of weights."""
+    del prim, params
+    return any(aval.ndim > 2 for aval in avals)
+
+
+def _policy(remat: str) -> Callable[..., bool]:
+    """What the backward pass keeps of a layer; never its gathered weights."""
+    keep = jax.checkpoint_policies
+    if remat == "none":
+        return _save_activations
+    if remat == "dots":
+        # A block's output as well: recomputing it would repeat the sum over `tensor`.
+        return keep.save_from_both_policies(
+            keep.dots_with_no_batch_dims_saveable,
+            keep.save_only_these_names(_BLOCK_OUT),
+        )
+    return keep.nothing_saveable
+
+
+class Decoder(nnx.Module):
+    """A stack of decoder layers whose weights are cut over a mesh.
+
+    Weights keep Hugging Face's orientation [out, in] and are stacked on a leading layer
+    axis. Call it inside `jax.shard_map` over `mesh`, with `param_specs` for its state.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        arrays: Mapping[tuple[str, ...], Any],
+        *,
+        mesh: Mesh,
+        dtype: str = "bfloat16",
+        remat: str = "full",
+    ):
+        """`arrays`: a value for each path of `config.parameters()`."""
+        if dtype not in DTYPES:
+            raise InputError(f"model dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
+        if remat not in REMAT:
+            allowed = ", ".join(REMAT)
+            raise InputError(f"model remat={remat!r}; allowed: {allowed}")
+        self.config = config
+        self.mesh = mesh
+        self.dtype = jnp.dtype(dtype)
+        self.remat = remat
+        self.embed = nnx.Param(arrays["embed",])
+        layers = {path[1]: a for path, a in arrays.items() if path[0] == "layers"}
+        self.layers = nnx.Dict({name: nnx.Param(a) for name, a in layers.items()})
+        self.final_norm = nnx.Param(arrays["final_norm",])
+        if not config.tie_word_embeddings:
+            self.head = nnx.Param(arrays["head",])
+
+    @property
+    def hf_config(self) -> dict[str, Any]:
+        """`config.json` as it was read."""
+        return self.config.hf_config
+
+    def save_pretrained(
+        self, directory: str | Path, *, dtype: str | None = None
+    ) -> None:
+        """Writes a directory that transformers loads; see `save.save_pretrained`."""
+        from engine.models.save import save_pretrained  # it imports this module
+
+        save_pretrained(self, directory, dtype=dtype)
+
+    def head_weight(self) -> Float[Array, "V_local D"]:
+        """This device's rows of the head in the compute dtype; padding comes last."""
+        head = self.embed if self.config.tie_word_embeddings else self.head
+        return head[...].astype(self.dtype)
+
+    def __call__(self, tokens: Int[Array, "R S"]) -> Float[Array, "R S D"]:
+        """Hidden states after the final norm, of this device's rows, right-padded."""
+        config = self.config
+        layers = {name: param[...] for name, param in self.layers.items()}
+        window, rope = _layer_inputs(config, tokens.shape[1])
+
+        def layer(hidden, xs):
+            return _layer(config, hidden, *xs, rope=rope), None
+
+        layer = jax.checkpoint(layer, policy=_policy(self.remat), prevent_cse=False)
+        hidden, _ = lax.scan(layer, self._embed(tokens), (layers, *window))
+        return rms_norm(hidden, self.final_norm[...], config.rms_eps, config.gemma)
+
+    def _embed(self, tokens: Array) -> Array:
+        """Each device looks the ids of its fsdp row up in its own vocab slice."""
+        table = self.embed[...]
+        shard = lax.axis_index(FSDP) * lax.axis_size(TENSOR) + lax.axis_index(TENSOR)
+        ids = lax.all_gather(tokens, FSDP, axis=0, tiled=True, to="invarying")
+        ids = ids - shard * table.shape[0]
+        own = (ids >= 0) & (ids < table.shape[0])
+        # Rows are cast after the look-up, so that their gradients add up unrounded.
+        found = table[jnp.where(own, ids, 0)].astype(self.dtype)
+        found = jnp.where(own[:, :, None], found, jnp.zeros((), self.dtype))
+        hidden = lax.psum_scatter(found, FSDP, scatter_dimension=0, tiled=True)
+        hidden = lax.psum(hidden, TENSOR)
+        return hidden * jnp.asarray(self.config.embed_scale, self.dtype)
+
+
+def _layer_inputs(config: DecoderConfig, length: int):
+    """Per-layer (window, rope kind) for the scan, and the rope tables by kind."""
+    windows = [
+        config.sliding_window if kind == SLIDING else None
+        for kind in config.layer_types
+    ]
+    # A window that covers the whole sequence hides nothing.
+    spans = [length if w is None else min(w, length) for w in windows]
+    span_L = None if min(spans) == length else jnp.asarray(spans, jnp.int32)
+    kinds = tuple(dict.fromkeys(config.ropes))
+    kind_L = jnp.asarray([kinds.index(rope) for rope in config.ropes], jnp.int32)
+    return (span_L, kind_L), rope_tables(kinds, config.head_dim, length)
+
+
+def _kv_slice(config: DecoderConfig, x: Array) -> Array:
+    """The kv head that this device's query heads read, where `tensor` exceeds them."""
+    tensor = lax.axis_size(TENSOR)
+    if config.num_kv_heads % tensor == 0:
+        return x
+    head = lax.axis_index(TENSOR) // (tensor // config.num_kv_heads)
+    return lax.dynamic_slice_in_dim(x, head * config.head_dim, config.head_dim, axis=0)
+
+
+def _layer(config: DecoderConfig, hidden, weights, span, kind, *, rope):
+    """One layer: `weights` are this device's shards, `hidden` is whole on `tensor`."""
+
+    def norm(name: str, x: Array) -> Array:
+        return rms_norm(x, weights[name], config.rms_eps, config.gemma)
+
+    def gathered(shard: Array, axis: int) -> Array:
+        return lax.all_gather(shard.astype(hidden.dtype), FSDP, axis=axis, tiled=True)
+
+    def on_each(x: Array) -> Array:
+        # Here, not at each use: one sum over `tensor` in the backward pass, not three.
+        return lax.pcast(x, TENSOR, to="varying")
+
+    def column(x: Array, name: str, cut=lambda w: w) -> Array:
+        bias = weights.get(name + "_bias")
+        weight = gathered(cut(weights[name]), 1)
+        return _project(x, weight, None if bias is None else cut(bias))
+
+    def row(x: Array, name: str) -> Array:
+        out = lax.psum(_project(x, gathered(weights[name], 0)), TENSOR)
+        bias = weights.get(name + "_bias")
+        if bias is not None:
+            out = out + bias.astype(out.dtype)[None, None, :]
+        return checkpoint_name(out, _BLOCK_OUT)
+
+    def heads(x: Array) -> Array:
+        return x.reshape(*x.shape[:2], -1, config.head_dim)
+
+    def kv_cut(x: Array) -> Array:
+        return _kv_slice(config, x)
+
+    normed = on_each(norm("attn_norm", hidden))
+    query = heads(column(normed, "q"))
+    key, value = (heads(column(normed, name, kv_cut)) for name in ("k", "v"))
+    if config.qk_norm:
+        query, key = norm("q_norm", query), norm("k_norm", key)
+    cos, sin = (table[kind] for table in rope)
+    attended = attend(
+        rotate(query, cos, sin),
+        rotate(key, cos, sin),
+        value,
+        scale=config.query_scale,
+        softcap=config.attn_softcap,
+        window=span,
+    )
+    out = row(attended.reshape(*attended.shape[:2], -1), "o")
+    hidden = hidden + (norm("attn_post_norm", out) if config.gemma else out)
+
+    normed = on_each(norm("mlp_norm", hidden))
+    gate = column(normed, "gate").astype(jnp.float32)
+    gate = _ACTIVATIONS[config.activation](gate).astype(hidden.dtype)
+    out = row(gate * column(normed, "up"), "down")
+    return hidden + (norm("mlp_post_norm", out) if config.gemma else out)
