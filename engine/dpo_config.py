@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from dpo_kernels.backends import BACKENDS
 from engine.errors import InputError
 from engine.fields import (
     check_choice,
@@ -80,6 +81,7 @@ class DPOConfig:
     def __post_init__(self):
         check_types(self)
         check_choice("loss_type", self.loss_type, LOSSES)
+        check_choice("implementation", self.implementation, ("auto", *BACKENDS))
         self._check_ranges()
         self._check_combinations()
 

@@ -7,6 +7,7 @@ import datasets
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
+from dpo_kernels import tiling
 from engine.data import BatchPlan, PairTokens, PreferenceRows, tokenize_pairs
 from engine.dpo_config import DPOConfig
 from engine.errors import InputError
@@ -63,6 +64,22 @@ def check_vocabulary(
                 f"({tokenizer.convert_ids_to_tokens(largest)!r}), which is in the "
                 "data; use the model's own tokenizer"
             )
+
+
+def check_workspace(config: DPOConfig, decoder: DecoderConfig, dtype: Any) -> None:
+    """Refuse a workspace in which not even the smallest tile of logits fits."""
+    try:
+        tiling.backward_tile(
+            T=1,
+            D=decoder.hidden_size,
+            V=decoder.vocab_size,
+            itemsize=dtype.itemsize,
+            workspace_bytes=config.workspace_bytes,
+            platform="cpu",
+            ragged=True,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def _shards(mesh: Mesh) -> int:

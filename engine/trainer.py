@@ -25,6 +25,7 @@ from engine.optimizer import learning_rate_schedule, make_optimizer
 from engine.preparation import (
     PreferenceData,
     check_vocabulary,
+    check_workspace,
     plan_evaluation,
     plan_training,
     prepare_pairs,
@@ -86,6 +87,7 @@ class DPOTrainer:
             reference_model = load_model(reference_model, mesh=self.model.mesh)
         config, mesh = self.model.config, self.model.mesh
         check_vocabulary(config, processing_class, pairs, eval_pairs)
+        check_workspace(arguments, config, self.model.dtype)
         self.plan = plan_training(arguments, pairs, mesh)
         self.eval_plan = None
         if eval_pairs is not None:
