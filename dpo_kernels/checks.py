@@ -55,23 +55,22 @@ def check_arguments(hidden, head, targets, num_valid, bias, softcap, stats) -> N
 
 
 def check_vocab_parallel(
-    hidden: Array, head: Array, targets: Array, axis_name: str | tuple[str, ...]
+    head: Array, targets: Array, axis_name: str | tuple[str, ...]
 ) -> None:
     """Refuse inputs whose types say that they are split over the wrong axes.
 
     Raises:
-        ValueError: `hidden` or `targets` differ along the axis, or `head` does not. Not
-            seen under `shard_map(..., check_vma=False)`, where types say nothing.
+        ValueError: `targets` differ along the axis, or `head` does not. Not seen under
+            `shard_map(..., check_vma=False)`, where types say nothing.
     """
     names = {axis_name} if isinstance(axis_name, str) else set(axis_name)
     if not varying_axes(lax.axis_index(axis_name)):
         return
-    for name, x in (("hidden", hidden), ("targets", targets)):
-        if names & varying_axes(x):
-            raise ValueError(
-                f"{name} varies over {axis_name=}; every device of it must hold the "
-                "same rows: gather them with lax.all_gather(..., to='invarying')"
-            )
+    if names & varying_axes(targets):
+        raise ValueError(
+            f"targets varies over {axis_name=}; every device of it must score the same "
+            "rows: gather them with lax.all_gather(..., to='invarying'), and hidden too"
+        )
     if not names <= varying_axes(head):
         raise ValueError(
             f"head does not vary over all of {axis_name=}; each device must hold its "

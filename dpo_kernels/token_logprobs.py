@@ -67,8 +67,11 @@ def token_logprobs(
             away, whatever the soft-cap.
         axis_name: inside `shard_map`: `head` and `bias` are this device's slice of the
             vocabulary in axis order, `targets` ids in the whole of it. `hidden` must be
-            the same on the whole axis; so are all results and the gradient of `hidden`.
-            Under `check_vma=False`, take gradients inside the `shard_map`.
+            the same on the whole axis; so are all results and, summed over it, the
+            gradient of `hidden`. Where `hidden` is typed as varying over the axis, as
+            `lax.all_gather` leaves it, each device gets its own share of the gradient,
+            which autodiff then reduce-scatters. Under `check_vma=False`, take gradients
+            inside the `shard_map`.
         stats: any of `entropy`, `collision`, `mean_logit`, `top1`.
         workspace_bytes: upper bound on temporaries beyond the float32 gradient of
             `hidden` and a few numbers per token. More is not slower.
@@ -92,7 +95,7 @@ def token_logprobs(
         backend=load_backend(implementation),
     )
     if axis_name is not None:
-        check_vocab_parallel(hidden, head, targets, axis_name)
+        check_vocab_parallel(head, targets, axis_name)
     if num_valid is not None:
         num_valid = jnp.asarray(num_valid, jnp.int32)
     # Typed alike before the vjp, so that what a broadcast over the data axis sums in
@@ -220,8 +223,11 @@ def _vjp_backward(static: _Static, saved, cotangents):
     )
     dhidden = grads.hidden
     if dhidden is not None:
-        if static.axis_name is not None:
-            dhidden = lax.psum(dhidden, static.axis_name)
+        # A device that has a copy of its own gets the gradient of that copy: whoever
+        # made the copies sums them, an all_gather by a reduce-scatter.
+        own = varying_axes(hidden)
+        axes = tuple(a for a in _axis_tuple(static.axis_name) if a not in own)
+        dhidden = lax.psum(dhidden, axes) if axes else dhidden
         dhidden = dhidden.astype(hidden.dtype)
     return dhidden, grads.head, grads.bias, None, None
 

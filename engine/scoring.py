@@ -98,7 +98,8 @@ def score_completions(
     positions = microbatch.positions[0]
     used = jnp.arange(positions.shape[0], dtype=jnp.int32) < microbatch.num_scored[0]
     hidden = take_distinct_rows(hidden.reshape(2 * Bl * S, -1), positions, used)
-    hidden = _gather(hidden)
+    # Typed as varying over fsdp: its gradient is then reduce-scattered, not summed.
+    hidden = lax.all_gather(hidden, FSDP, axis=0, tiled=True)
     if lax.axis_size(FSDP) > 1:
         valid = jnp.arange(hidden.shape[0], dtype=jnp.int32) < rows.total
         hidden = take_distinct_rows(hidden, rows.order, valid)

@@ -58,6 +58,20 @@ def test_the_small_workspace_makes_several_chunks_and_row_blocks(monkeypatch):
         assert RAGGED[2] > tile.chunk_v and RAGGED[2] % tile.chunk_v
 
 
+def test_float16_gradients_survive_small_cotangents(x64):
+    """DPO's coefficients are beta / B and less: a thousandth of that is below float16."""
+    inputs = make_inputs(64, 32, 500, CASES[0], "float16")
+    # Logits' gradients of about 1e-9 add up to gradients that float16 can hold.
+    inputs = dataclasses.replace(inputs, cotangents=1e-6 + 0 * inputs.cotangents)
+    inputs.arrays["hidden"][:] = abs(inputs.arrays["hidden"]) * 100
+    inputs.arrays["head"][:] /= 100
+    truth = evaluate(reference.token_logprobs, inputs, "float64")[1]["head"]
+    plain = evaluate(reference.token_logprobs, inputs, "float16")[1]["head"]
+    ours = evaluate(small, inputs, "float16")[1]["head"]
+    bound = verify.SLACK * relative_error(plain, truth) + verify.FLOOR
+    assert relative_error(ours, truth) < bound
+
+
 @pytest.mark.parametrize("num_valid", [0, 1, 256, 257, 1000])
 def test_padding_rows_give_zero_and_get_zero(num_valid):
     inputs = make_inputs(*RAGGED, Case(name="", stats=STATS), "float32")
