@@ -59,7 +59,7 @@ def test_the_small_workspace_makes_several_chunks_and_row_blocks(monkeypatch):
 
 
 def test_float16_gradients_survive_small_cotangents(x64):
-    """DPO's coefficients are beta / B and less: a thousandth of that is below float16."""
+    """DPO's coefficients are beta / B and less; times p they are below float16."""
     inputs = make_inputs(64, 32, 500, CASES[0], "float16")
     # Logits' gradients of about 1e-9 add up to gradients that float16 can hold.
     inputs = dataclasses.replace(inputs, cotangents=1e-6 + 0 * inputs.cotangents)
