@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dpo_kernels import tiling
-from dpo_kernels.backends import traced_platform
 from dpo_kernels.interface import Backend, LogitOptions, accumulator
 from dpo_kernels.loops import (
     for_each_chunk,
@@ -107,15 +106,8 @@ def backward(
     hidden, head, bias = inputs.hidden, inputs.head, inputs.bias
     (T, D), V = hidden.shape, head.shape[0]
     acc = accumulator(hidden.dtype)
-    tile = tiling.backward_tile(
-        T,
-        D,
-        V,
-        itemsize=hidden.dtype.itemsize,
-        workspace_bytes=workspace_bytes,
-        platform=traced_platform(),
-        ragged=inputs.num_valid is not None,
-    )
+    problem = tiling.problem_of(hidden, head, inputs.num_valid, workspace_bytes)
+    tile = tiling.backward_tile(problem)
     unscale = options.scale / scale_up
     axes = varying_axes(hidden, head, bias, inputs.targets, inputs.num_valid, *rows)
 

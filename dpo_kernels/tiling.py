@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 
+from jaxtyping import Array, Float, Int
+
+from dpo_kernels.backends import traced_platform
+
 LANES = 128  # every chunk but the last is a multiple: what all three platforms like
 
 
@@ -27,72 +31,80 @@ _BLOCK_T = {"cpu": 1024, "gpu": 8192, "tpu": 8192}
 _CPU_TILE_BYTES = 4 * 2**20
 
 
-def xla_forward_tile(
-    T: int,
-    D: int,
-    V: int,
-    *,
-    itemsize: int,
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What a tile is chosen for."""
+
+    T: int
+    D: int
+    V: int
+    itemsize: int  # bytes of an element of hidden and head
+    workspace_bytes: int
+    platform: str  # cpu, gpu or tpu
+    ragged: bool  # padding rows are to be skipped
+
+
+def problem_of(
+    hidden: Float[Array, "T D"],
+    head: Float[Array, "V D"],
+    num_valid: Int[Array, ""] | None,
     workspace_bytes: int,
-    platform: str,
-    ragged: bool,
-) -> Tile:
+) -> Problem:
+    """The problem that these arguments pose on the platform being traced."""
+    return Problem(
+        T=hidden.shape[0],
+        D=hidden.shape[1],
+        V=head.shape[0],
+        itemsize=hidden.dtype.itemsize,
+        workspace_bytes=workspace_bytes,
+        platform=traced_platform(),
+        ragged=num_valid is not None,
+    )
+
+
+def xla_forward_tile(problem: Problem) -> Tile:
     """Tile of `xla.forward_partials`.
 
     A column holds the float32 logit and one pass's temporary for each row, and a copy
     of the chunk of the head.
     """
-    per_row, per_unit = 2 * max(4, itemsize), itemsize
-    return _fit(T, D, V, per_row, per_unit, workspace_bytes, platform, ragged)
+    acc = max(4, problem.itemsize)
+    return _fit(problem, per_row=2 * acc, per_unit=problem.itemsize)
 
 
-def backward_tile(
-    T: int,
-    D: int,
-    V: int,
-    *,
-    itemsize: int,
-    workspace_bytes: int,
-    platform: str,
-    ragged: bool,
-) -> Tile:
+def backward_tile(problem: Problem) -> Tile:
     """Tile of the shared backward.
 
     A column holds the logit and its gradient for each row, and for each hidden unit
     the chunk of the head, of its float32 gradient, and of that gradient's cast.
     """
-    acc = max(4, itemsize)
-    per_row, per_unit = acc + itemsize, acc + 2 * itemsize
-    return _fit(T, D, V, per_row, per_unit, workspace_bytes, platform, ragged)
+    acc, itemsize = max(4, problem.itemsize), problem.itemsize
+    return _fit(problem, per_row=acc + itemsize, per_unit=acc + 2 * itemsize)
 
 
-def _fit(
-    T: int,
-    D: int,
-    V: int,
-    per_row: int,
-    per_unit: int,
-    workspace_bytes: int,
-    platform: str,
-    ragged: bool,
-) -> Tile:
-    """The widest chunk within the workspace, then evened out over the vocabulary."""
-    table = _RAGGED_BLOCK_T if ragged else _BLOCK_T
-    block_t = max(1, min(T, table[platform]))
+def _fit(problem: Problem, *, per_row: int, per_unit: int) -> Tile:
+    """The widest chunk within the workspace, then evened out over the vocabulary.
+
+    A column takes `per_row` bytes for each row and `per_unit` for each hidden unit.
+    """
+    V, workspace_bytes = problem.V, problem.workspace_bytes
+    table = _RAGGED_BLOCK_T if problem.ragged else _BLOCK_T
+    block_t = max(1, min(problem.T, table[problem.platform]))
     narrowest = min(V, LANES)
-    while block_t > 8 and (per_row * block_t + per_unit * D) * narrowest > (
-        workspace_bytes
-    ):
+
+    def column_bytes() -> int:
+        return per_row * block_t + per_unit * problem.D
+
+    while block_t > 8 and column_bytes() * narrowest > workspace_bytes:
         block_t = -(-block_t // 2)
-    column_bytes = per_row * block_t + per_unit * D
-    if column_bytes * narrowest > workspace_bytes:
+    if column_bytes() * narrowest > workspace_bytes:
         raise ValueError(
             f"{workspace_bytes=} is too small for a tile of {block_t} rows by "
-            f"{narrowest} vocabulary entries at D={D}; give at least "
-            f"{column_bytes * narrowest}"
+            f"{narrowest} vocabulary entries at D={problem.D}; give at least "
+            f"{column_bytes() * narrowest}"
         )
-    most = workspace_bytes // column_bytes
-    if platform == "cpu":
+    most = workspace_bytes // column_bytes()
+    if problem.platform == "cpu":
         most = min(most, max(LANES, _CPU_TILE_BYTES // (4 * block_t)))
     if most >= V:
         return Tile(block_t=block_t, chunk_v=max(1, V))

@@ -69,7 +69,7 @@ def check_vocabulary(
 def check_workspace(config: DPOConfig, decoder: DecoderConfig, dtype: Any) -> None:
     """Refuse a workspace in which not even the smallest tile of logits fits."""
     try:
-        tiling.backward_tile(
+        problem = tiling.Problem(
             T=1,
             D=decoder.hidden_size,
             V=decoder.vocab_size,
@@ -78,6 +78,7 @@ def check_workspace(config: DPOConfig, decoder: DecoderConfig, dtype: Any) -> No
             platform="cpu",
             ragged=True,
         )
+        tiling.backward_tile(problem)
     except ValueError as error:
         raise InputError(str(error)) from error
 

@@ -3,35 +3,12 @@
 import textwrap
 
 import pytest
+from tutorial import TUTORIAL
 
 from engine.config import ShardingConfig, SourceConfig, load_run_config
 from engine.dpo_config import DPOConfig
 from engine.errors import InputError
 
-# As in the tutorial of the trainer whose run files this program takes over.
-TUTORIAL = """\
-config:
-  model:
-    name_or_path: meta-llama/Llama-3.1-8B-Instruct
-  reference_model:
-    name_or_path: meta-llama/Llama-3.1-8B-Instruct
-  mixture:
-    informs:
-      - type: hf
-        data_files: trl-lib/ultrafeedback_binarized
-        split: "train[:90%]"
-  trainer:
-    trainer_type: dpo
-    beta: 0.08
-    loss_type: sigmoid
-    max_length: 2048
-    max_prompt_length: 1024
-    total_batch_size: 16
-    learning_rate: 1e-6
-    num_train_epochs: 3
-actions:
-  - train
-"""
 SMALL = """\
 config:
   model: {name_or_path: m}

@@ -46,14 +46,18 @@ def test_the_small_workspace_makes_several_chunks_and_row_blocks(monkeypatch):
     """Else the tests above would not see a chunk's or a block's edge."""
     from dpo_kernels import tiling
 
+    T, D, V = RAGGED
+    problem = tiling.Problem(
+        T=T,
+        D=D,
+        V=V,
+        itemsize=2,
+        workspace_bytes=SMALL_WORKSPACE,
+        platform="cpu",
+        ragged=True,
+    )
     for make in (tiling.xla_forward_tile, tiling.backward_tile):
-        tile = make(
-            *RAGGED,
-            itemsize=2,
-            workspace_bytes=SMALL_WORKSPACE,
-            platform="cpu",
-            ragged=True,
-        )
+        tile = make(problem)
         assert RAGGED[0] > tile.block_t and RAGGED[0] % tile.block_t
         assert RAGGED[2] > tile.chunk_v and RAGGED[2] % tile.chunk_v
 

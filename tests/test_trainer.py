@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer
+from tutorial import TUTORIAL
 
 from engine import DPOConfig, DPOTrainer, InputError, load_model
 from engine.cli import main
@@ -20,31 +21,6 @@ from engine.sharding import make_mesh
 
 FIXTURE = Path(__file__).parent / "fixtures" / "trl" / "text"
 ROWS = [json.loads(line) for line in (FIXTURE / "data.jsonl").read_text().splitlines()]
-
-# As the tutorial has it, to the letter.
-TUTORIAL = """
-config:
-  model:
-    name_or_path: meta-llama/Llama-3.1-8B-Instruct
-  reference_model:
-    name_or_path: meta-llama/Llama-3.1-8B-Instruct
-  mixture:
-    informs:
-      - type: hf
-        data_files: trl-lib/ultrafeedback_binarized
-        split: "train[:90%]"
-  trainer:
-    trainer_type: dpo
-    beta: 0.08
-    loss_type: sigmoid
-    max_length: 2048
-    max_prompt_length: 1024
-    total_batch_size: 16
-    learning_rate: 1e-6
-    num_train_epochs: 3
-actions:
-  - train
-"""
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dpo_kernels import tiling
-from dpo_kernels.backends import traced_platform
 from dpo_kernels.interface import LogitOptions, Partials, accumulator, capped
 from dpo_kernels.loops import (
     for_each_chunk,
@@ -67,17 +66,10 @@ def forward_partials(
     workspace_bytes: int,
 ) -> Partials:
     """See `Backend.forward_partials`; one block per vocabulary chunk of the tile."""
-    (T, D), V = hidden.shape, head.shape[0]
+    T, V = hidden.shape[0], head.shape[0]
     acc = accumulator(hidden.dtype)
-    tile = tiling.xla_forward_tile(
-        T,
-        D,
-        V,
-        itemsize=hidden.dtype.itemsize,
-        workspace_bytes=workspace_bytes,
-        platform=traced_platform(),
-        ragged=num_valid is not None,
-    )
+    problem = tiling.problem_of(hidden, head, num_valid, workspace_bytes)
+    tile = tiling.xla_forward_tile(problem)
     num_chunks = -(-V // tile.chunk_v)
 
     def empty(fill: float) -> Array:
