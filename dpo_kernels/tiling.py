@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from dpo_kernels.backends import traced_platform
 
-LANES = 128  # every chunk but the last is a multiple: what all three platforms like
+LANES = 128  # on GPU and TPU every chunk but the last is a multiple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ _BLOCK_T = {"cpu": 1024, "gpu": 8192, "tpu": 8192}
 # On a CPU a tile of float32 logits should stay in the cache between the matmul and
 # the passes over it.
 _CPU_TILE_BYTES = 4 * 2**20
+_CPU_VECTOR = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ def backward_tile(problem: Problem) -> Tile:
 
 
 def _fit(problem: Problem, *, per_row: int, per_unit: int) -> Tile:
-    """The widest chunk within the workspace, then evened out over the vocabulary.
+    """The widest chunk within the workspace; off the CPU, chunks as even as can be.
 
     A column takes `per_row` bytes for each row and `per_unit` for each hidden unit.
     """
@@ -108,5 +109,11 @@ def _fit(problem: Problem, *, per_row: int, per_unit: int) -> Tile:
         most = min(most, max(LANES, _CPU_TILE_BYTES // (4 * block_t)))
     if most >= V:
         return Tile(block_t=block_t, chunk_v=max(1, V))
+    if problem.platform == "cpu":
+        # Odd: rows a power of two apart would compete for the same lines of the cache,
+        # which costs a sixth of the time.
+        vectors = most // _CPU_VECTOR
+        vectors -= vectors % 2 == 0
+        return Tile(block_t=block_t, chunk_v=vectors * _CPU_VECTOR)
     chunks = -(-V // (most // LANES * LANES))
     return Tile(block_t=block_t, chunk_v=-(-V // (chunks * LANES)) * LANES)

@@ -77,7 +77,7 @@ def test_float16_gradients_survive_small_cotangents(x64):
 
 
 @pytest.mark.parametrize("num_valid", [0, 1, 256, 257, 1000])
-def test_padding_rows_give_zero_and_get_zero(num_valid):
+def test_padding_rows_give_zero_and_get_zero(x64, num_valid):
     inputs = make_inputs(*RAGGED, Case(name="", stats=STATS), "float32")
     hidden = inputs.arrays["hidden"].copy()
     hidden[num_valid:] = np.nan
@@ -98,10 +98,14 @@ def test_padding_rows_give_zero_and_get_zero(num_valid):
         "targets": inputs.targets[:num_valid],
         "cotangents": inputs.cotangents[:, :num_valid],
     }
-    want = evaluate(small, dataclasses.replace(inputs, **kept), "float32")
-    got = jax.tree.map(lambda x: x[:num_valid], (out, grads["hidden"]))
-    assert relative_error(got, (want[0], want[1]["hidden"])) < 1e-6
-    assert relative_error(grads["head"], want[1]["head"]) < 1e-6
+    # The rest is as good as plain JAX on the valid rows alone.
+    alone = dataclasses.replace(inputs, **kept)
+    truth = evaluate(reference.token_logprobs, alone, "float64")
+    plain = evaluate(reference.token_logprobs, alone, "float32")
+    out, dhidden = jax.tree.map(lambda x: x[:num_valid], (out, grads["hidden"]))
+    ours = out, grads | {"hidden": dhidden}
+    bound = verify.SLACK * relative_error(plain, truth) + verify.FLOOR
+    assert relative_error(ours, truth) < bound
 
 
 def test_a_bias_of_minus_infinity_equals_a_smaller_vocabulary():
