@@ -35,6 +35,8 @@ format: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(PY) -m pytest bench --benchmark-enable
+	$(PY) -m bench.train_step
+	$(PY) -m bench.memory
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .benchmarks *.egg-info
