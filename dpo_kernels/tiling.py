@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 from dpo_kernels.backends import traced_platform
 
 LANES = 128  # on GPU and TPU every chunk but the last is a multiple
+LEAST_BLOCK_T = 8  # a small workspace makes blocks of rows no lower than this
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ def _fit(problem: Problem, *, per_row: int, per_unit: int) -> Tile:
     def column_bytes() -> int:
         return per_row * block_t + per_unit * problem.D
 
-    while block_t > 8 and column_bytes() * narrowest > workspace_bytes:
+    while block_t > LEAST_BLOCK_T and column_bytes() * narrowest > workspace_bytes:
         block_t = -(-block_t // 2)
     if column_bytes() * narrowest > workspace_bytes:
         raise ValueError(

@@ -70,7 +70,7 @@ def check_workspace(config: DPOConfig, decoder: DecoderConfig, dtype: Any) -> No
     """Refuse a workspace in which not even the smallest tile of logits fits."""
     try:
         problem = tiling.Problem(
-            T=1,
+            T=tiling.LEAST_BLOCK_T,
             D=decoder.hidden_size,
             V=decoder.vocab_size,
             itemsize=dtype.itemsize,
