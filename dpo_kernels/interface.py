@@ -6,11 +6,14 @@ and lives in `token_logprobs.py`.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+if TYPE_CHECKING:
+    from dpo_kernels.tiling import Problem
 
 STATS = ("entropy", "collision", "mean_logit", "top1")
 
@@ -63,6 +66,10 @@ class Backend(Protocol):
     An entry whose bias is -inf does not exist: it has no probability, no gradient, and
     no part in the mean logit, whatever the soft-cap.
     """
+
+    def unsupported(self, problem: "Problem") -> str | None:
+        """Why it cannot do this, as `needs ..., this is ...`; None if it can."""
+        ...
 
     def forward_partials(
         self,

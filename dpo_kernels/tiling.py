@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dpo_kernels.backends import traced_platform
+from dpo_kernels.devices import Device, traced_device
 
 LANES = 128  # on GPU and TPU every chunk but the last is a multiple
 LEAST_BLOCK_T = 8  # a small workspace makes blocks of rows no lower than this
@@ -40,10 +41,21 @@ class Problem:
     T: int
     D: int
     V: int
-    itemsize: int  # bytes of an element of hidden and head
+    dtype: jnp.dtype  # of hidden and head
     workspace_bytes: int
-    platform: str  # cpu, gpu or tpu
+    device: Device
     ragged: bool  # padding rows are to be skipped
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of hidden and head."""
+        return self.dtype.itemsize
+
+    @property
+    def platform(self) -> str:
+        """A row of the tables here: cpu, gpu (of any make) or tpu."""
+        platform = self.device.platform
+        return "gpu" if platform == "rocm" else platform
 
 
 def problem_of(
@@ -52,14 +64,14 @@ def problem_of(
     num_valid: Int[Array, ""] | None,
     workspace_bytes: int,
 ) -> Problem:
-    """The problem that these arguments pose on the platform being traced."""
+    """The problem that these arguments pose on the device being traced for."""
     return Problem(
         T=hidden.shape[0],
         D=hidden.shape[1],
         V=head.shape[0],
-        itemsize=hidden.dtype.itemsize,
+        dtype=hidden.dtype,
         workspace_bytes=workspace_bytes,
-        platform=traced_platform(),
+        device=traced_device(),
         ragged=num_valid is not None,
     )
 

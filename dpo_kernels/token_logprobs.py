@@ -30,6 +30,7 @@ from dpo_kernels.interface import (
 )
 from dpo_kernels.loops import make_varying, varying_axes
 from dpo_kernels.partials import finish, merge, no_vocabulary
+from dpo_kernels.tiling import problem_of
 
 AxisName = str | tuple[str, ...]
 
@@ -84,6 +85,8 @@ def token_logprobs(
     """
     stats = tuple(stats)
     check_arguments(hidden, head, targets, num_valid, bias, softcap, stats)
+    num_valid = None if num_valid is None else jnp.asarray(num_valid, jnp.int32)
+    problem = problem_of(hidden, head, num_valid, workspace_bytes)
     static = _Static(
         options=LogitOptions(
             softcap=None if softcap is None else float(softcap),
@@ -92,12 +95,10 @@ def token_logprobs(
         ),
         axis_name=axis_name,
         workspace_bytes=workspace_bytes,
-        backend=load_backend(implementation),
+        backend=load_backend(implementation, problem),
     )
     if axis_name is not None:
         check_vocab_parallel(head, targets, axis_name)
-    if num_valid is not None:
-        num_valid = jnp.asarray(num_valid, jnp.int32)
     # Typed alike before the vjp, so that what a broadcast over the data axis sums in
     # the backward is summed by JAX, outside.
     vocab_axes = frozenset(_axis_tuple(axis_name))

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from dpo_kernels import tiling
+from dpo_kernels.devices import Device
 from engine.data import BatchPlan, PairTokens, PreferenceRows, tokenize_pairs
 from engine.dpo_config import DPOConfig
 from engine.errors import InputError
@@ -73,9 +74,9 @@ def check_workspace(config: DPOConfig, decoder: DecoderConfig, dtype: Any) -> No
             T=tiling.LEAST_BLOCK_T,
             D=decoder.hidden_size,
             V=decoder.vocab_size,
-            itemsize=dtype.itemsize,
+            dtype=dtype,
             workspace_bytes=config.workspace_bytes,
-            platform="cpu",
+            device=Device(platform="cpu", kind="cpu"),
             ragged=True,
         )
         tiling.backward_tile(problem)

@@ -45,15 +45,16 @@ def test_each_option_alone(x64, case):
 def test_the_small_workspace_makes_several_chunks_and_row_blocks(monkeypatch):
     """Else the tests above would not see a chunk's or a block's edge."""
     from dpo_kernels import tiling
+    from dpo_kernels.devices import Device
 
     T, D, V = RAGGED
     problem = tiling.Problem(
         T=T,
         D=D,
         V=V,
-        itemsize=2,
+        dtype=jnp.dtype(jnp.bfloat16),
         workspace_bytes=SMALL_WORKSPACE,
-        platform="cpu",
+        device=Device(platform="cpu", kind="cpu"),
         ragged=True,
     )
     for make in (tiling.xla_forward_tile, tiling.backward_tile):

@@ -5,42 +5,62 @@ import importlib
 import logging
 from typing import cast
 
-import jax
-
+from dpo_kernels.devices import Device
 from dpo_kernels.interface import Backend
+from dpo_kernels.tiling import Problem
 
-BACKENDS = {"xla": "dpo_kernels.backends.xla"}
+# From the fastest to the one that runs anywhere: the order in which `auto` tries them.
+BACKENDS = {
+    "xla": "dpo_kernels.backends.xla",
+}
 
 _log = logging.getLogger(__name__)
 
 
-def traced_platform() -> str:
-    """`cpu`, `gpu` or `tpu`: the platform of the mesh being traced, else the default.
-
-    The mesh comes first, so that compiling ahead of time for an absent device picks
-    what that device will run.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else str(device.platform)
-    return "gpu" if platform in ("cuda", "rocm") else platform
-
-
-def load_backend(implementation: str) -> Backend:
-    """The backend of that name; `auto` is resolved for the platform being traced.
+def load_backend(implementation: str, problem: Problem) -> Backend:
+    """The backend of that name, if it can do this; `auto` takes the first that can.
 
     Raises:
         ValueError: a name that is not in `BACKENDS`.
+        NotImplementedError: a backend that does not cover the device, dtype or shape.
     """
     if implementation == "auto":
-        implementation = _resolve_auto(traced_platform())
+        return _resolve_auto(problem)
     if implementation not in BACKENDS:
         raise ValueError(
             f"{implementation=} is unknown; use one of: auto, {', '.join(BACKENDS)}"
         )
-    return cast(Backend, importlib.import_module(BACKENDS[implementation]))
+    backend = _module(implementation)
+    reason = backend.unsupported(problem)
+    if reason is not None:
+        others = " or ".join((*supported_backends(problem), "auto"))
+        raise NotImplementedError(f"{implementation=} {reason}; use {others}")
+    return backend
+
+
+def supported_backends(problem: Problem) -> tuple[str, ...]:
+    """The names of those that can do this, the fastest first."""
+    return tuple(n for n in BACKENDS if _module(n).unsupported(problem) is None)
+
+
+def _resolve_auto(problem: Problem) -> Backend:
+    passed_over = []
+    for name in BACKENDS:
+        reason = _module(name).unsupported(problem)
+        if reason is None:
+            _log_choice(name, problem.device, tuple(passed_over))
+            return _module(name)
+        passed_over.append(f"{name} {reason}")
+    raise AssertionError("xla runs anywhere")
 
 
 @functools.cache
-def _resolve_auto(platform: str) -> str:
-    _log.info("token_logprobs: implementation='auto' is 'xla' on %s", platform)
-    return "xla"
+def _log_choice(name: str, device: Device, passed_over: tuple[str, ...]) -> None:
+    because = f" ({'; '.join(passed_over)})" if passed_over else ""
+    _log.info(
+        "token_logprobs: implementation='auto' is %r on %s%s", name, device, because
+    )
+
+
+def _module(name: str) -> Backend:
+    return cast(Backend, importlib.import_module(BACKENDS[name]))

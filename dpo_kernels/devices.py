@@ -1,0 +1,90 @@
+"""The device that a computation is being traced for, which need not be here."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+# Compute capability by the name that the driver reports, for devices that are compiled
+# for but absent; a present one is asked. A longer name wins: GH200 is not an H200.
+_CAPABILITIES = {
+    "V100": (7, 0),
+    "T4": (7, 5),
+    "A100": (8, 0),
+    "A10": (8, 6),
+    "A10G": (8, 6),
+    "A40": (8, 6),
+    "RTX A6000": (8, 6),
+    "L4": (8, 9),
+    "L40": (8, 9),
+    "L40S": (8, 9),
+    "RTX 4090": (8, 9),
+    "H100": (9, 0),
+    "H200": (9, 0),
+    "H800": (9, 0),
+    "GH200": (9, 0),
+    "B200": (10, 0),
+    "GB200": (10, 0),
+    "B300": (10, 3),
+    "GB300": (10, 3),
+    "RTX PRO 6000": (12, 0),
+    "RTX 5090": (12, 0),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What the choice of a kernel and of its blocks depends on."""
+
+    platform: str  # cpu, gpu (NVIDIA's), rocm or tpu
+    kind: str  # as the driver names it: NVIDIA H200, TPU v6e
+    num_cores: int | None = None  # streaming multiprocessors, of a GPU
+    capability: tuple[int, int] | None = None  # of an NVIDIA GPU; None where unknown
+
+    def __str__(self) -> str:
+        """The kind, and the compute capability of a GPU."""
+        if self.capability is None:
+            return self.kind
+        return f"{self.kind} (compute capability {'.'.join(map(str, self.capability))})"
+
+
+def traced_device() -> Device:
+    """The device of the mesh being traced, else the default one.
+
+    The mesh comes first, so that compiling ahead of time for an absent device picks
+    what that device will run.
+    """
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        kind, platform = str(abstract.device_kind), str(abstract.platform)
+        return _device(platform, kind, abstract.num_cores, None)
+    device: Any = jax.local_devices(backend=jax.default_backend())[0]
+    return _device(
+        # The platform of a CUDA device is called gpu; only its client's name tells.
+        device.client.platform_version if device.platform == "gpu" else device.platform,
+        device.device_kind,
+        getattr(device, "core_count", None),
+        getattr(device, "compute_capability", None),
+    )
+
+
+def _device(
+    platform: str, kind: str, num_cores: int | None, capability: str | None
+) -> Device:
+    if "rocm" in platform.lower():
+        return Device(platform="rocm", kind=kind, num_cores=num_cores)
+    if platform in ("cpu", "tpu"):
+        return Device(platform=platform, kind=kind)
+    if capability is not None:
+        major, minor = map(int, str(capability).split("."))
+        known: tuple[int, int] | None = major, minor
+    else:
+        known = capability_of(kind)
+    return Device(platform="gpu", kind=kind, num_cores=num_cores, capability=known)
+
+
+def capability_of(kind: str) -> tuple[int, int] | None:
+    """The compute capability of an NVIDIA GPU by its name; None for an unknown one."""
+    words = f" {kind.replace('-', ' ')} "
+    found = [name for name in _CAPABILITIES if f" {name} " in words]
+    return _CAPABILITIES[max(found, key=len)] if found else None
