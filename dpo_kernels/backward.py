@@ -1,22 +1,27 @@
 """The backward that every backend shares: dlogits a tile at a time, then two matmuls.
 
-Recomputing costs 8TDV FLOPs with the forward's, against 6TDV if the logits were kept.
+Recomputing costs 8TDV FLOPs with the forward's, against 6TDV where all exponentials
+were kept; the workspace decides how many are.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from dpo_kernels import tiling
 from dpo_kernels.interface import Backend, LogitOptions, accumulator
+from dpo_kernels.kept import KeptRows, kept_dlogits
 from dpo_kernels.loops import (
     for_each_chunk,
     for_each_row_block,
     make_varying,
     put_rows,
     take_rows,
+    uninitialized,
     varying_axes,
 )
 
@@ -59,8 +64,33 @@ class Inputs:
     num_valid: Int[Array, ""] | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be computed, from what, by what and in which pieces."""
+
+    backend: Backend
+    options: LogitOptions
+    inputs: Inputs
+    rows: RowCoefficients
+    factor: Array | float  # that the coefficients have in them: `dlogits_factor`
+    kept: KeptRows | None
+    wanted: Wanted
+    tile: tiling.BackwardTile
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Typed as varying over the manual mesh axes that the gradients vary over."""
+        return make_varying(jnp.zeros(shape, dtype), self.axes)
+
+    @property
+    def axes(self) -> frozenset[str]:
+        """The manual mesh axes over which the gradients vary."""
+        x = self.inputs
+        xs = (x.hidden, x.head, x.bias, x.targets, x.num_valid)
+        return varying_axes(*xs, *self.rows)
+
+
 def row_coefficients(
-    logprob: Array, lse: Array, dlogprob: Array, dlse: Array, scale_up: Array | float
+    logprob: Array, lse: Array, dlogprob: Array, dlse: Array, factor: Array | float
 ) -> RowCoefficients:
     """dz = dlogprob * (onehot - p) + dlse * p, split into its two cases.
 
@@ -70,132 +100,192 @@ def row_coefficients(
     return RowCoefficients(
         # A row without any vocabulary has lse -inf: exp(z - inf) is 0, not NaN.
         lse=jnp.where(lse == -jnp.inf, jnp.inf, lse),
-        p_coef=(dlse - dlogprob) * scale_up,
-        target_grad=at_target * scale_up,
+        p_coef=(dlse - dlogprob) * factor,
+        target_grad=at_target * factor,
     )
 
 
-def power_of_two(dtype: Any, dlogprob: Array, dlse: Array) -> Array | float:
-    """What float16 dlogits are multiplied by so that small ones do not flush to 0.
+def dlogits_factor(
+    dtype: Any, scale: float, dlogprob: Array, dlse: Array
+) -> Array | float:
+    """What dlogits are multiplied by: `scale`, which the matmuls' results then have.
 
-    Exact in both directions. A row's dlogits sum in absolute value to at most
-    2 * |dlogprob| + |dlse|: scaled to 2**10 they stay far from float16's 65504.
+    In float16 a power of two, exact in both directions, so that small ones do not flush
+    to 0. A row's dlogits sum in absolute value to at most 2 * |dlogprob| + |dlse|:
+    scaled to 2**10 they stay far from float16's 65504.
     """
     if dtype != jnp.float16:
-        return 1.0
+        return scale or 1.0
     most = jnp.max(2 * jnp.abs(dlogprob) + jnp.abs(dlse))
     exponent = jnp.where(most > 0, 10 - jnp.ceil(jnp.log2(most)), 0.0)
     return jnp.exp2(jnp.clip(exponent, -100, 100))
 
 
-def backward(
-    backend: Backend,
-    options: LogitOptions,
-    inputs: Inputs,
-    rows: RowCoefficients,
-    wanted: Wanted,
-    *,
-    scale_up: Array | float,
-    workspace_bytes: int,
-) -> Gradients:
+def backward(job: Job) -> Gradients:
     """The gradients that are wanted; of `hidden`'s, this device's share.
 
     That of `hidden` is left in the accumulator's dtype, to be summed over devices;
     those of `head` and `bias` are written once, a chunk at a time.
     """
-    hidden, head, bias = inputs.hidden, inputs.head, inputs.bias
+    num_valid, heights = job.inputs.num_valid, job.tile.heights
+    if num_valid is None or len(heights) == 1:
+        return _on_rows(job, heights[-1])
+    # One choice, then code of static shapes: a GPU waits for the host at every turn of
+    # a loop whose length is traced, and copies what a matmul reads at a traced row.
+    choice = (num_valid > jnp.asarray(heights[:-1], num_valid.dtype)).sum()
+    return lax.switch(choice, [functools.partial(_on_rows, job, h) for h in heights])
+
+
+def _on_rows(job: Job, height: int) -> Gradients:
+    """The gradients from the leading `height` rows, in the shapes of all."""
+    hidden, head, bias = job.inputs.hidden, job.inputs.head, job.inputs.bias
+    acc, wanted = accumulator(hidden.dtype), job.wanted
     (T, D), V = hidden.shape, head.shape[0]
-    acc = accumulator(hidden.dtype)
-    problem = tiling.problem_of(hidden, head, inputs.num_valid, workspace_bytes)
-    tile = tiling.backward_tile(problem)
-    unscale = options.scale / scale_up
-    axes = varying_axes(hidden, head, bias, inputs.targets, inputs.num_valid, *rows)
+    only_block = None
+    if height <= job.tile.block_t:
+        # Outside the loop over chunks, from which XLA does not move it.
+        only_block = _rows(job, 0, jnp.ones((height,), bool))
 
-    def zeros(shape: tuple[int, ...], dtype: Any, want: Any) -> Array | None:
-        return None if want is None else make_varying(jnp.zeros(shape, dtype), axes)
+    def chunk(kept: bool, start_v: Any, size: int, grads: Gradients) -> Gradients:
+        rows = only_block
+        if rows is not None and isinstance(start_v, int) and start_v > 0:
+            # Else XLA may compute this chunk's dlogits before the loop over those
+            # before it, and hold them throughout.
+            grads, targets = lax.optimization_barrier((grads, rows.targets))
+            rows = rows._replace(targets=targets)
+        return _add_chunk(job, height, rows, kept, start_v, size, grads)
 
-    def chunk(start_v: Any, size: int, grads: Gradients) -> Gradients:
-        head_v = take_rows(head, start_v, size)
-        bias_v = None if bias is None else take_rows(bias, start_v, size)
-
-        def block(start_t: Any, fresh_t: Array, grads: Gradients) -> Gradients:
-            tile_rows = _rows_of(inputs, rows, start_t, start_v, fresh_t)
-            return _add_tile(
-                backend, options, tile_rows, head_v, bias_v, start_t, grads
-            )
-
-        # Within the chunk, head and bias gradients are sums over the blocks of rows.
-        sums = zeros((size, D), acc, wanted.head), zeros((size,), acc, wanted.bias)
-        sums = for_each_row_block(
-            T, tile.block_t, inputs.num_valid, block, Gradients(grads.hidden, *sums)
-        )
-        dhead, dbias = grads.head, grads.bias
-        if dhead is not None:
-            dhead = put_rows(dhead, (sums.head * unscale).astype(head.dtype), start_v)
-        if dbias is not None:
-            dbias = put_rows(dbias, (sums.bias / scale_up).astype(dbias.dtype), start_v)
-        return Gradients(sums.hidden, dhead, dbias)
-
+    dhead = uninitialized(head.shape, head.dtype, job.axes)
+    dbias = job.zeros((V,), acc if bias is None else bias.dtype)
     grads = Gradients(
-        hidden=zeros((T, D), acc, wanted.hidden),
-        head=zeros((V, D), head.dtype, wanted.head),
-        bias=zeros((V,), acc if bias is None else bias.dtype, wanted.bias),
+        hidden=None if wanted.hidden is None else job.zeros((height, D), acc),
+        head=None if wanted.head is None else dhead,
+        bias=None if wanted.bias is None else dbias,
     )
-    grads = for_each_chunk(V, tile.chunk_v, chunk, grads)
+    keep_v = 0 if job.kept is None else job.tile.keep_v
+    chunk_v = job.tile.chunk_v
+    grads = for_each_chunk(0, keep_v, chunk_v, functools.partial(chunk, True), grads)
+    grads = for_each_chunk(keep_v, V, chunk_v, functools.partial(chunk, False), grads)
     if grads.hidden is None:
         return grads
-    return grads._replace(hidden=grads.hidden * unscale)
+    dhidden = grads.hidden * (job.options.scale / job.factor)
+    return grads._replace(hidden=jnp.pad(dhidden, ((0, T - height), (0, 0))))
 
 
-def _rows_of(
-    inputs: Inputs, rows: RowCoefficients, start_t: Any, start_v: Any, fresh_t: Array
-) -> tuple[Array, Array, RowCoefficients]:
-    """One block's hidden states, targets within the chunk, and coefficients."""
+def _add_chunk(
+    job: Job,
+    height: int,
+    only_block: "_Rows | None",
+    kept: bool,
+    start_v: Any,
+    size: int,
+    grads: Gradients,
+) -> Gradients:
+    """`grads` with those of one chunk added to `hidden`'s, put into the others'."""
+    head = job.inputs.head
+    acc, head_v = accumulator(head.dtype), take_rows(head, start_v, size)
+    at_once = tiling.writes_dhead_at_once(head.dtype, height, job.tile.block_t)
+
+    def block(start_t: Any, fresh_t: Array, sums: Gradients) -> Gradients:
+        rows = only_block or _rows(job, start_t, fresh_t)
+        if kept:
+            dlogits = _dlogits_of_kept(job, rows, start_t, start_v, size)
+        else:
+            dlogits = _recomputed_dlogits(job, rows, head_v, start_v)
+        return _add_tile(dlogits, rows.hidden, head_v, start_t, sums)
+
+    # Within the chunk, head and bias gradients are sums over the blocks of rows.
+    dhead_v = job.zeros(head_v.shape, head.dtype if at_once else acc)
+    sums = Gradients(
+        hidden=grads.hidden,
+        head=None if grads.head is None else dhead_v,
+        bias=None if grads.bias is None else job.zeros((size,), acc),
+    )
+    # Of several heights one was chosen by the number of valid rows already.
+    num_valid = job.inputs.num_valid if len(job.tile.heights) == 1 else None
+    sums = for_each_row_block(height, job.tile.block_t, num_valid, block, sums)
+    dhead, dbias = grads.head, grads.bias
+    if dhead is not None:
+        dhead_v = (sums.head * (job.options.scale / job.factor)).astype(head.dtype)
+        dhead = put_rows(dhead, dhead_v, start_v)
+    if dbias is not None:
+        dbias_v = (sums.bias / job.factor).astype(dbias.dtype)
+        dbias = put_rows(dbias, dbias_v, start_v)
+    return Gradients(sums.hidden, dhead, dbias)
+
+
+class _Rows(NamedTuple):
+    hidden: Float[Array, "t D"]
+    targets: Int[Array, " t"]
+    coefficients: RowCoefficients
+    fresh: Bool[Array, " t"]
+
+
+def _rows(job: Job, start_t: Any, fresh_t: Array) -> _Rows:
+    """One block of rows; those that are not fresh, or padding, contribute nothing."""
+    inputs, length = job.inputs, fresh_t.shape[0]
     hidden, targets, lse, p_coef, target_grad = (
-        take_rows(x, start_t, fresh_t.shape[0])
-        for x in (inputs.hidden, inputs.targets, *rows)
+        take_rows(x, start_t, length)
+        for x in (inputs.hidden, inputs.targets, *job.rows)
     )
     if inputs.num_valid is not None:
+        fresh_t &= start_t + jnp.arange(length, dtype=jnp.int32) < inputs.num_valid
         # Padding may hold NaN, and 0 * NaN is no zero in the matmuls.
         hidden = jnp.where(fresh_t[:, None], hidden, jnp.zeros((), hidden.dtype))
-    masked = RowCoefficients(
-        lse=lse,
+    coefficients = RowCoefficients(
+        lse=jnp.where(fresh_t, lse, jnp.inf),
         p_coef=jnp.where(fresh_t, p_coef, 0),
         target_grad=jnp.where(fresh_t, target_grad, 0),
     )
-    return hidden, targets - start_v, masked
+    return _Rows(hidden, targets, coefficients, fresh_t)
+
+
+Dlogits = tuple[Float[Array, "t v"], Float[Array, " v"] | None]
+
+
+def _recomputed_dlogits(job: Job, rows: _Rows, head_v: Array, start_v: Any) -> Dlogits:
+    bias = job.inputs.bias
+    return job.backend.dlogits(
+        rows.hidden,
+        head_v,
+        rows.targets - start_v,
+        None if bias is None else take_rows(bias, start_v, head_v.shape[0]),
+        *rows.coefficients,
+        options=job.options,
+        want_dbias=job.wanted.bias is not None,
+    )
+
+
+def _dlogits_of_kept(
+    job: Job, rows: _Rows, start_t: Any, start_v: Any, size: int
+) -> Dlogits:
+    assert job.kept is not None, "the tile keeps only what the forward has kept"
+    return kept_dlogits(
+        job.kept,
+        rows.targets - start_v,
+        rows.fresh,
+        start_t,
+        start_v,
+        size,
+        want_dbias=job.wanted.bias is not None,
+    )
 
 
 def _add_tile(
-    backend: Backend,
-    options: LogitOptions,
-    tile_rows: tuple[Array, Array, RowCoefficients],
-    head_v: Array,
-    bias_v: Array | None,
-    start_t: Any,
-    grads: Gradients,
+    dlogits: Dlogits, hidden_t: Array, head_v: Array, start_t: Any, sums: Gradients
 ) -> Gradients:
-    hidden_t, targets_t, coefficients = tile_rows
-    acc = accumulator(hidden_t.dtype)
-    dlogits_tv, dbias_v = backend.dlogits(
-        hidden_t,
-        head_v,
-        targets_t,
-        bias_v,
-        *coefficients,
-        options=options,
-        want_dbias=grads.bias is not None,
-    )
-    dhidden, dhead, dbias = grads
+    """The two matmuls; a sum's dtype is its matmul's, too."""
+    dlogits_tv, dbias_v = dlogits
+    dhidden, dhead, dbias = sums
     if dhidden is not None:
         dhidden_t = jnp.einsum(
-            "tv,vD->tD", dlogits_tv, head_v, preferred_element_type=acc
+            "tv,vD->tD", dlogits_tv, head_v, preferred_element_type=dhidden.dtype
         )
         before_t = take_rows(dhidden, start_t, hidden_t.shape[0])
         dhidden = put_rows(dhidden, before_t + dhidden_t, start_t)
     if dhead is not None:
         dhead += jnp.einsum(
-            "tv,tD->vD", dlogits_tv, hidden_t, preferred_element_type=acc
+            "tv,tD->vD", dlogits_tv, hidden_t, preferred_element_type=dhead.dtype
         )
     if dbias is not None:
         assert dbias_v is not None, "a backend returns what want_dbias asks for"

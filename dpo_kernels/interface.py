@@ -1,11 +1,11 @@
 """What the op returns, and what a backend must offer.
 
-A backend is one module with the two functions of `Backend`. Everything else, the loop
+A backend is one module with the members of `Backend`. Everything else, the loop
 over vocabulary chunks, the merge of partials, the collectives and the vjp, is shared
 and lives in `token_logprobs.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -57,6 +57,22 @@ class Partials(NamedTuple):
     num_logits: Float[Array, "blocks T"] | None = None  # how many those are
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Exponentials that the forward keeps, so that the backward need not recompute.
+
+        exp[t, v] = kept_scale * cap'(x[t, v]) * exp(z[t, v] - shift[v // block_v, t])
+
+    for the leading vocabulary entries, with shift the maximum of the block or, where
+    that is -inf, 0; 0 where the bias is -inf. Padding rows may hold anything.
+    """
+
+    exp: Float[Array, "T keep_v"]  # in the dtype of hidden
+    shift: Float[Array, "blocks T"]
+    block_v: int = field(metadata={"static": True})  # of every block but the last
+
+
 @runtime_checkable
 class Backend(Protocol):
     """Two functions on one device's slice of the vocabulary.
@@ -66,6 +82,9 @@ class Backend(Protocol):
     An entry whose bias is -inf does not exist: it has no probability, no gradient, and
     no part in the mean logit, whatever the soft-cap.
     """
+
+    # Neither function holds a tile of logits, or of the head, in the workspace.
+    fused_dlogits: bool
 
     def unsupported(self, problem: "Problem") -> str | None:
         """Why it cannot do this, as `needs ..., this is ...`; None if it can."""
@@ -81,8 +100,12 @@ class Backend(Protocol):
         *,
         options: LogitOptions,
         workspace_bytes: int,
-    ) -> Partials:
-        """Reduce every row over every block of the vocabulary."""
+        keep_v: int,
+    ) -> tuple[Partials, Kept | None]:
+        """Reduce every row over every block of the vocabulary.
+
+        Also keep the exponentials of the first `keep_v` entries; None where that is 0.
+        """
         ...
 
     def dlogits(
@@ -109,6 +132,11 @@ class Backend(Protocol):
 def accumulator(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype of logits, sums and results: float64 for float64, else float32."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def kept_scale(dtype: jnp.dtype) -> float:
+    """What `Kept.exp` is multiplied by: small ones would flush to 0 in float16."""
+    return 2.0**14 if dtype == jnp.float16 else 1.0
 
 
 def capped(x: jax.Array, softcap: float | None) -> jax.Array:

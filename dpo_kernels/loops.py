@@ -16,20 +16,26 @@ Carry = Any
 
 
 def for_each_chunk(
-    size: int, chunk: int, body: Callable[[Any, int, Carry], Carry], carry: Carry
+    first: int,
+    last: int,
+    chunk: int,
+    body: Callable[[Any, int, Carry], Carry],
+    carry: Carry,
 ) -> Carry:
-    """Fold `body(start, length, carry)` over [0, size) in order.
+    """Fold `body(start, length, carry)` over [first, last) in order.
 
     `start` is traced, except in the shorter last chunk, which has code of its own: so
     no chunk reads past the end, and none is masked or computed twice.
     """
-    whole, tail = divmod(size, chunk)
+    whole, tail = divmod(last - first, chunk)
     if whole == 1:
-        carry = body(0, chunk, carry)
+        carry = body(first, chunk, carry)
     elif whole > 1:
-        carry = lax.fori_loop(0, whole, lambda i, c: body(i * chunk, chunk, c), carry)
+        carry = lax.fori_loop(
+            0, whole, lambda i, c: body(first + i * chunk, chunk, c), carry
+        )
     if tail:
-        carry = body(whole * chunk, tail, carry)
+        carry = body(first + whole * chunk, tail, carry)
     return carry
 
 
@@ -63,6 +69,11 @@ def for_each_row_block(
 def take_rows(x: Array, start: Any, length: int) -> Array:
     """x[start : start + length] for a traced start inside the bounds."""
     return lax.dynamic_slice_in_dim(x, start, length, axis=0)
+
+
+def uninitialized(shape: tuple[int, ...], dtype: Any, axes: frozenset[str]) -> Array:
+    """An array to be written before it is read, typed as varying over `axes`."""
+    return make_varying(lax.empty(shape, dtype), axes)
 
 
 def put_rows(x: Array, update: Array, start: Any) -> Array:

@@ -71,7 +71,7 @@ def check_workspace(config: DPOConfig, decoder: DecoderConfig, dtype: Any) -> No
     """Refuse a workspace in which not even the smallest tile of logits fits."""
     try:
         problem = tiling.Problem(
-            T=tiling.LEAST_BLOCK_T,
+            T=2 * tiling.LEAST_BLOCK_T,  # more than a block: d head is a sum then
             D=decoder.hidden_size,
             V=decoder.vocab_size,
             dtype=dtype,
@@ -79,7 +79,7 @@ def check_workspace(config: DPOConfig, decoder: DecoderConfig, dtype: Any) -> No
             device=Device(platform="cpu", kind="cpu"),
             ragged=True,
         )
-        tiling.backward_tile(problem)
+        tiling.backward_tile(problem, fused=False)
     except ValueError as error:
         raise InputError(str(error)) from error
 

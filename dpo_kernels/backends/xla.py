@@ -1,19 +1,32 @@
 """The backend that runs anywhere: plain JAX over tiles of logits in a workspace."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dpo_kernels import tiling
-from dpo_kernels.interface import LogitOptions, Partials, accumulator, capped
+from dpo_kernels.interface import (
+    Kept,
+    LogitOptions,
+    Partials,
+    accumulator,
+    capped,
+    kept_scale,
+)
 from dpo_kernels.loops import (
     for_each_chunk,
     for_each_row_block,
     make_varying,
-    put_rows,
     take_rows,
+    uninitialized,
     varying_axes,
 )
+
+fused_dlogits = False
 
 
 def unsupported(problem: tiling.Problem) -> str | None:
@@ -34,10 +47,12 @@ def _tile_logits(hidden, head, bias, options: LogitOptions):
     return x_tv, jnp.where(exists_v, capped(x_tv, options.softcap), -jnp.inf)
 
 
-def _reduce_tile(hidden, head, bias, targets, options: LogitOptions) -> Partials:
-    """One tile's partials, each of shape [t]."""
+def _reduce_tile(
+    hidden, head, bias, targets, options: LogitOptions, keep: bool
+) -> tuple[Partials, Array | None]:
+    """One tile's partials, each of shape [t], and the exponentials to keep."""
     with_rank_promotion = None if bias is None else bias[None]
-    _, z_tv = _tile_logits(hidden, head, with_rank_promotion, options)
+    x_tv, z_tv = _tile_logits(hidden, head, with_rank_promotion, options)
     max_t = z_tv.max(axis=1)
     # A tile whose entries are all masked: -inf - -inf would be NaN.
     shift_t = jnp.where(max_t == -jnp.inf, jnp.zeros_like(max_t), max_t)
@@ -57,7 +72,17 @@ def _reduce_tile(hidden, head, bias, targets, options: LogitOptions) -> Partials
     if "mean_logit" in options.stats:
         count = jnp.broadcast_to(exists_v.sum().astype(z_tv.dtype), max_t.shape)
         partials = partials._replace(sum_logit=finite_tv.sum(axis=1), num_logits=count)
-    return partials
+    if not keep:
+        return partials, None
+    kept_tv = e_tv * (_cap_slope(x_tv, options) * kept_scale(hidden.dtype))
+    return partials, kept_tv.astype(hidden.dtype)
+
+
+def _cap_slope(x_tv: Array, options: LogitOptions) -> Array | float:
+    """cap'(x); of x, not z, which is -inf where the bias is."""
+    if options.softcap is None:
+        return 1.0
+    return 1 - jnp.tanh(x_tv / options.softcap) ** 2
 
 
 def forward_partials(
@@ -69,20 +94,23 @@ def forward_partials(
     *,
     options: LogitOptions,
     workspace_bytes: int,
-) -> Partials:
+    keep_v: int,
+) -> tuple[Partials, Kept | None]:
     """See `Backend.forward_partials`; one block per vocabulary chunk of the tile."""
     T, V = hidden.shape[0], head.shape[0]
     acc = accumulator(hidden.dtype)
     problem = tiling.problem_of(hidden, head, num_valid, workspace_bytes)
-    tile = tiling.xla_forward_tile(problem)
-    num_chunks = -(-V // tile.chunk_v)
+    tile = tiling.xla_forward_tile(problem, keep_v)
+    # The kept entries have chunks of their own.
+    kept_chunks = -(-keep_v // tile.chunk_v)
+    num_chunks = kept_chunks + -(-(V - keep_v) // tile.chunk_v)
+    axes = varying_axes(hidden, head, targets, bias, num_valid)
 
     def empty(fill: float) -> Array:
-        axes = varying_axes(hidden, head, targets, bias, num_valid)
         return make_varying(jnp.full((num_chunks, T), fill, acc), axes)
 
     has = options.stats.__contains__
-    carry = Partials(
+    partials = Partials(
         max=empty(-jnp.inf),
         sum_exp=empty(0),
         target_logit=empty(-jnp.inf),
@@ -92,31 +120,49 @@ def forward_partials(
         num_logits=empty(0) if has("mean_logit") else None,
     )
 
-    def chunk(start_v, size: int, carry: Partials) -> Partials:
+    def chunk(first_chunk: int, first_v: int, start_v, size: int, carry):
         head_v = take_rows(head, start_v, size)
         bias_v = None if bias is None else take_rows(bias, start_v, size)
 
-        def rows(start_t, _fresh, carry: Partials) -> Partials:
+        def rows(start_t, _fresh, carry):
             # Rows done twice get the same value twice; padding rows get garbage that
             # no one reads.
-            tile_t = _reduce_tile(
+            partials, exp = carry
+            tile_t, kept_tv = _reduce_tile(
                 take_rows(hidden, start_t, tile.block_t),
                 head_v,
                 bias_v,
                 take_rows(targets, start_t, tile.block_t) - start_v,
                 options,
+                keep=exp is not None,
             )
-            at = (jnp.int32(start_v // tile.chunk_v), start_t)
-            return jax.tree.map(lambda x, update: _put(x, update, at), carry, tile_t)
+            row = jnp.int32(first_chunk + (start_v - first_v) // tile.chunk_v)
+            partials = jax.tree.map(
+                lambda x, update: _put(x, update[None], (row, start_t)),
+                partials,
+                tile_t,
+            )
+            if exp is not None and kept_tv is not None:
+                exp = _put(exp, kept_tv, (start_t, start_v))
+            return partials, exp
 
         return for_each_row_block(T, tile.block_t, num_valid, rows, carry)
 
-    return for_each_chunk(V, tile.chunk_v, chunk, carry)
+    kept = None
+    if keep_v:
+        carry = partials, uninitialized((T, keep_v), hidden.dtype, axes)
+        body = functools.partial(chunk, 0, 0)
+        partials, exp = for_each_chunk(0, keep_v, tile.chunk_v, body, carry)
+        shift = partials.max[:kept_chunks]
+        shift = jnp.where(shift == -jnp.inf, jnp.zeros_like(shift), shift)
+        kept = Kept(exp=exp, shift=shift, block_v=tile.chunk_v)
+    body = functools.partial(chunk, kept_chunks, keep_v)
+    partials, _ = for_each_chunk(keep_v, V, tile.chunk_v, body, (partials, None))
+    return partials, kept
 
 
-def _put(x: Array, update: Array, at: tuple[Array, Array]) -> Array:
-    row = take_rows(x, at[0], 1)[0]
-    return put_rows(x, put_rows(row, update, at[1])[None], at[0])
+def _put(x: Array, update: Array, at: tuple[Any, Any]) -> Array:
+    return lax.dynamic_update_slice(x, update, tuple(map(jnp.int32, at)))
 
 
 def dlogits(
@@ -137,9 +183,7 @@ def dlogits(
     hit_tv = jnp.arange(z_tv.shape[1], dtype=jnp.int32)[None] == targets[:, None]
     p_tv = jnp.exp(z_tv - lse[:, None])
     dx_tv = jnp.where(hit_tv, target_grad[:, None], p_coef[:, None] * p_tv)
-    if options.softcap is not None:
-        # cap'(x) = 1 - tanh(x / softcap)^2; of x, not z, which is -inf where masked.
-        dx_tv = dx_tv * (1 - jnp.tanh(x_tv / options.softcap) ** 2)
+    dx_tv = dx_tv * _cap_slope(x_tv, options)
     if bias is not None:
         dx_tv = jnp.where(row_bias == -jnp.inf, 0.0, dx_tv)
     dbias_v = dx_tv.sum(axis=0) if want_dbias else None
