@@ -19,9 +19,7 @@ class Batch(NamedTuple):
     positions: Int32[np.ndarray | Array, "A N T"]
     # The tokens to score; then 0.
     targets: Int32[np.ndarray | Array, "A N T"]
-    # The shard's sequence that each belongs to, in ascending order; then 2*Bl.
-    segments: Int32[np.ndarray | Array, "A N T"]
-    # How many of T are scored.
-    num_scored: Int32[np.ndarray | Array, "A N"]
+    # How many of T each of the shard's 2*Bl sequences scores; they lie in that order.
+    num_scored: Int32[np.ndarray | Array, "A N R"]
     # 1 for each real pair, 0 for a filler, which has no tokens.
     weights: Float32[np.ndarray | Array, "A B"]

@@ -218,24 +218,20 @@ def assemble(
 
     start, skip = by_shard(start), by_shard(skip)
     count = by_shard(size) - skip
-    num_scored = count.sum(axis=1)
-    assert num_scored.max() <= capacity and size.max() <= length
+    assert count.sum(axis=1).max() <= capacity and size.max() <= length
     local = np.broadcast_to(np.arange(2 * Bl), count.shape)
     # Filled from the left, row by row: where each sequence's scored tokens go.
     place = np.cumsum(count, axis=1) - count + np.arange(A * N)[:, None] * capacity
     count_R = count.ravel()
     place = ragged_arange(place.ravel(), count_R)
     positions, targets = np.zeros((2, A * N * capacity), np.int32)
-    segments = np.full(A * N * capacity, 2 * Bl, np.int32)
     positions[place] = ragged_arange((local * length + skip - 1).ravel(), count_R)
     targets[place] = pairs.tokens[ragged_arange((start + skip).ravel(), count_R)]
-    segments[place] = np.repeat(local.ravel(), count_R)
     batch = Batch(
         tokens=tokens.reshape(A, 2, B, length),
         positions=positions.reshape(A, N, capacity),
         targets=targets.reshape(A, N, capacity),
-        segments=segments.reshape(A, N, capacity),
-        num_scored=num_scored.reshape(A, N).astype(np.int32),
+        num_scored=count.reshape(A, N, 2 * Bl).astype(np.int32),
         weights=real.astype(np.float32),
     )
     return batch, int(size.sum())

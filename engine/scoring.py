@@ -41,8 +41,7 @@ class ScoredRows(NamedTuple):
     order: Int[Array, " FT"]  # of the gathered rows: the valid ones first
     total: Int[Array, ""]  # how many are valid
     targets: Int[Array, " FT"]
-    segments: Int[Array, " FT"]  # sequence in the fsdp group; past the end: padding
-    num_sequences: int  # F * 2 Bl
+    offsets: Int[Array, " FR+1"]  # where the rows of each sequence of the group begin
 
 
 class Completions(NamedTuple):
@@ -61,20 +60,16 @@ def _gather(x: np.ndarray | Array) -> Array:
 
 def scored_rows(microbatch: Batch) -> ScoredRows:
     """Gather the ids of the scored rows over `fsdp` and close the gaps between them."""
-    num_sequences = 2 * microbatch.weights.shape[0]
+    counts_FR = _gather(microbatch.num_scored)
     capacity = microbatch.positions.shape[-1]
-    counts_F = _gather(microbatch.num_scored)
-    F = counts_F.shape[0]
-    order, total = compact_index(counts_F, capacity)
-    valid = jnp.arange(F * capacity, dtype=jnp.int32) < total
-    offset = num_sequences * lax.axis_index(FSDP)
-    segments = _gather(microbatch.segments[0] + offset)[order]
+    order, total = compact_index(counts_FR.sum(axis=1), capacity)
+    # In the order of the devices, and on each of its sequences: ascending.
+    ends = jnp.cumsum(counts_FR.reshape(-1))
     return ScoredRows(
         order=order,
         total=total,
         targets=_gather(microbatch.targets[0])[order],
-        segments=jnp.where(valid, segments, F * num_sequences),
-        num_sequences=F * num_sequences,
+        offsets=jnp.concatenate([jnp.zeros_like(ends[:1]), ends]),
     )
 
 
@@ -96,7 +91,8 @@ def score_completions(
     _, Bl, S = microbatch.tokens.shape
     hidden = model(jnp.asarray(microbatch.tokens).reshape(2 * Bl, S))
     positions = microbatch.positions[0]
-    used = jnp.arange(positions.shape[0], dtype=jnp.int32) < microbatch.num_scored[0]
+    num_scored = microbatch.num_scored[0].sum()
+    used = jnp.arange(positions.shape[0], dtype=jnp.int32) < num_scored
     hidden = take_distinct_rows(hidden.reshape(2 * Bl * S, -1), positions, used)
     # Typed as varying over fsdp: its gradient is then reduce-scattered, not summed.
     hidden = lax.all_gather(hidden, FSDP, axis=0, tiled=True)
@@ -116,7 +112,12 @@ def score_completions(
         workspace_bytes=options.workspace_bytes,
         implementation=options.implementation,
     )
-    sums, counts = sequence_sums(tokens.logprob, rows.segments, rows.num_sequences)
+    sums, counts = sequence_sums(
+        tokens.logprob,
+        offsets=rows.offsets,
+        # xla means no kernels at all; the others need not be the sums' choice.
+        implementation="xla" if options.implementation == "xla" else "auto",
+    )
     return Completions(*by_pair(sums), *by_pair(counts), tokens=tokens)
 
 
@@ -136,8 +137,12 @@ def token_sums(
     weights_R = jnp.tile(weights_B.reshape(F, 1, -1), (1, 2, 1)).reshape(-1)
     rejected_R = jnp.zeros((F, 2, weights_B.shape[0] // F)).at[:, 1].set(1).reshape(-1)
     # Padding rows belong to a sequence past the end, which weighs nothing.
-    weight_T = jnp.append(weights_R, 0.0)[rows.segments]
-    rejected_T = weight_T * jnp.append(rejected_R, 0.0)[rows.segments]
+    row_T = jnp.arange(rows.order.shape[0], dtype=jnp.int32)
+    sequence_T = jnp.searchsorted(
+        rows.offsets[1:], row_T, side="right", method="scan_unrolled"
+    )
+    weight_T = jnp.append(weights_R, 0.0)[sequence_T]
+    rejected_T = weight_T * jnp.append(rejected_R, 0.0)[sequence_T]
     chosen_T = weight_T - rejected_T
     tokens = jax.tree.map(lax.stop_gradient, completions.tokens)
     assert tokens.entropy is not None, "token sums need the stats of STATS"

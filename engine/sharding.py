@@ -173,7 +173,6 @@ def batch_specs() -> Batch:
         tokens=tokens,
         positions=by_shard,
         targets=by_shard,
-        segments=by_shard,
-        num_scored=by_pair,
+        num_scored=by_shard,
         weights=by_pair,
     )

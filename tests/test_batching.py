@@ -29,8 +29,7 @@ def expected_batch(pairs, members, length, capacity, shards):
     tokens = np.zeros((A, 2, B, length), int)
     positions = np.zeros((A, shards, capacity), int)
     targets = np.zeros((A, shards, capacity), int)
-    segments = np.full((A, shards, capacity), 2 * Bl)
-    num_scored = np.zeros((A, shards), int)
+    num_scored = np.zeros((A, shards, 2 * Bl), int)
     for a, n, side, b in np.ndindex(A, shards, 2, Bl):
         pair = members[a, n * Bl + b]
         if pair < 0:
@@ -39,13 +38,12 @@ def expected_batch(pairs, members, length, capacity, shards):
         row = pairs.tokens[pairs.offsets[i] : pairs.offsets[i + 1]]
         tokens[a, side, n * Bl + b, : len(row)] = row
         for t in range(pairs.score_start[i], len(row)):
-            k = num_scored[a, n]
+            k = num_scored[a, n].sum()
             positions[a, n, k] = (side * Bl + b) * length + t - 1
             targets[a, n, k] = row[t]
-            segments[a, n, k] = side * Bl + b
-            num_scored[a, n] += 1
+            num_scored[a, n, side * Bl + b] += 1
     weights = (members >= 0).astype(float)
-    return Batch(tokens, positions, targets, segments, num_scored, weights)
+    return Batch(tokens, positions, targets, num_scored, weights)
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
@@ -71,12 +69,13 @@ def test_positions_are_those_of_the_token_before_the_target():
     for a in range(A):
         for n in range(3):
             local = batch.tokens[a, :, n * 2 : n * 2 + 2].reshape(-1)
-            count = batch.num_scored[a, n]
+            sequences = np.repeat(np.arange(4), batch.num_scored[a, n])
+            count = len(sequences)
             positions = batch.positions[a, n, :count]
             np.testing.assert_array_equal(
                 local[positions + 1], batch.targets[a, n, :count]
             )
-            np.testing.assert_array_equal(positions // S, batch.segments[a, n, :count])
+            np.testing.assert_array_equal(positions // S, sequences)
 
 
 def pairs_seen(batches) -> list[int]:
@@ -101,7 +100,7 @@ def test_file_order_without_shuffling():
     batches = list(plan.batches(0))
     assert len(batches) == plan.batches_per_epoch == 3
     np.testing.assert_array_equal(batches[2][0].weights, [[1, 1], [0, 0]])
-    assert batches[2][0].num_scored[1] == 0
+    assert not batches[2][0].num_scored[1].any()
     assert sum(tokens for _, tokens in batches) == len(pairs.tokens)
 
 
@@ -156,7 +155,8 @@ def test_few_shapes_fit_every_epoch(shuffle, batch, shards):
     for epoch in range(2):
         for built, _ in plan.batches(epoch):
             used.add((built.tokens.shape[-1], built.targets.shape[-1]))
-            assert built.num_scored.max() <= built.targets.shape[-1]
+            scored = built.num_scored.sum(axis=-1)
+            assert scored.max() <= built.targets.shape[-1]
     assert used <= set(plan.shapes) and len(used) <= 4
 
 
@@ -168,7 +168,8 @@ def test_the_unlikely_capacity_is_taken_when_it_is_needed():
     largest = np.argsort(pairs.num_scored.reshape(-1, 2).sum(axis=1))[-32:]
     plan.order = lambda epoch: largest  # pyright: ignore[reportAttributeAccessIssue]
     batch, _ = plan.batch(0, 0)
-    assert batch.targets.shape[-1] == most >= batch.num_scored.max() > most - 128
+    scored = batch.num_scored.sum(axis=-1)
+    assert batch.targets.shape[-1] == most >= scored.max() > most - 128
 
 
 def test_capacities_are_exact_where_the_batches_are_known():

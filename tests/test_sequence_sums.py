@@ -65,18 +65,46 @@ def test_no_tokens_and_no_sequences():
     assert sums.shape == (0,)
 
 
+def test_tokens_of_no_sequence_have_no_gradient():
+    values = jnp.asarray([1.0, np.nan, 2.0])
+    segments, weights = jnp.asarray([0, 7, -1]), jnp.asarray([2.0, 1.0, np.inf])
+
+    def loss(values, weights):
+        return sequence_sums(values, segments, 1, weights=weights)[0].sum()
+
+    dvalues, dweights = jax.grad(loss, (0, 1))(values, weights)
+    np.testing.assert_array_equal(dvalues, [2, 0, 0])
+    np.testing.assert_array_equal(dweights, [1, 0, 0])
+
+
+INTEGERS, FLOATS = jnp.zeros(2, jnp.int32), jnp.zeros(2)
+
+
 @pytest.mark.parametrize(
-    "segments, weights, message",
+    "arguments, message",
     [
-        (jnp.zeros(3, jnp.int32), None, "segment_ids is .3. and values is .2."),
-        (jnp.zeros(2, jnp.int32), jnp.zeros(3), "weights is .3."),
-        (jnp.zeros(2), None, "must hold integers"),
+        ((jnp.zeros(3, jnp.int32), 1), "segment_ids is .3. and values is .2."),
+        ((FLOATS, 1), "segment_ids is float32; it must hold integers"),
+        ((INTEGERS,), "num_segments=None must be given with segment_ids"),
+        ((), "neither of segment_ids and offsets"),
+        ((INTEGERS, 1, {"offsets": INTEGERS}), "both of segment_ids and offsets"),
+        ((None, 1, {"offsets": INTEGERS}), "num_segments=1 must be given with segm"),
+        ((INTEGERS, 1, {"weights": jnp.zeros(3)}), "weights is .3."),
+        ((INTEGERS, 1, {"weights": INTEGERS}), "weights is int32; .* cast it"),
+        ((None, None, {"offsets": FLOATS}), "offsets is float32; it must hold int"),
+        ((None, None, {"offsets": INTEGERS[0]}), "offsets is ..; it must be a vector"),
+        ((None, None, {"offsets": INTEGERS[:0]}), "offsets is .0.; it must be a v"),
+        ((INTEGERS, 1, {"implementation": "cuda"}), "unknown; use one of: auto, mos"),
     ],
 )
-def test_bad_arguments_are_named(segments, weights, message):
+def test_bad_arguments_are_named(arguments, message):
+    named = arguments[-1] if arguments and isinstance(arguments[-1], dict) else {}
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
-        with pytest.raises(ValueError, match=message):
-            sequence_sums(jnp.zeros(2), segments, 1, weights=weights)
+        with pytest.raises(ValueError, match=message) as error:
+            sequence_sums(FLOATS, *arguments[: len(arguments) - bool(named)], **named)
+        assert "\n" not in str(error.value)
+        with pytest.raises(ValueError, match="values is int32.2.; it must be a float"):
+            sequence_sums(INTEGERS, offsets=INTEGERS)
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
