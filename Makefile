@@ -2,11 +2,13 @@
 #   make demo    train the bundled model on the bundled pairs, and look at the result
 #   make test    what a change has to pass: lint, then the tests
 #   make lint    ruff and pyright alone
-#   make bench   the benchmarks (installs the GPU's and TPU's compilers: 1 GB more)
+#   make bench   the benchmarks on the CPU (installs the TPU's compiler, 1 GB more)
+#   make check-gpu-aot  compile every GPU kernel for an H200, with or without a GPU
+#   make bench-gpu      verify and measure everything on the GPU that is here
 #   make clean   remove the environment and every cache
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench setup clean
+.PHONY: help demo test lint format bench check-gpu-aot bench-gpu clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -38,11 +40,18 @@ bench: $(VENV)/.bench
 	$(PY) -m bench.train_step
 	$(PY) -m bench.memory
 
+# BENCH_GPU="--sections correctness" runs some of it; --rehearse needs no GPU.
+bench-gpu: $(VENV)/.gpu
+	$(PY) -m bench.gpu $(BENCH_GPU)
+
+check-gpu-aot: $(VENV)/.test
+	$(PY) -m bench.gpu_aot
+
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .benchmarks *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The three stages of the environment. A stage is redone when what it is made from
+# The stages of the environment. A stage is redone when what it is made from
 # changes, and leaves no stamp when it fails.
 $(VENV)/.run: pyproject.toml constraints.txt | $(PY)
 	@echo "== installing the program and its pinned dependencies into $(VENV)"
@@ -56,8 +65,13 @@ $(VENV)/.test: $(VENV)/.run
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.test
-	@echo "== installing the compilers for GPU and TPU"
+	@echo "== installing the compiler for TPUs"
 	@$(PIP) --no-build-isolation -e ".[test,bench]"
+	@touch $@
+
+$(VENV)/.gpu: $(VENV)/.test
+	@echo "== installing JAX for NVIDIA GPUs, torch and its kernels (several GB)"
+	@$(PIP) --no-build-isolation -e ".[test,cuda13,peers]"
 	@touch $@
 
 # PYTHON=/path/to/python3.12 chooses one by hand.

@@ -28,7 +28,8 @@ from typing import Any
 from bench import rows
 
 SHAPES = ((4096, 4096, 128256), (4096, 4096, 151936), (8192, 2304, 256000))
-WORKSPACE = 256 * rows.MIB
+WORKSPACE = 256 * rows.MIB  # the default
+AMPLE = 1024 * rows.MIB  # enough to keep most of the forward's exponentials
 SPARE = 64 * rows.MIB
 # What the engine asks for at each scored token, besides the log-probability.
 STATS = ("entropy", "mean_logit", "top1")
@@ -68,7 +69,7 @@ class Case:
 
     name: str
     call: Callable[..., Any]  # of hidden, head, targets, num_valid
-    ours: bool
+    workspace_bytes: int | None = None  # None: not ours
 
 
 def cases() -> list[Case]:
@@ -76,28 +77,42 @@ def cases() -> list[Case]:
     from bench.peers import PEERS
     from dpo_kernels import token_logprobs
 
-    def ours(hidden, head, targets, _):
-        out = token_logprobs(hidden, head, targets, workspace_bytes=WORKSPACE)
-        return out.logprob, out
+    def ours(workspace_bytes: int) -> Callable:
+        def call(hidden, head, targets, _):
+            out = token_logprobs(hidden, head, targets, workspace_bytes=workspace_bytes)
+            return out.logprob, out
 
-    def padded(hidden, head, targets, num_valid):
-        out = token_logprobs(
-            hidden,
-            head,
-            targets,
-            num_valid=num_valid,
-            stats=STATS,
-            workspace_bytes=WORKSPACE,
-        )
-        return out.logprob, out
+        return call
+
+    def padded(workspace_bytes: int) -> Callable:
+        def call(hidden, head, targets, num_valid):
+            out = token_logprobs(
+                hidden,
+                head,
+                targets,
+                num_valid=num_valid,
+                stats=STATS,
+                workspace_bytes=workspace_bytes,
+            )
+            return out.logprob, out
+
+        return call
 
     def peer(f: Callable) -> Callable:
         return lambda hidden, head, targets, _: (f(hidden, head, targets), ())
 
+    forms = {"dpo_kernels": ours, "dpo_kernels, num_valid and stats": padded}
     return [
-        Case(name="dpo_kernels", call=ours, ours=True),
-        Case(name="dpo_kernels, num_valid and stats", call=padded, ours=True),
-        *(Case(name=name, call=peer(f), ours=False) for name, f in PEERS.items()),
+        *(
+            Case(
+                name=name + ("" if size == WORKSPACE else f", {size // rows.MIB} MiB"),
+                call=form(size),
+                workspace_bytes=size,
+            )
+            for size in (WORKSPACE, AMPLE)
+            for name, form in forms.items()
+        ),
+        *(Case(name=name, call=peer(f)) for name, f in PEERS.items()),
     ]
 
 
@@ -139,6 +154,13 @@ def compile_case(case: Case, mesh: Any, T: int, D: int, V: int) -> Any:
         ).compile()
 
 
+def bound_bytes(case: Case, T: int, D: int) -> int | None:
+    """The promise; plain JAX makes none."""
+    if case.workspace_bytes is None:
+        return None
+    return case.workspace_bytes + 4 * T * D + SPARE
+
+
 def measure(
     target: Target, shapes: Sequence[tuple[int, int, int]]
 ) -> Iterator[rows.Row]:
@@ -161,7 +183,7 @@ def measure(
                 temp_bytes=memory.temp_size_in_bytes,
                 argument_bytes=memory.argument_size_in_bytes,
                 output_bytes=memory.output_size_in_bytes,
-                bound_bytes=WORKSPACE + 4 * T * D + SPARE if case.ours else None,
+                bound_bytes=bound_bytes(case, T, D),
                 compile_s=round(time.perf_counter() - start, 1),
             )
 

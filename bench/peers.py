@@ -1,4 +1,4 @@
-"""What a JAX user writes without this package: full logits, in the two usual spellings.
+"""What a JAX user writes without this package: full logits, or a chunk at a time.
 
 Logits and softmax are float32 whatever the input dtype, as trainers have them.
 """
@@ -6,6 +6,7 @@ Logits and softmax are float32 whatever the input dtype, as trainers have them.
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 
@@ -34,3 +35,27 @@ def _logits(hidden: Array, head: Array) -> Array:
 
 
 PEERS = {"plain JAX, log_softmax": log_softmax, "plain JAX, optax": cross_entropy}
+
+
+def in_chunks(
+    hidden: Float[Array, "T D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, " T"],
+    rows: int = 1024,
+) -> Float[Array, " T"]:
+    """A chunk of tokens at a time, its logits computed again in the backward.
+
+    Chunks are `rows` high, or as high as the largest divisor of T below that.
+    """
+    T, D = hidden.shape
+    rows = max(size for size in range(1, min(rows, T) + 1) if T % size == 0)
+
+    @jax.checkpoint
+    def chunk(x: tuple[Array, Array]) -> Array:
+        return cross_entropy(x[0], head, x[1])
+
+    chunks = hidden.reshape(-1, rows, D), targets.reshape(-1, rows)
+    return lax.map(chunk, chunks).reshape(T)
+
+
+CHUNKED = {"plain JAX, token chunks": in_chunks}

@@ -5,9 +5,11 @@ apply; what is peculiar to a benchmark follows them.
 """
 
 import datetime
+import functools
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -21,8 +23,14 @@ MIB = 2**20
 Row = dict[str, Any]
 
 
+@functools.cache
 def commit() -> str:
-    """The commit that is checked out; `+` after it where files differ from it."""
+    """The commit that is checked out; `+` after it where files differ from it.
+
+    Empty outside a checkout.
+    """
+    if shutil.which("git") is None:
+        return ""
 
     def git(*words: str) -> str:
         done = subprocess.run(
@@ -91,11 +99,23 @@ def _rounded(x: float | None) -> float | None:
 
 def write(name: str, rows: Sequence[Row]) -> Path:
     """Replace results/<name>.json: a JSON list, one row a line."""
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    lines = ",\n".join(json.dumps(one) for one in rows)
-    path.write_text(f"[\n{lines}\n]\n")
+    write_to(path, rows)
     return path
+
+
+def write_to(path: Path, rows: Sequence[Row]) -> None:
+    """As `write`, to any file; the old one stays until the new one is whole."""
+    path.parent.mkdir(exist_ok=True)
+    lines = ",\n".join(json.dumps(one) for one in rows)
+    part = path.with_suffix(".part")
+    part.write_text(f"[\n{lines}\n]\n")
+    part.replace(path)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file; none where there is no such file."""
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 def table(header: Sequence[str], cells: Sequence[Sequence[Any]]) -> str:

@@ -48,6 +48,7 @@ class Workload:
     pairs: int = 8
     prompt: int = 125  # tokens, the same in every sequence
     completion: int = 125
+    dtype: str = "float32"  # of the products; parameters are float32
 
     @property
     def length(self) -> int:
@@ -135,9 +136,9 @@ class Candidate:
 def make_candidate(name: str, workload: Workload) -> Candidate:
     """One side, from the same parameters, reference and tokens as the other."""
     config, mesh = workload.config(), make_mesh(1, 1, 1, jax.devices()[:1])
-    model = init_model(config, mesh=mesh, dtype="float32")
+    model = init_model(config, mesh=mesh, dtype=workload.dtype)
     # Another one than the policy: with equal ones every reward would be 0.
-    reference = init_model(config, mesh=mesh, dtype="float32", seed=1)
+    reference = init_model(config, mesh=mesh, dtype=workload.dtype, seed=1)
     ref_params = nnx.state(reference, nnx.Param)
     optimizer = make_optimizer(ARGUMENTS, config, total_steps=1000)
     state = init_state(model, optimizer)

@@ -55,3 +55,24 @@ def test_a_wrong_result_is_an_infinite_or_large_error():
     assert verify.relative_error(truth, truth) == 0
     assert verify.relative_error(truth + 0.2, truth) == pytest.approx(0.1)
     assert verify.relative_error(truth * jnp.nan, truth) == float("inf")
+
+
+def test_one_asked_for_by_name_that_cannot_run_says_why(capsys):
+    assert verify.main(["--implementation", "mosaic_gpu", "--dtype", "bfloat16"]) == 2
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "implementation='mosaic_gpu' needs" in last and "use xla or auto" in last
+
+
+def test_without_a_name_only_what_can_run_has_rows(monkeypatch):
+    def row(implementation, dtype, shape, case):
+        return dataclasses.replace(GOOD, implementation=implementation)
+
+    monkeypatch.setattr(verify, "verify_case", row)
+    found = verify.rows(tuple(verify.BACKENDS), ("bfloat16",), quick=True)
+    assert {row.implementation for row in found} == {"xla"}
+
+
+def test_real_shapes_are_another_table(monkeypatch, capsys):
+    monkeypatch.setattr(verify.verify_real, "rows", lambda *args: iter([GOOD, GOOD]))
+    assert verify.main(["--real", "--dtype", "bfloat16"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "2 passed, 0 failed"
