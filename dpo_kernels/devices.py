@@ -42,9 +42,10 @@ class Device:
     capability: tuple[int, int] | None = None  # of an NVIDIA GPU; None where unknown
 
     def __str__(self) -> str:
-        """The kind, and the compute capability of a GPU."""
+        """The kind, with the compute capability of an NVIDIA GPU, or the platform."""
         if self.capability is None:
-            return self.kind
+            named = self.platform in self.kind.lower()
+            return self.kind if named else f"{self.kind} ({self.platform})"
         return f"{self.kind} (compute capability {'.'.join(map(str, self.capability))})"
 
 

@@ -80,7 +80,7 @@ class Row:
         """One line, aligned with `HEADER`."""
         T, D, V = self.shape
         return (
-            f"{self.implementation:<14}{self.dtype:<10}{f'{T}x{D}x{V}':<15}"
+            f"{self.implementation:<16}{self.dtype:<10}{f'{T}x{D}x{V}':<15}"
             f"{self.case:<9}{self.forward:>10.2e}{self.forward_bound:>10.2e}"
             f"{self.gradient:>11.2e}{self.gradient_bound:>10.2e}  "
             f"{'pass' if self.passed else 'FAIL'}"
@@ -88,6 +88,6 @@ class Row:
 
 
 HEADER = (
-    f"{'implementation':<14}{'dtype':<10}{'TxDxV':<15}{'options':<9}{'forward':>10}"
+    f"{'implementation':<16}{'dtype':<10}{'TxDxV':<15}{'options':<9}{'forward':>10}"
     f"{'bound':>10}{'gradient':>11}{'bound':>10}  "
 )

@@ -31,7 +31,7 @@ def unsupported(problem: tiling.Problem) -> str | None:
     """See `Backend.unsupported`."""
     device = problem.device
     if device.platform != "gpu":
-        return f"needs an NVIDIA GPU; this is {device} ({device.platform})"
+        return f"needs an NVIDIA GPU; this is {device}"
     if device.capability is None or device.capability < (8, 0):
         return f"needs a GPU of compute capability 8.0 or newer; this is {device}"
     if problem.dtype.name not in _DTYPES:
