@@ -32,7 +32,7 @@ TILE = TritonTile(
 # multiples of the tile; none, and D not even of 2; less than a tile.
 ALIGNED = (64, 32, 256, 2**16), "none"
 RAGGED, KEPT = ((67, 19, 203, 40_000), "none"), ((67, 19, 203, 2**28), "all")
-SOME = (45, 24, 299, 28_700), "some"
+SOME = (45, 24, 299, 31_200), "some"
 TINY = (1, 8, 3, 2**28), "all"
 
 
