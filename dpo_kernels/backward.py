@@ -157,8 +157,11 @@ def _on_rows(job: Job, height: int) -> Gradients:
 
     dhead = uninitialized(head.shape, head.dtype, job.axes)
     dbias = job.zeros((V,), acc if bias is None else bias.dtype)
+    # Several blocks add to their rows in place. What a single one adds to is a matmul's
+    # operand, of its height: the padding comes after it, when the workspace is free.
+    num_rows = height if only_block is not None else T
     grads = Gradients(
-        hidden=None if wanted.hidden is None else job.zeros((height, D), acc),
+        hidden=None if wanted.hidden is None else job.zeros((num_rows, D), acc),
         head=None if wanted.head is None else dhead,
         bias=None if wanted.bias is None else dbias,
     )
@@ -169,7 +172,7 @@ def _on_rows(job: Job, height: int) -> Gradients:
     if grads.hidden is None:
         return grads
     dhidden = grads.hidden * (job.options.scale / job.factor)
-    return grads._replace(hidden=jnp.pad(dhidden, ((0, T - height), (0, 0))))
+    return grads._replace(hidden=jnp.pad(dhidden, ((0, T - num_rows), (0, 0))))
 
 
 def _add_chunk(
