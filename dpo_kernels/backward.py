@@ -127,6 +127,9 @@ def backward(job: Job) -> Gradients:
     That of `hidden` is left in the accumulator's dtype, to be summed over devices;
     those of `head` and `bias` are written once, a chunk at a time.
     """
+    own = job.backend.backward and job.backend.backward(job)
+    if own is not None:
+        return own
     num_valid, heights = job.inputs.num_valid, job.tile.heights
     if num_valid is None or len(heights) == 1:
         return _on_rows(job, heights[-1])

@@ -1,5 +1,8 @@
 """The device that a computation is being traced for, which need not be here."""
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +33,8 @@ _CAPABILITIES = {
     "RTX PRO 6000": (12, 0),
     "RTX 5090": (12, 0),
 }
+# Where a device that is here says how many it has.
+_CORES = {"gpu": "core_count", "tpu": "num_cores"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +43,7 @@ class Device:
 
     platform: str  # cpu, gpu (NVIDIA's), rocm or tpu
     kind: str  # as the driver names it: NVIDIA H200, TPU v6e
-    num_cores: int | None = None  # streaming multiprocessors, of a GPU
+    num_cores: int | None = None  # streaming multiprocessors of a GPU, cores of a TPU
     capability: tuple[int, int] | None = None  # of an NVIDIA GPU; None where unknown
 
     def __str__(self) -> str:
@@ -49,12 +54,28 @@ class Device:
         return f"{self.kind} (compute capability {'.'.join(map(str, self.capability))})"
 
 
+_pretended: ContextVar["Device | None"] = ContextVar("pretended", default=None)
+
+
+@contextlib.contextmanager
+def pretended(device: Device) -> Iterator[None]:
+    """`traced_device` is this one: its kernels are to be interpreted."""
+    token = _pretended.set(device)
+    try:
+        yield
+    finally:
+        _pretended.reset(token)
+
+
 def traced_device() -> Device:
     """The device of the mesh being traced, else the default one.
 
     The mesh comes first, so that compiling ahead of time for an absent device picks
     what that device will run.
     """
+    found = _pretended.get()
+    if found is not None:
+        return found
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None:
         kind, platform = str(abstract.device_kind), str(abstract.platform)
@@ -64,7 +85,9 @@ def traced_device() -> Device:
         # The platform of a CUDA device is called gpu; only its client's name tells.
         device.client.platform_version if device.platform == "gpu" else device.platform,
         device.device_kind,
-        getattr(device, "core_count", None),
+        getattr(
+            device, "core_count" if device.platform == "gpu" else "num_cores", None
+        ),
         getattr(device, "compute_capability", None),
     )
 
@@ -75,7 +98,7 @@ def _device(
     if "rocm" in platform.lower():
         return Device(platform="rocm", kind=kind, num_cores=num_cores)
     if platform in ("cpu", "tpu"):
-        return Device(platform=platform, kind=kind)
+        return Device(platform=platform, kind=kind, num_cores=num_cores)
     if capability is not None:
         major, minor = map(int, str(capability).split("."))
         known: tuple[int, int] | None = major, minor

@@ -5,6 +5,7 @@ over vocabulary chunks, the merge of partials, the collectives and the vjp, is s
 and lives in `token_logprobs.py`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 if TYPE_CHECKING:
+    from dpo_kernels.backward import Gradients, Job
     from dpo_kernels.tiling import Problem
 
 STATS = ("entropy", "collision", "mean_logit", "top1")
@@ -85,6 +87,9 @@ class Backend(Protocol):
 
     # Neither function holds a tile of logits, or of the head, in the workspace.
     fused_dlogits: bool
+    # A backward of its own, with d hidden as this device's share; None, as is what it
+    # returns for what it leaves alone, for the shared one.
+    backward: "Callable[[Job], Gradients | None] | None"
 
     def unsupported(self, problem: "Problem") -> str | None:
         """Why it cannot do this, as `needs ..., this is ...`; None if it can."""

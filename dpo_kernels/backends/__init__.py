@@ -12,6 +12,7 @@ from dpo_kernels.tiling import Problem
 # From the fastest to the one that runs anywhere: the order in which `auto` tries them.
 BACKENDS = {
     "mosaic_gpu": "dpo_kernels.backends.mosaic_gpu",
+    "pallas_tpu": "dpo_kernels.backends.pallas_tpu",
     "triton": "dpo_kernels.backends.triton",
     "xla": "dpo_kernels.backends.xla",
 }

@@ -16,6 +16,7 @@ from dpo_kernels.loops import make_varying, varying_axes
 from dpo_kernels.tiling import Problem, problem_of
 
 fused_dlogits = True
+backward = None
 
 # Streaming multiprocessors of the GPU that is being interpreted, on a CPU.
 _interpreted_cores: ContextVar[int | None] = ContextVar("cores", default=None)

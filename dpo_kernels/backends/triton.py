@@ -21,6 +21,7 @@ from dpo_kernels.interface import Kept, LogitOptions, Partials, kept_scale
 from dpo_kernels.loops import make_varying, varying_axes
 
 fused_dlogits = True
+backward = None
 
 _DTYPES = ("bfloat16", "float16", "float32")
 # A stat and how many fields of `Partials` it needs, in their order.

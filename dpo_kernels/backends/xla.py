@@ -27,6 +27,7 @@ from dpo_kernels.loops import (
 )
 
 fused_dlogits = False
+backward = None
 
 
 def unsupported(problem: tiling.Problem) -> str | None:

@@ -1,0 +1,168 @@
+"""The backend for TPUs (v5e, v5p, v6e, 7x): kernels in Pallas."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dpo_kernels import tpu_tiling
+from dpo_kernels.devices import Device, pretended
+from dpo_kernels.interface import Kept, LogitOptions, Partials
+from dpo_kernels.loops import make_varying, varying_axes
+from dpo_kernels.tiling import Problem, problem_of
+
+if TYPE_CHECKING:
+    from dpo_kernels.backward import Gradients, Job
+
+fused_dlogits = True
+
+
+@contextlib.contextmanager
+def interpreted(
+    kind: str = "TPU v6e", cores: int = 1, **options: Any
+) -> Iterator[None]:
+    """Run the kernels in Pallas's interpreter, on any machine; slow, for tests.
+
+    Args:
+        kind: of the imagined device: its vector memory decides the blocks.
+        cores: that share the device.
+        options: of `jax.experimental.pallas.tpu.InterpretParams`.
+    """
+    from jax.experimental.pallas import tpu as pltpu
+
+    device = Device(platform="tpu", kind=kind, num_cores=cores)
+    params = pltpu.InterpretParams(num_cores_or_threads=cores, **options)
+    with pretended(device), pltpu.force_tpu_interpret_mode(params):
+        yield
+
+
+def unsupported(problem: Problem) -> str | None:
+    """See `Backend.unsupported`."""
+    if problem.device.platform != "tpu":
+        return f"needs a TPU; this is {problem.device}"
+    if tpu_tiling.core_of(problem.device) is None:
+        return f"needs a TPU v5e, v5p, v6e or 7x; this is {problem.device}"
+    if problem.dtype != jnp.bfloat16:
+        return f"needs bfloat16 inputs; these are {problem.dtype}"
+    if problem.D % 128:
+        return f"needs a hidden size that 128 divides; this is D={problem.D}"
+    if problem.T and problem.V and tpu_tiling.forward_tile(problem) is None:
+        return f"needs rows that fit into vector memory; these have D={problem.D}"
+    return None
+
+
+def _valid_rows(num_valid: Array | None, T: int) -> Array:
+    valid = jnp.full((), T, jnp.int32) if num_valid is None else num_valid
+    return jnp.clip(valid.astype(jnp.int32), 0, T)[None]
+
+
+def _alike(axes: frozenset[str], *xs: Array | None) -> tuple[Any, ...]:
+    """Typed as varying over the same axes, as a kernel's operands have to be."""
+    return tuple(None if x is None else make_varying(x, axes) for x in xs)
+
+
+def forward_partials(
+    hidden: Float[Array, "T D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, " T"],
+    bias: Float[Array, " V"] | None,
+    num_valid: Int[Array, ""] | None,
+    *,
+    options: LogitOptions,
+    workspace_bytes: int,
+    keep_v: int,
+) -> tuple[Partials, Kept | None]:
+    """See `Backend.forward_partials`; a block is every 128th entry, in place of a run.
+
+    Takes no workspace, and keeps nothing.
+    """
+    from dpo_kernels.backends import pallas_tpu_forward
+
+    del workspace_bytes
+    assert keep_v == 0, "the tile keeps nothing on a TPU"
+    T, V = hidden.shape[0], head.shape[0]
+    axes = varying_axes(hidden, head, targets, bias, num_valid)
+    tile = tpu_tiling.forward_tile(problem_of(hidden, head, num_valid, 0))
+    assert tile is not None, "`unsupported` looked for one"
+    states = pallas_tpu_forward.forward(
+        *_alike(axes, hidden, head, targets, bias, _valid_rows(num_valid, T)),
+        options=options,
+        tile=tile,
+    )
+    lanes = jnp.swapaxes(states, 1, 2)
+    names = pallas_tpu_forward.state_names(options)
+    found = dict(zip(names, lanes, strict=True))
+    if "mean_logit" in options.stats:
+        exists_v = jnp.ones((V,), bool) if bias is None else bias != -jnp.inf
+        width = lanes.shape[1]
+        padded = jnp.pad(exists_v, (0, -V % width)).reshape(-1, width)
+        count = padded.sum(axis=0).astype(lanes.dtype)
+        count = jnp.broadcast_to(count[:, None], lanes.shape[1:])
+        found["num_logits"] = make_varying(count, axes)
+    return Partials(**found), None
+
+
+def dlogits(
+    hidden: Float[Array, "T D"],
+    head: Float[Array, "chunk D"],
+    targets: Int[Array, " T"],
+    bias: Float[Array, " chunk"] | None,
+    lse: Float[Array, " T"],
+    p_coef: Float[Array, " T"],
+    target_grad: Float[Array, " T"],
+    *,
+    options: LogitOptions,
+    want_dbias: bool,
+) -> tuple[Float[Array, "T chunk"], Float[Array, " chunk"] | None]:
+    """See `Backend.dlogits`."""
+    from dpo_kernels.backends import pallas_tpu_dlogits
+
+    rows = (targets, lse, p_coef, target_grad)
+    axes = varying_axes(hidden, head, bias, *rows)
+    tile = tpu_tiling.dlogits_tile(problem_of(hidden, head, None, 0))
+    assert tile is not None, "`unsupported` found room for more"
+    packed = pallas_tpu_dlogits.pack_rows(lse, p_coef, target_grad, targets)
+    dx, dbias = pallas_tpu_dlogits.dlogits(
+        *_alike(axes, hidden, head, bias, packed),
+        options=options,
+        want_dbias=want_dbias,
+        tile=tile,
+    )
+    return dx, None if dbias is None else dbias.sum(axis=0)
+
+
+def backward(job: "Job") -> "Gradients | None":
+    """See `Backend.backward`: all gradients in one kernel, where that is faster."""
+    from dpo_kernels.backends import pallas_tpu_backward, pallas_tpu_dlogits
+    from dpo_kernels.backward import Gradients
+
+    x, rows, options, wanted = job.inputs, job.rows, job.options, job.wanted
+    tile = tpu_tiling.backward_tile(problem_of(x.hidden, x.head, x.num_valid, 0))
+    if tile is None or wanted.hidden is wanted.head is None:
+        return None
+    want_bias = x.bias is not None and wanted.bias is not None
+    T = x.hidden.shape[0]
+    valid = _valid_rows(x.num_valid, T)
+    exists_t = jnp.arange(T, dtype=jnp.int32) < valid
+    packed = pallas_tpu_dlogits.pack_rows(
+        jnp.where(exists_t, rows.lse, jnp.inf),
+        jnp.where(exists_t, rows.p_coef, 0),
+        jnp.where(exists_t, rows.target_grad, 0),
+        x.targets,
+    )
+    dhidden, dhead, dbias = pallas_tpu_backward.gradients(
+        *_alike(job.axes, x.hidden, x.head, x.bias, packed, valid),
+        options=options,
+        wanted=(wanted.hidden is not None, wanted.head is not None, want_bias),
+        tile=tile,
+    )
+    factor = options.scale / job.factor
+    if dhidden is not None:
+        dhidden = dhidden.sum(axis=0) * factor
+    if dhead is not None and factor != 1:
+        dhead = (dhead * factor).astype(dhead.dtype)
+    if dbias is not None and x.bias is not None:
+        dbias = (dbias / job.factor).astype(x.bias.dtype)
+    return Gradients(dhidden, dhead, dbias)

@@ -1,0 +1,198 @@
+"""Tiles of the TPU kernels, by what fits into a core's vector memory."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dpo_kernels.devices import Device
+from dpo_kernels.tiling import Problem
+
+MIB = 2**20
+SLICE_V = 256  # columns of one matmul, as many as a matrix unit has
+ROWS = 16  # of bfloat16 in a register: blocks of rows are multiples
+_LANES_BYTES = 128 * 4  # a float32 number for each lane
+# Of the vector memory, what blocks may take; the rest is for registers that spill.
+_SHARE = 0.8
+_SPARE = 2 * MIB  # left to the compiler by the limit that a kernel is given
+
+
+@dataclass(frozen=True, kw_only=True)
+class Core:
+    """What the choice of blocks depends on, of one core."""
+
+    vmem_bytes: int
+    flops_per_byte: float  # of bfloat16 matmuls, in the time of moving a byte
+
+
+# By the start of the device kind's name, the longest that fits; peaks and bandwidths
+# are those of `jax.experimental.pallas.tpu.get_tpu_info`.
+_CORES = {
+    "v5 lite": Core(vmem_bytes=128 * MIB, flops_per_byte=240),
+    "v5e": Core(vmem_bytes=128 * MIB, flops_per_byte=240),
+    "v5": Core(vmem_bytes=64 * MIB, flops_per_byte=187),
+    "v6": Core(vmem_bytes=128 * MIB, flops_per_byte=561),
+    "7": Core(vmem_bytes=64 * MIB, flops_per_byte=312),
+}
+
+
+def core_of(device: Device) -> Core | None:
+    """The core of a TPU that the kernels are made for; None for another device."""
+    name = device.kind.lower().removeprefix("tpu").strip()
+    found = [key for key in _CORES if name.startswith(key)]
+    return _CORES[max(found, key=len)] if found else None
+
+
+def round_up(x: int, multiple: int) -> int:
+    """The least multiple that is not below x."""
+    return -(-x // multiple) * multiple
+
+
+@dataclass(frozen=True, kw_only=True)
+class TpuTile:
+    """Rows and vocabulary entries of a tile, and the vector memory of its kernel."""
+
+    block_t: int
+    block_v: int
+    vmem_bytes: int
+
+    def __post_init__(self) -> None:
+        """Refuse what the matrix units' layouts do not take."""
+        if self.block_t % ROWS or self.block_t < ROWS:
+            raise ValueError(f"{self.block_t=} must be a multiple of {ROWS}")
+        if self.block_v % SLICE_V or self.block_v < SLICE_V:
+            raise ValueError(f"{self.block_v=} must be a multiple of {SLICE_V}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TpuForwardTile(TpuTile):
+    """Blocks of the forward kernel."""
+
+    hidden_buffers: int  # 2: the next block of rows is fetched while this one is used
+
+
+@dataclass(frozen=True, kw_only=True)
+class TpuBackwardTile(TpuTile):
+    """Blocks of the backward kernels."""
+
+    parts: int  # of the rows: one's dlogits are computed during another's matmuls
+    cores: int  # of the device, each of which has a share of the vocabulary
+    resident: bool  # all rows, and their gradients, stay in vector memory
+
+
+def _heights(T: int, most: int) -> Iterator[int]:
+    """Rows of a block, from the most down: powers of two, or all there are."""
+    yield min(most, round_up(T, ROWS))
+    height = most // 2
+    while height >= ROWS:
+        if height < round_up(T, ROWS):
+            yield height
+        height //= 2
+
+
+def _widths(V: int, most: int) -> Iterator[int]:
+    for width in range(most, 0, -SLICE_V):
+        if width - SLICE_V < V:
+            yield width
+
+
+def forward_tile(problem: Problem) -> TpuForwardTile | None:
+    """The largest blocks that fit; None where none do.
+
+    Of more than 1024 rows the matrix units cannot hold the sums (v7), and one that
+    holds only padding is skipped: lower blocks skip more.
+    """
+    core = core_of(problem.device)
+    if core is None:
+        return None
+    row = problem.D * problem.itemsize
+    for block_t in _heights(problem.T, 1024):
+        for block_v in _widths(problem.V, 2048):
+            for buffers in (2, 1):
+                # Hidden as it comes and packed; six states at most, one block on its
+                # way out.
+                used = (buffers + 1) * block_t * row + 2 * block_v * row
+                used += block_t * (4 * block_v + 2 * 6 * _LANES_BYTES)
+                if used <= _SHARE * core.vmem_bytes:
+                    return TpuForwardTile(
+                        block_t=block_t,
+                        block_v=block_v,
+                        hidden_buffers=buffers,
+                        vmem_bytes=core.vmem_bytes - _SPARE,
+                    )
+            if block_v <= 512 and block_t > 256:
+                break
+    return None
+
+
+def backward_tile(problem: Problem) -> TpuBackwardTile | None:
+    """Blocks of the backward kernel: those that move the fewest bytes; None where
+    nothing fits.
+    """
+    core = core_of(problem.device)
+    if core is None:
+        return None
+    best: tuple[float, TpuBackwardTile] | None = None
+    for resident in (True, False):
+        for block_t in _heights(problem.T, 1024 if resident else 512):
+            for block_v in _widths(problem.V, 2048):
+                tile = TpuBackwardTile(
+                    block_t=block_t,
+                    block_v=block_v,
+                    parts=2 if block_t % (2 * ROWS) == 0 else 1,
+                    cores=min(problem.device.num_cores or 1, -(-problem.V // block_v)),
+                    resident=resident,
+                    vmem_bytes=core.vmem_bytes - _SPARE,
+                )
+                if _backward_vmem(problem, tile) <= _SHARE * core.vmem_bytes:
+                    cost = _backward_cost(problem, tile, core)
+                    if best is None or cost < best[0]:
+                        best = cost, tile
+    return best and best[1]
+
+
+def dlogits_tile(problem: Problem) -> TpuBackwardTile | None:
+    """The largest blocks of the kernel that leaves the matmuls to XLA."""
+    core = core_of(problem.device)
+    if core is None:
+        return None
+    row = problem.D * problem.itemsize
+    for block_t in _heights(problem.T, 1024):
+        for block_v in _widths(problem.V, 1024):
+            used = 2 * (block_t + block_v) * row
+            used += block_t * (block_v * (4 + 2 * 2) + 2 * _LANES_BYTES)
+            if used <= _SHARE * core.vmem_bytes:
+                return TpuBackwardTile(
+                    block_t=block_t,
+                    block_v=block_v,
+                    parts=2 if block_t % (2 * ROWS) == 0 else 1,
+                    cores=1,
+                    resident=False,
+                    vmem_bytes=core.vmem_bytes - _SPARE,
+                )
+            if block_v <= 512 and block_t > 256:
+                break
+    return None
+
+
+def _backward_vmem(problem: Problem, tile: TpuBackwardTile) -> int:
+    D, block_t, block_v = problem.D, tile.block_t, tile.block_v
+    if tile.resident:
+        rows = round_up(problem.T, block_t) * D * (2 + 4)
+    else:
+        rows = block_t * D * (2 * 2 + 4 * 4)
+    head = block_v * D * (2 * 2 + 2 * 2 + 4)
+    logits = block_t * block_v * (4 + 2) + 2 * block_t * _LANES_BYTES
+    return rows + head + logits
+
+
+def _backward_cost(problem: Problem, tile: TpuBackwardTile, core: Core) -> float:
+    """The time of all tiles, in FLOPs of the matrix units' peak."""
+    T, D, V = (problem.T, problem.D, problem.V)
+    block_t, block_v = tile.block_t, tile.block_v
+    blocks = -(-T // block_t) * -(-V // block_v)
+    flops = 6 * block_t * block_v * D
+    moved = 4 * block_v * D / -(-T // block_t)
+    if not tile.resident:
+        moved += (2 + 4 + 4) * block_t * D
+    # Loading weights, and starting and ending a tile, as so many more rows and columns.
+    overhead = 6 * D * (16 * block_t + 16 * block_v)
+    return blocks * max(flops + overhead, moved * core.flops_per_byte)
