@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from bench import rows
+from bench.aot import VARIANTS, compile_op
 from bench.gpu_triton_resources import CASES as TRITON_CASES
 from bench.gpu_triton_resources import resources as triton_resources
-from bench.memory import SPARE, STATS, TARGETS, WORKSPACE
+from bench.memory import SPARE, TARGETS, WORKSPACE
 
 SHAPES = (
     (4096, 4096, 128256),
@@ -38,21 +39,6 @@ IMPLEMENTATIONS = ("mosaic_gpu", "triton")
 KIND = "NVIDIA H200"
 SHARED_BYTES = 227 * 1024  # of a thread block on compute capability 9.0
 SPEED_WORKSPACE = 2**30  # keeps the exponentials of (4096, 4096, 128256)
-# Name, options: as anybody may call it, as the engine does, and with everything on.
-VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("plain", {}),
-    ("engine", {"num_valid": True, "stats": STATS}),
-    (
-        "everything",
-        {
-            "num_valid": True,
-            "bias": True,
-            "softcap": 30.0,
-            "scale": 0.7,
-            "stats": ("entropy", "collision", "mean_logit", "top1"),
-        },
-    ),
-)
 
 
 def h200_mesh(devices: int) -> Any:
@@ -67,63 +53,6 @@ def h200_mesh(devices: int) -> Any:
     config["target_config"] = target.target_config.read_text()
     found = topologies.get_topology_desc(**config).devices[:devices]
     return jax.sharding.Mesh(np.array(found), ("vocab",))
-
-
-def compile_op(
-    implementation: str,
-    shape: tuple[int, int, int],
-    devices: int,
-    workspace_bytes: int,
-    options: dict[str, Any],
-) -> Any:
-    """Value and gradient of every input, over `devices` slices of the vocabulary."""
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    from dpo_kernels import token_logprobs
-
-    mesh = h200_mesh(devices)
-    whole, cut = PartitionSpec(), PartitionSpec("vocab")
-    bias, num_valid = options.get("bias", False), options.get("num_valid", False)
-    static = {k: v for k, v in options.items() if k not in ("bias", "num_valid")}
-
-    def local(hidden, head, bias_v, targets, valid):
-        return token_logprobs(
-            hidden,
-            head,
-            targets,
-            bias=bias_v if bias else None,
-            num_valid=valid if num_valid else None,
-            axis_name="vocab" if devices > 1 else None,
-            workspace_bytes=workspace_bytes,
-            implementation=implementation,
-            **static,
-        )
-
-    def loss(hidden, head, bias_v, targets, valid, dlogprob):
-        op = local
-        if devices > 1:
-            specs = (whole, cut, cut, whole, whole)
-            op = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=whole)
-        out = op(hidden, head, bias_v, targets, valid)
-        return (out.logprob * dlogprob).sum(), out
-
-    def array(spec: Any, dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
-
-    T, D, V = shape
-    with jax.set_mesh(mesh):
-        arguments = (0, 1, 2) if bias else (0, 1)
-        value_and_grad = jax.jit(jax.value_and_grad(loss, arguments, has_aux=True))
-        return value_and_grad.lower(
-            array(whole, jnp.bfloat16, T, D),
-            array(cut, jnp.bfloat16, V, D),
-            array(cut, jnp.float32, V),
-            array(whole, jnp.int32, T),
-            array(whole, jnp.int32),
-            array(whole, jnp.float32, T),
-        ).compile()
 
 
 def mosaic_kernels(dump: Path) -> Iterator[dict[str, Any]]:
@@ -168,7 +97,9 @@ def measure(quick: bool, dump: Path) -> Iterator[rows.Row]:
         T, D, V = shape
         start = time.perf_counter()
         options = dict(VARIANTS)[variant]
-        compiled = compile_op(implementation, shape, devices, workspace, options)
+        compiled = compile_op(
+            h200_mesh(devices), implementation, shape, workspace, options
+        )
         yield rows.row(
             "token_logprobs, forward and gradient",
             implementation,

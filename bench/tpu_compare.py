@@ -1,0 +1,120 @@
+"""Our kernels and tokamax's at the shapes people ask about, on every TPU.
+
+A run writes each row to results/tpu_schedule_compare.json as it comes. Half of the rows
+being padding is a row of its own: the same program, told that fewer rows are valid.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+from bench import rows
+from bench.tpu_bundles import ScheduleError
+from bench.tpu_compile import Job, compile_elsewhere
+from bench.tpu_ours import VALID_ROWS
+from bench.tpu_peers import predictions
+from bench.tpu_programs import PROGRAMS, ProgramError
+from bench.tpu_report import NOTE, show
+from bench.tpu_schedule import follow, python_for
+
+NAME = "tpu_schedule_compare"
+SHAPES = (
+    (4096, 4096, 128256),
+    (8192, 2304, 256000),
+    (4096, 4096, 151936),
+    (2048, 8192, 128256),
+)
+TPUS = ("v5e", "v6e", "v5p", "7x")
+OURS = {"forward": "tokamax", "backward": "tokamax-backward"}  # and what it is beside
+HALF_GOAL = 0.55  # of the time of all rows, where half are padding
+
+
+def _ours(job: Job) -> Iterator[rows.Row]:
+    """With every row valid, and with half of them; a failure is a line on stderr."""
+    place = f"{job.program} {job.generation} T={job.T} D={job.D} V={job.V}"
+    try:
+        compiled = compile_elsewhere(job, python_for(job.program))
+        for valid in (job.T, job.T // 2):
+            row, _ = follow(job, compiled, {VALID_ROWS: [valid]})
+            if valid < job.T:
+                # The useful work: what the compiled program counts is that of all rows.
+                share = valid / job.T
+                for key in ("tflops", "pct_peak"):
+                    row[key] = row[key] and float(f"{share * row[key]:.4g}")
+                executed = row["matmul_flop_per_useful"]
+                row["matmul_flop_per_useful"] = executed and round(executed / share, 4)
+                row |= {"options": {"valid": valid}, "valid": valid}
+            yield row
+    except (ProgramError, ScheduleError) as error:
+        print(f"{place}: {error}", file=sys.stderr, flush=True)
+
+
+def _key(row: rows.Row) -> tuple:
+    """Of a line of the comparison: TPU and shape."""
+    return row["device"].split(",")[0].removeprefix("TPU "), *(row[x] for x in "TDV")
+
+
+def _is_half(row: rows.Row) -> bool:
+    return row.get("valid", row["T"]) < row["T"]
+
+
+def ratios(results: Sequence[rows.Row]) -> str:
+    """Ours beside tokamax's; half the rows beside all of them."""
+    full = {
+        (row["implementation"], *_key(row)): row for row in results if not _is_half(row)
+    }
+    half = {
+        (row["implementation"], *_key(row)): row for row in results if _is_half(row)
+    }
+    cells = []
+    for (name, *key), row in full.items():
+        if name not in OURS:
+            continue
+        peer, padded = full.get((OURS[name], *key)), half.get((name, *key))
+        share = padded["ms"] / row["ms"] if padded else None
+        cells.append(
+            (
+                *(name, *key, row["ms"], row["pct_peak"]),
+                peer["ms"] if peer else "",
+                f"{peer['ms'] / row['ms']:.2f}" if peer else "",
+                "" if share is None else f"{share:.3f}",
+                "" if share is None else "yes" if share <= HALF_GOAL else "NO",
+                row.get("config", {}).get("tile", ""),
+            )
+        )
+    header = ("program", "TPU", "T", "D", "V", "ms", "% peak", "tokamax ms")
+    header += ("times as fast", "half / all rows", f"<= {HALF_GOAL}", "remark")
+    return rows.table(header, cells)
+
+
+def compare(quick: bool) -> int:
+    """Every registered program at each shape on each TPU; 1 where one has no row.
+
+    tokamax's rows are those of an earlier run where TOKAMAX_PYTHON is not set.
+    """
+    path = rows.RESULTS / f"{NAME}.json"
+    fresh = [
+        name for name in PROGRAMS if name in OURS or "TOKAMAX_PYTHON" in os.environ
+    ]
+    shapes = SHAPES[: 1 if quick else None]
+    kept = [row for row in rows.read(path) if row["implementation"] not in fresh]
+    kept = [row for row in kept if tuple(row[x] for x in "TDV") in shapes]
+    results: list[rows.Row] = []
+    jobs = [
+        Job(program=program, generation=tpu, T=T, D=D, V=V)
+        for T, D, V in shapes
+        for tpu in TPUS
+        for program in fresh
+    ]
+    wanted = 0
+    for job in jobs:
+        wanted += 2 if job.program in OURS else 1
+        results += _ours(job) if job.program in OURS else predictions([job])
+        if not quick:
+            rows.write(NAME, [*results, *kept])
+    everything = [*results, *kept]
+    print(show(everything))
+    print(f"\n{ratios(everything)}\n({NOTE})")
+    if not quick:
+        print("wrote", path.relative_to(rows.ROOT))
+    return 0 if len(results) == wanted else 1
