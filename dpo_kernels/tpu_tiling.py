@@ -10,7 +10,7 @@ MIB = 2**20
 SLICE_V = 256  # columns of one matmul, as many as a matrix unit has
 ROWS = 16  # of bfloat16 in a register: blocks of rows are multiples
 _LANES_BYTES = 128 * 4  # a float32 number for each lane
-# Of the vector memory, what blocks may take; the rest is for registers that spill.
+# The forward's share of the vector memory; the rest is for registers that spill.
 _SHARE = 0.8
 _SPARE = 2 * MIB  # left to the compiler by the limit that a kernel is given
 
@@ -20,18 +20,28 @@ class Core:
     """What the choice of blocks depends on, of one core."""
 
     vmem_bytes: int
-    flops_per_byte: float  # of bfloat16 matmuls, in the time of moving a byte
+    flops_per_byte: float  # of bfloat16 matmuls, in the time that moving a byte takes
+    weights: (
+        int  # rows that could be multiplied in the time of loading a unit's weights
+    )
 
 
-# By the start of the device kind's name, the longest that fits; peaks and bandwidths
-# are those of `jax.experimental.pallas.tpu.get_tpu_info`.
+# By the start of the device kind's name, the longest that fits. Peaks and bandwidth are
+# those of `jax.experimental.pallas.tpu.get_tpu_info`, of the bandwidth the share that a
+# kernel gets; that and `weights` are from the compiler's schedules (bench/README.md).
 _CORES = {
-    "v5 lite": Core(vmem_bytes=128 * MIB, flops_per_byte=240),
-    "v5e": Core(vmem_bytes=128 * MIB, flops_per_byte=240),
-    "v5": Core(vmem_bytes=64 * MIB, flops_per_byte=187),
-    "v6": Core(vmem_bytes=128 * MIB, flops_per_byte=561),
-    "7": Core(vmem_bytes=64 * MIB, flops_per_byte=312),
+    "v5 lite": Core(vmem_bytes=128 * MIB, flops_per_byte=240 / 0.8, weights=8),
+    "v5e": Core(vmem_bytes=128 * MIB, flops_per_byte=240 / 0.8, weights=8),
+    "v5": Core(vmem_bytes=64 * MIB, flops_per_byte=187 / 0.8, weights=8),
+    "v6": Core(vmem_bytes=128 * MIB, flops_per_byte=561 / 0.77, weights=32),
+    "7": Core(vmem_bytes=64 * MIB, flops_per_byte=312 / 0.85, weights=60),
 }
+# Steps until a block that was written back may be read again: the pipeline fetches one
+# step ahead, and waits for a block on its way out one step late.
+_REVISIT = 3
+# What the shared backward, with XLA's matmuls, takes of the time of its FLOPs at the
+# matrix units' best; with padding it goes over the rows in blocks.
+_SHARED, _SHARED_RAGGED = 1.2, 1.5
 
 
 def core_of(device: Device) -> Core | None:
@@ -105,7 +115,7 @@ def forward_tile(problem: Problem) -> TpuForwardTile | None:
         return None
     row = problem.D * problem.itemsize
     for block_t in _heights(problem.T, 1024):
-        for block_v in _widths(problem.V, 2048):
+        for block_v in _widths(problem.V, 3072):
             for buffers in (2, 1):
                 # Hidden as it comes and packed; six states at most, one block on its
                 # way out.
@@ -124,15 +134,21 @@ def forward_tile(problem: Problem) -> TpuForwardTile | None:
 
 
 def backward_tile(problem: Problem) -> TpuBackwardTile | None:
-    """Blocks of the backward kernel: those that move the fewest bytes; None where
-    nothing fits.
+    """Blocks of the backward kernel that take the least time.
+
+    None where nothing fits, or the shared backward is faster: while rows stream, wide
+    blocks of the head are needed lest their gradients' way to memory and back takes
+    longer than the matmuls, and of a wide hidden size few fit.
     """
     core = core_of(problem.device)
     if core is None:
         return None
-    best: tuple[float, TpuBackwardTile] | None = None
+    shared = _SHARED_RAGGED if problem.ragged else _SHARED
+    best, least = None, shared * 6 * problem.T * problem.D * problem.V
     for resident in (True, False):
-        for block_t in _heights(problem.T, 1024 if resident else 512):
+        for block_t in _heights(problem.T, 1024):
+            if not resident and problem.T <= _REVISIT * block_t - block_t:
+                continue
             for block_v in _widths(problem.V, 2048):
                 tile = TpuBackwardTile(
                     block_t=block_t,
@@ -142,11 +158,11 @@ def backward_tile(problem: Problem) -> TpuBackwardTile | None:
                     resident=resident,
                     vmem_bytes=core.vmem_bytes - _SPARE,
                 )
-                if _backward_vmem(problem, tile) <= _SHARE * core.vmem_bytes:
+                if _backward_vmem(problem, tile) <= core.vmem_bytes - 2 * _SPARE:
                     cost = _backward_cost(problem, tile, core)
-                    if best is None or cost < best[0]:
-                        best = cost, tile
-    return best and best[1]
+                    if cost < least:
+                        best, least = tile, cost
+    return best
 
 
 def dlogits_tile(problem: Problem) -> TpuBackwardTile | None:
@@ -181,18 +197,20 @@ def _backward_vmem(problem: Problem, tile: TpuBackwardTile) -> int:
         rows = block_t * D * (2 * 2 + 4 * 4)
     head = block_v * D * (2 * 2 + 2 * 2 + 4)
     logits = block_t * block_v * (4 + 2) + 2 * block_t * _LANES_BYTES
-    return rows + head + logits
+    # The compiler's own: a part's gradients before they are added; seen, not derived.
+    sums = 4 * D * (block_t // tile.parts + block_v // 4)
+    return rows + head + logits + sums
 
 
 def _backward_cost(problem: Problem, tile: TpuBackwardTile, core: Core) -> float:
-    """The time of all tiles, in FLOPs of the matrix units' peak."""
-    T, D, V = (problem.T, problem.D, problem.V)
+    """The time of all tiles, in FLOPs of the matrix units' best."""
+    T, D, V = problem.T, problem.D, problem.V
     block_t, block_v = tile.block_t, tile.block_v
     blocks = -(-T // block_t) * -(-V // block_v)
-    flops = 6 * block_t * block_v * D
+    # Rows that pass by weights once they are loaded: twice of hidden's, once of head's.
+    loads = 2 / (block_t // tile.parts) + 1 / block_v
+    flops = 2 * block_t * block_v * D * (3 + core.weights * loads)
     moved = 4 * block_v * D / -(-T // block_t)
     if not tile.resident:
         moved += (2 + 4 + 4) * block_t * D
-    # Loading weights, and starting and ending a tile, as so many more rows and columns.
-    overhead = 6 * D * (16 * block_t + 16 * block_v)
-    return blocks * max(flops + overhead, moved * core.flops_per_byte)
+    return blocks * max(flops, moved * core.flops_per_byte)

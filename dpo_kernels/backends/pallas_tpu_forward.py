@@ -64,8 +64,9 @@ def forward(
         return jnp.minimum(i, jnp.maximum(pl.cdiv(valid[0], block_t) - 1, 0))
 
     def head_block(i: Any, j: Any, valid: Any) -> Any:
-        last = blocks_v - 1
-        return jnp.where(i * block_t < valid[0], jnp.minimum(j, last), last)
+        # The step that only reduces waits for the first block, to be used again next.
+        streams = (i * block_t < valid[0]) & (j < blocks_v)
+        return jnp.where(streams, j, 0)
 
     rows = [
         pl.BlockSpec(
