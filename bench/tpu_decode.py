@@ -100,6 +100,8 @@ class Transfer:
     flag: Read
     source: str
     target: str
+    source_address: Read
+    target_address: Read
 
 
 def transfer(one: Instruction) -> Transfer:
@@ -117,12 +119,18 @@ def transfer(one: Instruction) -> Transfer:
     way = re.search(r"/\* ([\w-]+-to-[\w-]+) \*/", one.rest)
     kind = way[1] if way else one.opcode.partition(".")[2].replace("_", "-")
     source, _, to = kind.partition("-to-")
+
+    def address(memory: str) -> Read:
+        return operand(named[memory]) if memory in named else lambda _: None
+
     return Transfer(
         when,
         operand(named["size_in_granules"]),
         operand(named["dst_syncflagno"]),
         source,
         to,
+        address(source),
+        address(to),
     )
 
 

@@ -46,6 +46,7 @@ class Simulator:
         self.values = dict(scalars or {})
         self.registers: Registers = {}
         self.smem: dict[int, Value] = {}
+        self.operands: dict[int, Sequence[int]] = {}  # by address
         self.transfers = Transfers(core.memory)
         self.time = 0.0
         self.run = Run()
@@ -125,6 +126,8 @@ class Simulator:
             return lambda _: known[0] if known else None
         base = (1 << 60) + allocation(index)
         self.smem |= {base + i: value for i, value in enumerate(known)}
+        # As its address in vector memory is written, too.
+        self.operands |= {base: known, base << 4: known}
         return lambda _: base
 
     def _load(self, one: Instruction) -> tuple[Read | None, Read]:
@@ -195,6 +198,15 @@ class Simulator:
             granules = self._known(one.size, "a transfer's size")
             flag = self._known(one.flag, "a transfer's flag")
             self.transfers.start(self.time, granules, flag, one.source, one.target)
+            if one.target == "smem":
+                self._copy_scalars(one)
+
+    def _copy_scalars(self, one: decode.Transfer) -> None:
+        source = one.source_address(self.registers)
+        target = one.target_address(self.registers)
+        if source is not None and target is not None:
+            known = self.operands.get(source, ())
+            self.smem |= {target + i: value for i, value in enumerate(known)}
 
     def _wait(self, when: Read | None, flag: Read, amount: Read) -> None:
         if not self._taken(when, "a wait"):

@@ -14,6 +14,7 @@ from dpo_kernels.devices import Device
 # The package has the function under the module's name.
 MODULE = importlib.import_module("dpo_kernels.sequence_sums")
 H200 = Device(platform="gpu", kind="NVIDIA H200", num_cores=132, capability=(9, 0))
+V6E = Device(platform="tpu", kind="TPU v6 lite", num_cores=1)
 LOCK = threading.Lock()  # Triton's interpreter is one for the process
 
 
@@ -22,6 +23,14 @@ def running(implementation, monkeypatch, capfd=None):
     """Let the kernels of an implementation run here, and look for races."""
     if implementation == "xla":
         yield
+        return
+    if implementation == "pallas_tpu":
+        from jax.experimental.pallas import tpu as pltpu
+
+        monkeypatch.setattr(MODULE, "traced_device", lambda: V6E)
+        tpu = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise")
+        with pltpu.force_tpu_interpret_mode(tpu):
+            yield
         return
     monkeypatch.setattr(MODULE, "traced_device", lambda: H200)
     if implementation == "triton":

@@ -25,6 +25,7 @@ from dpo_kernels.devices import Device
 BACKENDS = {
     "mosaic_gpu": "dpo_kernels.backends.sums_mosaic_gpu",
     "triton": "dpo_kernels.backends.sums_triton",
+    "pallas_tpu": "dpo_kernels.backends.sums_pallas_tpu",
     "xla": "dpo_kernels.backends.sums_xla",
 }
 _KERNEL_DTYPES = ("float32", "bfloat16", "float16")
