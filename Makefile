@@ -2,13 +2,16 @@
 #   make demo    train the bundled model on the bundled pairs, and look at the result
 #   make test    what a change has to pass: lint, then the tests
 #   make lint    ruff and pyright alone
-#   make bench   the benchmarks on the CPU (installs the TPU's compiler, 1 GB more)
+#   make bench   the benchmarks on the CPU
 #   make check-gpu-aot  compile every GPU kernel for an H200, with or without a GPU
+#   make check-tpu-aot  compile the TPU kernels for v5e, v5p, v6e and 7x, without a TPU
 #   make bench-gpu      verify and measure everything on the GPU that is here
+#   make bench-tpu      verify and measure the TPU kernels on the TPU that is here
 #   make clean   remove the environment and every cache
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench check-gpu-aot bench-gpu clean
+.PHONY: help demo test lint format bench check-gpu-aot check-tpu-aot \
+	bench-gpu bench-tpu clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -35,7 +38,7 @@ format: $(VENV)/.test
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(VENV)/.bench
+bench: $(VENV)/.test
 	$(PY) -m pytest bench --benchmark-enable
 	$(PY) -m bench.train_step
 	$(PY) -m bench.memory
@@ -44,8 +47,15 @@ bench: $(VENV)/.bench
 bench-gpu: $(VENV)/.gpu
 	$(PY) -m bench.gpu $(BENCH_GPU)
 
+# BENCH_TPU="--rehearse" needs no TPU.
+bench-tpu: $(VENV)/.tpu
+	JAX_PLATFORMS= $(PY) -m bench.tpu_device $(BENCH_TPU)
+
 check-gpu-aot: $(VENV)/.test
 	$(PY) -m bench.gpu_aot
+
+check-tpu-aot: $(VENV)/.test
+	$(PY) -m bench.tpu_aot
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .benchmarks *.egg-info
@@ -64,9 +74,9 @@ $(VENV)/.test: $(VENV)/.run
 	@$(PIP) --no-build-isolation -e ".[test]"
 	@touch $@
 
-$(VENV)/.bench: $(VENV)/.test
-	@echo "== installing the compiler for TPUs"
-	@$(PIP) --no-build-isolation -e ".[test,bench]"
+$(VENV)/.tpu: $(VENV)/.test
+	@echo "== installing JAX for TPUs"
+	@$(PIP) --no-build-isolation -e ".[test,tpu]"
 	@touch $@
 
 $(VENV)/.gpu: $(VENV)/.test

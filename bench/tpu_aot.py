@@ -1,13 +1,13 @@
 """The TPU backend, compiled for TPUs that need not be here: does it fit?
 
-    python -m bench.tpu_aot [--quick]
+    python -m bench.tpu_aot [--quick] [--tpu NAME]...
 
 Compiles value-and-gradient of the public op in bfloat16 for v5e, v5p, v6e and 7x, on
-one device and with the vocabulary cut over four, and at shapes that are hard to tile.
-Prints a table: the temporaries beside the promise (see bench/memory.py) and the kernels
-in the compiled program. Exits with 1 where a program does not compile (blocks that do
-not fit into vector memory), takes more than the promise, or where `auto` chose another
-backend. Nothing runs: bench.tpu_schedule predicts speed.
+one device and with the vocabulary cut over four chips, and at shapes that are hard to
+tile. Prints a table: the temporaries beside the promise (see bench/memory.py) and the
+kernels in the compiled program. Exits with 1 where a program does not compile (blocks
+that do not fit into vector memory), takes more than the promise, or where `auto` chose
+another backend. Nothing runs: bench.tpu_schedule predicts speed.
 """
 
 import argparse
@@ -47,7 +47,10 @@ HARD = (
     (4096, 4096, 49152 // 8),
 )
 HARD_ON = ("v6e", "7x")
-PARALLEL = 4  # devices that the vocabulary is cut over
+# Devices that the vocabulary is cut over: four chips. On 7x each is two.
+PARALLEL = {"v5e": 4, "v5p": 4, "v6e": 4, "7x": 8}
+# What is compiled for has to be whole: four of v5e's sixteen would not do.
+TOPOLOGIES = {name: chip.topology for name, chip in CHIPS.items()} | {"v5e": "v5e:2x2"}
 FORWARD = "token_logprobs_forward"
 BACKWARDS = ("token_logprobs_backward", "token_logprobs_dlogits")
 MARK = "tpu_aot:"
@@ -63,17 +66,18 @@ class Program:
     variant: str = "engine"
 
 
-def programs(quick: bool) -> list[Program]:
+def programs(quick: bool, generations: Sequence[str] = tuple(CHIPS)) -> list[Program]:
     """Everything; with `quick`, what the engine calls at one shape on each TPU."""
     found = []
-    for generation in CHIPS:
+    for generation in generations:
         first, *others = SHAPES
         found.append(Program(generation=generation, shape=first))
         if quick:
             continue
         for variant in ("plain", "everything"):
             found.append(Program(generation=generation, shape=first, variant=variant))
-        found.append(Program(generation=generation, shape=first, devices=PARALLEL))
+        devices = PARALLEL[generation]
+        found.append(Program(generation=generation, shape=first, devices=devices))
         found += [Program(generation=generation, shape=shape) for shape in others]
         if generation in HARD_ON:
             # With everything on, most has to fit.
@@ -96,7 +100,7 @@ def _mesh(program: Program) -> Any:
     import numpy as np
     from jax.experimental import topologies
 
-    name = CHIPS[program.generation].topology
+    name = TOPOLOGIES[program.generation]
     found = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     return jax.sharding.Mesh(np.array(found[: program.devices]), ("vocab",))
 
@@ -132,7 +136,7 @@ def _row(program: Program, **facts: Any) -> rows.Row:
         D=D,
         V=V,
         dtype="bfloat16",
-        device=f"TPU {program.generation}, ahead of time",
+        device=_device(program.generation),
         compiler=f"libtpu {version('libtpu')}",
         devices=program.devices,
         variant=program.variant,
@@ -216,11 +220,18 @@ def measure_elsewhere(wanted: Sequence[Program]) -> Iterator[rows.Row]:
             yield _row(left.pop(0), error=f"the compiler died: {last}", compile_s=0.0)
 
 
+def _device(generation: str) -> str:
+    return f"TPU {generation}, ahead of time"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the table and write the rows; 1 where something does not fit."""
     parser = argparse.ArgumentParser(prog="python -m bench.tpu_aot")
     parser.add_argument(
         "--quick", action="store_true", help="one program a TPU; writes no rows"
+    )
+    parser.add_argument(
+        "--tpu", action="append", choices=CHIPS, help="some; the others' rows are kept"
     )
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -230,17 +241,21 @@ def main(argv: list[str] | None = None) -> int:
             program = Program(**fields | {"shape": tuple(fields["shape"])})
             print(MARK + json.dumps(compile_row(program)), flush=True)
         return 0
+    chosen = args.tpu or list(CHIPS)
+    path = rows.RESULTS / "tpu_aot.json"
+    devices = {_device(generation) for generation in chosen}
+    kept = [row for row in rows.read(path) if row["device"] not in devices]
     results = []
-    for row in measure_elsewhere(programs(args.quick)):
+    for row in measure_elsewhere(programs(args.quick, chosen)):
         results.append(row)
         shape = f"T={row['T']} D={row['D']} V={row['V']} on {row['devices']}"
         state = "; ".join(problems(row)) or "fits"
         print(f"{row['device']} {shape} {row['variant']}: {state}", flush=True)
         if not args.quick:
-            rows.write("tpu_aot", results)
+            rows.write_to(path, [*kept, *results])
     print(f"\n{show(results)}")
     if not args.quick:
-        print("wrote", (rows.RESULTS / "tpu_aot.json").relative_to(rows.ROOT))
+        print("wrote", path.relative_to(rows.ROOT))
     return 1 if any(problems(row) for row in results) else 0
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from bench import rows
 from bench.tpu_chips import CHIPS
 from bench.tpu_programs import Program, ProgramError, build
+from bench.tpu_trips import trips
 
 MARK = "tpu_compile:"
 
@@ -120,6 +121,7 @@ def _facts(job: Job, program: Program, compiled: Any) -> dict[str, Any]:
         "flops": program.flops,
         "scalars": {str(k): list(v) for k, v in program.scalars.items()},
         "notes": dict(program.notes),
+        "trips": trips(compiled.as_text()),
         "temp_bytes": memory.temp_size_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,

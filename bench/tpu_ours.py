@@ -5,6 +5,7 @@ The compiled program is the same; only what the kernel's scalar operand holds di
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 from bench.tpu_programs import Program, ProgramError
@@ -39,14 +40,25 @@ def _arrays(T: int, D: int, V: int, dtype: str) -> tuple[Any, ...]:
     return array((T, D), dtype), array((V, D), dtype), *integers
 
 
-def _config(which: str, arrays: tuple[Any, ...]) -> dict[str, Any]:
-    """The blocks that are chosen for the device being compiled for."""
-    from dpo_kernels import tpu_tiling
-    from dpo_kernels.tiling import problem_of
+def _config(which: str, call: Any, *arrays: Any) -> dict[str, Any]:
+    """The blocks that the op chooses for the device being compiled for."""
+    import jax
 
-    hidden, head, _, num_valid = arrays
-    problem = problem_of(hidden, head, num_valid, 2**28)
-    tile = getattr(tpu_tiling, f"{which}_tile")(problem)
+    from dpo_kernels import tpu_tiling
+
+    name, found = f"{which}_tile", [None]
+    choose = getattr(tpu_tiling, name)
+
+    def record(*given: Any, **options: Any) -> Any:
+        found.append(choose(*given, **options))
+        return found[-1]
+
+    setattr(tpu_tiling, name, record)
+    try:
+        jax.eval_shape(call, *arrays)
+    finally:
+        setattr(tpu_tiling, name, choose)
+    tile: Any = found[-1]
     return {"tile": SHARED} if tile is None else dataclasses.asdict(tile)
 
 
@@ -78,7 +90,7 @@ def forward(
         arguments=arrays,
         flops=2 * valid * D * V,
         scalars={VALID_ROWS: [valid]},
-        notes={"config": _config("forward", arrays), "valid": valid},
+        notes={"config": _config("forward", run, *arrays), "valid": valid},
     )
 
 
@@ -88,7 +100,8 @@ def backward(
     """What the op's vjp does after the forward; options as `forward`.
 
     Raises:
-        ProgramError: `valid` that is no number of rows.
+        ProgramError: `valid` that is no number of rows, or is fewer than T where the
+            device has no kernel for the whole gradient.
     """
     import jax
     import jax.numpy as jnp
@@ -97,31 +110,40 @@ def backward(
 
     valid, static = _options(T, options)
     arrays = _arrays(T, D, V, dtype)
+    dlogprob = jax.ShapeDtypeStruct((T,), jnp.float32)
 
-    def pullback(hidden, head, targets, num_valid):
+    def pullback(padded: bool, hidden, head, targets, num_valid):
         def logprob(hidden, head):
             return token_logprobs(
                 hidden,
                 head,
                 targets,
-                num_valid=num_valid,
+                num_valid=num_valid if padded else None,
                 implementation=IMPLEMENTATION,
                 **static,
             ).logprob
 
         return jax.vjp(logprob, hidden, head)[1]
 
-    # What the forward leaves for the backward comes in from outside.
-    saved = jax.eval_shape(pullback, *arrays)
-    leaves, tree = jax.tree.flatten(saved)
+    def build(padded: bool):
+        # What the forward leaves for the backward comes in from outside.
+        saved = jax.eval_shape(functools.partial(pullback, padded), *arrays)
+        leaves, tree = jax.tree.flatten(saved)
+        return tuple(leaves), lambda x, d: jax.tree.unflatten(tree, x)(d)
 
-    def run(leaves, dlogprob):
-        return jax.tree.unflatten(tree, leaves)(dlogprob)
+    leaves, run = build(padded=True)
+    config = _config("backward", run, leaves, dlogprob)
+    if config == {"tile": SHARED}:
+        if valid < T:
+            raise ProgramError("the shared backward's loop over rows is not followed")
+        # XLA's loops are followed where their lengths are constants.
+        leaves, run = build(padded=False)
+        config = _config("backward", run, leaves, dlogprob)
 
     return Program(
         function=run,
-        arguments=(tuple(leaves), jax.ShapeDtypeStruct((T,), jnp.float32)),
+        arguments=(leaves, dlogprob),
         flops=6 * valid * D * V,
         scalars={VALID_ROWS: [valid]},
-        notes={"config": _config("backward", arrays), "valid": valid},
+        notes={"config": config, "valid": valid},
     )

@@ -3,7 +3,7 @@
     python -m bench.tpu_schedule --program file.py:build --tpu v6e \
         --T 4096 --D 4096 --V 128256 [--option block_v=512,1024] [--blocks]
     python -m bench.tpu_schedule --reproduce [--quick]
-    python -m bench.tpu_schedule --compare [--quick]
+    python -m bench.tpu_schedule --compare [--quick] [--tpu NAME]...
 
 Nothing runs on a TPU: a program (see `bench.tpu_programs`) is compiled ahead of time,
 its schedule is followed bundle by bundle (`bench.tpu_simulator`), and the cycles are
@@ -75,7 +75,7 @@ def follow(
     """As `predict`, of what is compiled already."""
     facts, chip = compiled.facts, CHIPS[job.generation]
     known = {int(k): v for k, v in facts["scalars"].items()} | (scalars or {})
-    done, skipped = operations(compiled.schedules, chip, known)
+    done, skipped = operations(compiled.schedules, chip, known, facts["trips"])
     kernels = [one for one in done if one.pallas]
     others = [one for one in done if not one.pallas]
     executed = sum(one.calls * one.matmul_flop for one in done)
@@ -221,8 +221,9 @@ def main(argv: list[str] | None = None) -> int:
             from bench.tpu_compare import compare
             from bench.tpu_peers import reproduce
 
-            chosen = reproduce if args.reproduce else compare
-            return chosen(args.quick)
+            if args.reproduce:
+                return reproduce(args.quick)
+            return compare(args.quick, args.tpu)
         missing = [n for n in ("program", "tpu", "T", "D", "V") if not vars(args)[n]]
         if missing:
             raise ProgramError("say --" + " --".join(missing))

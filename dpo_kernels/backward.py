@@ -76,6 +76,7 @@ class Job:
     kept: KeptRows | None
     wanted: Wanted
     tile: tiling.BackwardTile
+    workspace_bytes: int
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Typed as varying over the manual mesh axes that the gradients vary over."""

@@ -251,6 +251,7 @@ def _vjp_backward(static: _Static, saved, cotangents):
             kept=kept and kept_rows(kept, logprob + lse, *rows, options),
             wanted=wanted,
             tile=tile,
+            workspace_bytes=static.workspace_bytes,
         )
     )
     dhidden = grads.hidden

@@ -10,9 +10,11 @@ MIB = 2**20
 SLICE_V = 256  # columns of one matmul, as many as a matrix unit has
 ROWS = 16  # of bfloat16 in a register: blocks of rows are multiples
 _LANES_BYTES = 128 * 4  # a float32 number for each lane
-# The forward's share of the vector memory; the rest is for registers that spill.
-_SHARE = 0.8
 _SPARE = 2 * MIB  # left to the compiler by the limit that a kernel is given
+_MARGIN = 6 * MIB  # of what the compiler takes, an estimate, to that limit
+# Bytes that the forward's registers that spill take for each logit of a tile, without
+# and with a bias or a soft-cap; seen, not derived.
+_SPILLED, _SPILLED_CAPPED = 7, 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +41,6 @@ _CORES = {
 # Steps until a block that was written back may be read again: the pipeline fetches one
 # step ahead, and waits for a block on its way out one step late.
 _REVISIT = 3
-# What the shared backward, with XLA's matmuls, takes of the time of its FLOPs at the
-# matrix units' best; with padding it goes over the rows in blocks.
-_SHARED, _SHARED_RAGGED = 1.2, 1.5
 
 
 def core_of(device: Device) -> Core | None:
@@ -77,6 +76,7 @@ class TpuForwardTile(TpuTile):
     """Blocks of the forward kernel."""
 
     hidden_buffers: int  # 2: the next block of rows is fetched while this one is used
+    cores: int = 1  # of the device, which take blocks of rows in turns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +104,13 @@ def _widths(V: int, most: int) -> Iterator[int]:
             yield width
 
 
-def forward_tile(problem: Problem) -> TpuForwardTile | None:
+def forward_tile(
+    problem: Problem, *, states: int = 6, capped: bool = True
+) -> TpuForwardTile | None:
     """The largest blocks that fit; None where none do.
+
+    `states` are the running values of a row; `capped` says that there is a bias or a
+    soft-cap.
 
     Of more than 1024 rows the matrix units cannot hold the sums (v7), and one that
     holds only padding is skipped: lower blocks skip more.
@@ -114,18 +119,19 @@ def forward_tile(problem: Problem) -> TpuForwardTile | None:
     if core is None:
         return None
     row = problem.D * problem.itemsize
+    logit = 4 + (_SPILLED_CAPPED if capped else _SPILLED)
     for block_t in _heights(problem.T, 1024):
         for block_v in _widths(problem.V, 3072):
             for buffers in (2, 1):
-                # Hidden as it comes and packed; six states at most, one block on its
-                # way out.
+                # Hidden as it comes and packed; one block of states on its way out.
                 used = (buffers + 1) * block_t * row + 2 * block_v * row
-                used += block_t * (4 * block_v + 2 * 6 * _LANES_BYTES)
-                if used <= _SHARE * core.vmem_bytes:
+                used += block_t * (logit * block_v + 2 * states * _LANES_BYTES)
+                if used <= core.vmem_bytes - _MARGIN:
                     return TpuForwardTile(
                         block_t=block_t,
                         block_v=block_v,
                         hidden_buffers=buffers,
+                        cores=problem.device.num_cores or 1,
                         vmem_bytes=core.vmem_bytes - _SPARE,
                     )
             if block_v <= 512 and block_t > 256:
@@ -134,17 +140,19 @@ def forward_tile(problem: Problem) -> TpuForwardTile | None:
 
 
 def backward_tile(problem: Problem) -> TpuBackwardTile | None:
-    """Blocks of the backward kernel that take the least time.
+    """Blocks of the backward kernel that take the least time; None where none fit.
 
-    None where nothing fits, or the shared backward is faster: while rows stream, wide
-    blocks of the head are needed lest their gradients' way to memory and back takes
-    longer than the matmuls, and of a wide hidden size few fit.
+    While rows stream, wide blocks of the head are needed lest their gradients' way to
+    memory and back takes longer than the matmuls; of a wide hidden size few fit.
     """
     core = core_of(problem.device)
     if core is None:
         return None
-    shared = _SHARED_RAGGED if problem.ragged else _SHARED
-    best, least = None, shared * 6 * problem.T * problem.D * problem.V
+    # Each core has a gradient of hidden of its own, one of which is promised.
+    cores = problem.device.num_cores or 1
+    if (cores - 1) * 4 * problem.T * problem.D > problem.workspace_bytes:
+        cores = 1
+    best, least = None, float("inf")
     for resident in (True, False):
         for block_t in _heights(problem.T, 1024):
             if not resident and problem.T <= _REVISIT * block_t - block_t:
@@ -154,7 +162,7 @@ def backward_tile(problem: Problem) -> TpuBackwardTile | None:
                     block_t=block_t,
                     block_v=block_v,
                     parts=2 if block_t % (2 * ROWS) == 0 else 1,
-                    cores=min(problem.device.num_cores or 1, -(-problem.V // block_v)),
+                    cores=min(cores, -(-problem.V // block_v)),
                     resident=resident,
                     vmem_bytes=core.vmem_bytes - _SPARE,
                 )
@@ -175,7 +183,8 @@ def dlogits_tile(problem: Problem) -> TpuBackwardTile | None:
         for block_v in _widths(problem.V, 1024):
             used = 2 * (block_t + block_v) * row
             used += block_t * (block_v * (4 + 2 * 2) + 2 * _LANES_BYTES)
-            if used <= _SHARE * core.vmem_bytes:
+            used += 4 * block_t * block_v  # registers that spill
+            if used <= core.vmem_bytes - _MARGIN:
                 return TpuBackwardTile(
                     block_t=block_t,
                     block_v=block_v,
@@ -198,7 +207,7 @@ def _backward_vmem(problem: Problem, tile: TpuBackwardTile) -> int:
     head = block_v * D * (2 * 2 + 2 * 2 + 4)
     logits = block_t * block_v * (4 + 2) + 2 * block_t * _LANES_BYTES
     # The compiler's own: a part's gradients before they are added; seen, not derived.
-    sums = 4 * D * (block_t // tile.parts + block_v // 4)
+    sums = 4 * D * (block_t // tile.parts + block_v)
     return rows + head + logits + sums
 
 

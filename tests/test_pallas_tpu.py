@@ -4,6 +4,8 @@ Memory that nothing has written holds NaN there, and so does what a block has pa
 end of its array.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,9 +30,7 @@ STREAMED = TpuBackwardTile(
 
 
 def tiled(resident: bool, cores: int) -> TpuBackwardTile:
-    return TpuBackwardTile(
-        **(vars(STREAMED) | {"resident": resident, "cores": cores})  # pyright: ignore
-    )
+    return replace(STREAMED, resident=resident, cores=cores)
 
 
 @pytest.fixture(params=[1, 2], ids=["one core", "two cores"])
@@ -51,8 +51,11 @@ def _interpreted(request, capfd):
 def small_tiles(monkeypatch):
     """Several blocks of rows and of the vocabulary, and a last one cut short."""
 
+    def forward_tile(problem, **_):
+        return replace(FORWARD, cores=problem.device.num_cores)
+
     def use(backward: TpuBackwardTile = STREAMED) -> None:
-        monkeypatch.setattr(tpu_tiling, "forward_tile", lambda _: FORWARD)
+        monkeypatch.setattr(tpu_tiling, "forward_tile", forward_tile)
         monkeypatch.setattr(tpu_tiling, "backward_tile", lambda _: backward)
         monkeypatch.setattr(tpu_tiling, "dlogits_tile", lambda _: STREAMED)
 

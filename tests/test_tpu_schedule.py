@@ -229,6 +229,24 @@ def test_operations_of_a_program():
         calls(top.replace(":", ": >", 1))
 
 
+def test_what_cannot_be_followed_is_left_out_unless_it_multiplies():
+    def program(bundles: str) -> dict[str, tpu_compile.Dump]:
+        top = "".join(
+            f"   0x{i} : {{ %5{i} = inlined_call %s1 /* %{name} = {kind}() */ }}\n"
+            for i, (name, kind) in enumerate((("f.1", "custom-call"), ("g", "fusion")))
+        )
+        entry = "/* entry bundle: %g = fusion(%x) */\n"
+        texts = {"TLP": top, "f.1": COPIES, "g": entry + bundles}
+        return {name: tpu_compile.Dump(bundles=text) for name, text in texts.items()}
+
+    odd = "0 : { %1 = dma.odd [hbm:%s1] }\n"
+    done, skipped = operations(program(odd), CHIPS["v6e"], {0: [5]})
+    assert [one.name for one in done] == ["f.1"] and list(skipped) == ["g"]
+    product = odd + "0x1 : { %2 = vmatmul.mubr.bf16.gmra.mxu0 %v1 }\n"
+    with pytest.raises(ScheduleError, match="^g, bundle 0"):
+        operations(program(product), CHIPS["v6e"], {0: [5]})
+
+
 @pytest.mark.parametrize("name", ["v5e", "v5p", "v6e"])
 def test_the_clock_gives_the_peak(name):
     chip = CHIPS[name]

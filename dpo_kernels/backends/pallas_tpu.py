@@ -84,7 +84,12 @@ def forward_partials(
     assert keep_v == 0, "the tile keeps nothing on a TPU"
     T, V = hidden.shape[0], head.shape[0]
     axes = varying_axes(hidden, head, targets, bias, num_valid)
-    tile = tpu_tiling.forward_tile(problem_of(hidden, head, num_valid, 0))
+    names = pallas_tpu_forward.state_names(options)
+    tile = tpu_tiling.forward_tile(
+        problem_of(hidden, head, num_valid, 0),
+        states=len(names),
+        capped=bias is not None or options.softcap is not None,
+    )
     assert tile is not None, "`unsupported` looked for one"
     states = pallas_tpu_forward.forward(
         *_alike(axes, hidden, head, targets, bias, _valid_rows(num_valid, T)),
@@ -92,7 +97,6 @@ def forward_partials(
         tile=tile,
     )
     lanes = jnp.swapaxes(states, 1, 2)
-    names = pallas_tpu_forward.state_names(options)
     found = dict(zip(names, lanes, strict=True))
     if "mean_logit" in options.stats:
         exists_v = jnp.ones((V,), bool) if bias is None else bias != -jnp.inf
@@ -139,7 +143,8 @@ def backward(job: "Job") -> "Gradients | None":
     from dpo_kernels.backward import Gradients
 
     x, rows, options, wanted = job.inputs, job.rows, job.options, job.wanted
-    tile = tpu_tiling.backward_tile(problem_of(x.hidden, x.head, x.num_valid, 0))
+    problem = problem_of(x.hidden, x.head, x.num_valid, job.workspace_bytes)
+    tile = tpu_tiling.backward_tile(problem)
     if tile is None or wanted.hidden is wanted.head is None:
         return None
     want_bias = x.bias is not None and wanted.bias is not None

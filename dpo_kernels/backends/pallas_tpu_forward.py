@@ -61,9 +61,11 @@ def forward(
 
     # A block without valid rows asks for what is there already: nothing is copied.
     def row_block(i: Any, j: Any, valid: Any) -> Any:
-        return jnp.minimum(i, jnp.maximum(pl.cdiv(valid[0], block_t) - 1, 0))
+        last = jnp.maximum(pl.cdiv(valid[0], block_t) - 1, 0)
+        return jnp.minimum(_block_of_rows(i, T, tile), last)
 
     def head_block(i: Any, j: Any, valid: Any) -> Any:
+        i = _block_of_rows(i, T, tile)
         # The step that only reduces waits for the first block, to be used again next.
         streams = (i * block_t < valid[0]) & (j < blocks_v)
         return jnp.where(streams, j, 0)
@@ -85,7 +87,7 @@ def forward(
         operands.append(padded[None])
     return pl.pallas_call(
         functools.partial(
-            _kernel, options=options, tile=tile, V=V, has_bias=bias is not None
+            _kernel, options=options, tile=tile, T=T, V=V, has_bias=bias is not None
         ),
         out_shape=like(hidden, (states, T, LANES), jnp.float32),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -95,7 +97,8 @@ def forward(
             in_specs=rows,
             # Its own also of a block without valid rows, which another core may have.
             out_specs=pl.BlockSpec(
-                (states, block_t, LANES), lambda i, j, valid: (0, i, 0)
+                (states, block_t, LANES),
+                lambda i, j, valid: (0, _block_of_rows(i, T, tile), 0),
             ),
             scratch_shapes=[
                 pltpu.VMEM((block_t // 2, D), jnp.uint32),
@@ -110,12 +113,23 @@ def forward(
     )(*operands)
 
 
+def _block_of_rows(i: Any, T: int, tile: TpuForwardTile) -> Any:
+    """Of the grid's first axis, whose first half is one core's: every other block.
+
+    Valid rows come first: in halves the second core would have the padding.
+    """
+    if tile.cores == 1:
+        return i
+    half = pl.cdiv(pl.cdiv(T, tile.block_t), 2)
+    return jnp.where(i < half, 2 * i, 2 * (i - half) + 1)
+
+
 def _kernel(
-    valid, hidden, head, targets, *rest, options: LogitOptions, tile, V, has_bias
+    valid, hidden, head, targets, *rest, options: LogitOptions, tile, T, V, has_bias
 ):
     bias = rest[0] if has_bias else None
     states, packed, logits = rest[-3:]
-    i, j = pl.program_id(0), pl.program_id(1)
+    i, j = _block_of_rows(pl.program_id(0), T, tile), pl.program_id(1)
     blocks_v = pl.cdiv(V, tile.block_v)
     used = i * tile.block_t < valid[0]
     names = state_names(options)
