@@ -80,7 +80,7 @@ def programs(quick: bool) -> Iterator[tuple[Any, ...]]:
     for implementation in IMPLEMENTATIONS:
         first = SHAPES[0]
         if quick:
-            yield implementation, first, 1, WORKSPACE, "engine"
+            yield implementation, first, 1, WORKSPACE, "plain"
             continue
         for shape in SHAPES:
             for devices in (1, 8):

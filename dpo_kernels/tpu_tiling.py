@@ -40,7 +40,7 @@ _CORES = {
 }
 # Steps until a block that was written back may be read again: the pipeline fetches one
 # step ahead, and waits for a block on its way out one step late.
-_REVISIT = 3
+REVISIT = 3
 
 
 def core_of(device: Device) -> Core | None:
@@ -155,7 +155,7 @@ def backward_tile(problem: Problem) -> TpuBackwardTile | None:
     best, least = None, float("inf")
     for resident in (True, False):
         for block_t in _heights(problem.T, 1024):
-            if not resident and problem.T <= _REVISIT * block_t - block_t:
+            if not resident and problem.T <= REVISIT * block_t - block_t:
                 continue
             for block_v in _widths(problem.V, 2048):
                 tile = TpuBackwardTile(

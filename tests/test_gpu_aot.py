@@ -8,7 +8,7 @@ GOOD = {"kernel": "token_logprobs_forward", "spill_bytes": 0, "shared_bytes": 1}
 GOOD |= {"wgmma": 4, "registers": 168}
 
 
-def test_the_engine_s_call_compiles_within_the_promise():
+def test_a_call_compiles_within_the_promise():
     results = gpu_aot.measure_elsewhere(quick=True)
     assert [row["implementation"] for row in results] == ["mosaic_gpu", "triton"]
     assert [gpu_aot.problems(row) for row in results] == [[], []]

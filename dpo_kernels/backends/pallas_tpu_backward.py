@@ -19,7 +19,7 @@ from dpo_kernels.backends.pallas_tpu_dlogits import LANES, dlogits_tile, f32, ma
 from dpo_kernels.backends.pallas_tpu_forward import like
 from dpo_kernels.interface import LogitOptions
 from dpo_kernels.loops import make_varying, varying_axes
-from dpo_kernels.tpu_tiling import TpuBackwardTile
+from dpo_kernels.tpu_tiling import REVISIT, TpuBackwardTile
 
 
 class Gradients(NamedTuple):
@@ -50,15 +50,16 @@ def gradients(
     block_t, block_v = tile.block_t, tile.block_v
     blocks_t, blocks_v = pl.cdiv(T, block_t), pl.cdiv(V, block_v)
     each = pl.cdiv(blocks_v, tile.cores)  # vocabulary blocks of a core
-    call = _Call(options, tile, V, wanted, bias is not None, each)
+    call = _Call(options, tile, V, wanted, bias is not None, each, blocks_t)
 
     def at_v(c: Any, j: Any, i: Any, valid: Any) -> tuple[Any, int]:
         return jnp.minimum(c * each + j, blocks_v - 1), 0
 
     def at_t(c: Any, j: Any, i: Any, valid: Any) -> tuple[Any, int]:
-        last = _used_blocks(valid[0], block_t) - 1
+        used = _used_blocks(valid[0], blocks_t, tile)
         # A core's last block of the vocabulary may be one too many: nothing moves.
-        return jnp.where(c * each + j < blocks_v, jnp.minimum(i, last), last), 0
+        exists = c * each + j < blocks_v
+        return jnp.where(exists, _row_block(i, blocks_t - used), used - 1), 0
 
     if tile.resident:
         all_rows = blocks_t * block_t
@@ -131,6 +132,7 @@ class _Call(NamedTuple):
     wanted: tuple[bool, bool, bool]
     has_bias: bool
     blocks_each: int  # of the vocabulary, for a core
+    blocks_t: int
 
 
 class _Refs(NamedTuple):
@@ -155,9 +157,22 @@ class _Refs(NamedTuple):
         return cls(*(next(left) if has else None for has in there))
 
 
-def _used_blocks(valid: Any, block_t: int) -> Any:
-    """Row blocks that are computed: one at least, which then writes zeros."""
-    return jnp.maximum(pl.cdiv(valid, block_t), 1)
+def _used_blocks(valid: Any, blocks_t: int, tile: TpuBackwardTile) -> Any:
+    """Row blocks that are computed: one at least, which then writes zeros.
+
+    Streaming ones so many that a block is on its way back before it is asked for anew.
+    """
+    least = 1 if tile.resident else min(REVISIT, blocks_t)
+    return jnp.maximum(pl.cdiv(valid, tile.block_t), least)
+
+
+def _row_block(i: Any, skipped: Any) -> Any:
+    """Of step `i` of a block of the vocabulary, of which 1 to `skipped` do nothing.
+
+    Those come after the first: behind its matmuls the block before is written back,
+    behind the last step's the next one is fetched. They move nothing.
+    """
+    return jnp.maximum(i - skipped, 0)
 
 
 def _kernel(valid: Any, *refs: Any, call: _Call) -> None:
@@ -166,16 +181,17 @@ def _kernel(valid: Any, *refs: Any, call: _Call) -> None:
     block_t, block_v = tile.block_t, tile.block_v
     block = pl.program_id(0) * call.blocks_each + j
     last_block = pl.cdiv(call.V, block_v) - 1
-    used_blocks = _used_blocks(valid[0], block_t)
-    used = (block <= last_block) & (i < used_blocks)
-    start = pl.multiple_of(i * block_t, block_t) if tile.resident else 0
+    skipped = call.blocks_t - _used_blocks(valid[0], call.blocks_t, tile)
+    row_block = _row_block(i, skipped)
+    used = (block <= last_block) & ((i == 0) | (i > skipped))
+    start = pl.multiple_of(row_block * block_t, block_t) if tile.resident else 0
 
     if tile.resident and x.dhidden is not None:
 
         @pl.when(j == 0)
         def _():
             zeros = jnp.zeros((block_t, x.head.shape[1]), f32)
-            x.dhidden[pl.ds(start, block_t)] = zeros
+            x.dhidden[pl.ds(pl.multiple_of(i * block_t, block_t), block_t)] = zeros
 
     # What is past the end of an array, or of the valid rows, may hold NaN, and 0 * NaN
     # is no zero in the matmuls.
@@ -188,9 +204,9 @@ def _kernel(valid: Any, *refs: Any, call: _Call) -> None:
 
     first_visit = (j == 0) if tile.resident else True
 
-    @pl.when(used & first_visit & (valid[0] < (i + 1) * block_t))
+    @pl.when(used & first_visit & (valid[0] < (row_block + 1) * block_t))
     def _():
-        _clear(x.hidden, start, block_t, valid[0] - i * block_t)
+        _clear(x.hidden, start, block_t, valid[0] - row_block * block_t)
 
     @pl.when(used)
     def _():
@@ -198,16 +214,9 @@ def _kernel(valid: Any, *refs: Any, call: _Call) -> None:
 
     if x.dhead is not None:
 
-        @pl.when((block <= last_block) & (i == used_blocks - 1))
+        @pl.when((block <= last_block) & (i == call.blocks_t - 1))
         def _():
             x.dhead[...] = x.dhead_sum[...].astype(x.dhead.dtype)
-
-    if x.before is not None:
-
-        @pl.when(used & (used_blocks == 1))
-        def _():
-            # The same block again: it is neither written nor read back in between.
-            x.before[...] = x.dhidden[...]
 
 
 def _clear(ref: Any, start: Any, size: int, keep: Any) -> None:
