@@ -23,20 +23,21 @@ class Core:
 
     vmem_bytes: int
     flops_per_byte: float  # of bfloat16 matmuls, in the time that moving a byte takes
-    weights: (
-        int  # rows that could be multiplied in the time of loading a unit's weights
-    )
+    weights: int  # rows that are multiplied while a matrix unit's weights are loaded
+    depth: int  # of a matrix unit: what a matmul sums at once
 
 
 # By the start of the device kind's name, the longest that fits. Peaks and bandwidth are
 # those of `jax.experimental.pallas.tpu.get_tpu_info`, of the bandwidth the share that a
 # kernel gets; that and `weights` are from the compiler's schedules (bench/README.md).
 _CORES = {
-    "v5 lite": Core(vmem_bytes=128 * MIB, flops_per_byte=240 / 0.8, weights=8),
-    "v5e": Core(vmem_bytes=128 * MIB, flops_per_byte=240 / 0.8, weights=8),
-    "v5": Core(vmem_bytes=64 * MIB, flops_per_byte=187 / 0.8, weights=8),
-    "v6": Core(vmem_bytes=128 * MIB, flops_per_byte=561 / 0.77, weights=32),
-    "7": Core(vmem_bytes=64 * MIB, flops_per_byte=312 / 0.85, weights=60),
+    "v5 lite": Core(
+        vmem_bytes=128 * MIB, flops_per_byte=240 / 0.8, weights=8, depth=128
+    ),
+    "v5e": Core(vmem_bytes=128 * MIB, flops_per_byte=240 / 0.8, weights=8, depth=128),
+    "v5": Core(vmem_bytes=64 * MIB, flops_per_byte=187 / 0.8, weights=8, depth=128),
+    "v6": Core(vmem_bytes=128 * MIB, flops_per_byte=561 / 0.77, weights=32, depth=256),
+    "7": Core(vmem_bytes=64 * MIB, flops_per_byte=312 / 0.85, weights=60, depth=256),
 }
 # Steps until a block that was written back may be read again: the pipeline fetches one
 # step ahead, and waits for a block on its way out one step late.
@@ -161,7 +162,8 @@ def backward_tile(problem: Problem) -> TpuBackwardTile | None:
                 tile = TpuBackwardTile(
                     block_t=block_t,
                     block_v=block_v,
-                    parts=2 if block_t % (2 * ROWS) == 0 else 1,
+                    # A part's rows are summed over for the gradient of the head.
+                    parts=2 if block_t >= 2 * core.depth else 1,
                     cores=min(cores, -(-problem.V // block_v)),
                     resident=resident,
                     vmem_bytes=core.vmem_bytes - _SPARE,
