@@ -280,9 +280,7 @@ def test_results_vary_over_the_axes_of_the_inputs(check_vma, monkeypatch):
 
 
 # One of each size of tile and of shared memory; bench.gpu_triton_resources has more.
-@pytest.mark.parametrize(
-    "kind", ["NVIDIA A100-SXM4-80GB", "NVIDIA L4", "NVIDIA B200"]
-)
+@pytest.mark.parametrize("kind", ["NVIDIA A100-SXM4-80GB", "NVIDIA L4", "NVIDIA B200"])
 def test_kernels_compile_within_the_shared_memory(kind, monkeypatch):
     monkeypatch.undo()
     cases = {case.name: case for case in gpu_triton_resources.CASES}

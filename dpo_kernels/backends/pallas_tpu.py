@@ -138,7 +138,7 @@ def dlogits(
 
 
 def backward(job: "Job") -> "Gradients | None":
-    """See `Backend.backward`: all gradients in one kernel, where that is faster."""
+    """See `Backend.backward`: all gradients in one kernel, where its blocks fit."""
     from dpo_kernels.backends import pallas_tpu_backward, pallas_tpu_dlogits
     from dpo_kernels.backward import Gradients
 
