@@ -14,7 +14,7 @@ _SPARE = 2 * MIB  # left to the compiler by the limit that a kernel is given
 _MARGIN = 6 * MIB  # of what the compiler takes, an estimate, to that limit
 # Bytes that the forward's registers that spill take for each logit of a tile, without
 # and with a bias or a soft-cap; seen, not derived.
-_SPILLED, _SPILLED_CAPPED = 7, 12
+_SPILLED, _SPILLED_CAPPED = 10, 12
 
 
 @dataclass(frozen=True, kw_only=True)
