@@ -31,7 +31,7 @@ def integer(text: str) -> int:
 
 
 def operand(text: str) -> Read:
-    """How to read `%s1_s2`, `!%p1_p2`, `[#allocation3 + $0x8]`, `7`.
+    """How to read `%s1_s2`, `!%p1_p2`, `[#allocation3 + $0x8]`, `7`, `!1`.
 
     Raises:
         ScheduleError: anything else.
@@ -48,6 +48,9 @@ def operand(text: str) -> Read:
         address = allocation(int(place[1])) + (integer(place[2]) if place[2] else 0)
         return lambda _: address
     try:
+        if text.startswith("!"):
+            opposite = int(not integer(text[1:]))
+            return lambda _: opposite
         constant = _wrap(integer(text))
     except ValueError:
         if re.fullmatch(r"-?[\d.]+(e[+-]?\d+)?|nan|-?inf", text):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from dpo_kernels import tiling
+from dpo_kernels import accurate, tiling
 from dpo_kernels.interface import Backend, LogitOptions, accumulator
 from dpo_kernels.kept import KeptRows, kept_dlogits
 from dpo_kernels.loops import (
@@ -97,7 +97,7 @@ def row_coefficients(
 
     At the target 1 - p is -expm1(logprob), which keeps its digits when p is near 1.
     """
-    at_target = dlse * jnp.exp(logprob) - dlogprob * jnp.expm1(logprob)
+    at_target = dlse * accurate.exp(logprob) - dlogprob * accurate.expm1(logprob)
     return RowCoefficients(
         # A row without any vocabulary has lse -inf: exp(z - inf) is 0, not NaN.
         lse=jnp.where(lse == -jnp.inf, jnp.inf, lse),

@@ -75,6 +75,17 @@ class Kept:
     block_v: int = field(metadata={"static": True})  # of every block but the last
 
 
+def finite_shift(top: jax.Array) -> jax.Array:
+    """A maximum to subtract: 0 for that of nothing, as -inf - -inf would be NaN."""
+    return jnp.where(top == -jnp.inf, jnp.zeros_like(top), top)
+
+
+def kept_of(exp: Float[Array, "T keep_v"], partials: Partials, block_v: int) -> Kept:
+    """What a forward keeps whose partials are of blocks of `block_v` entries."""
+    blocks = -(-exp.shape[1] // block_v)
+    return Kept(exp=exp, shift=finite_shift(partials.max[:blocks]), block_v=block_v)
+
+
 @runtime_checkable
 class Backend(Protocol):
     """Two functions on one device's slice of the vocabulary.

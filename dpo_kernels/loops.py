@@ -81,6 +81,12 @@ def put_rows(x: Array, update: Array, start: Any) -> Array:
     return lax.dynamic_update_slice_in_dim(x, update, start, axis=0)
 
 
+def valid_rows(num_valid: Int[Array, ""] | None, T: int) -> Int[Array, "1"]:
+    """How many of T rows are not padding, as a kernel's operand."""
+    valid = jnp.full((), T, jnp.int32) if num_valid is None else num_valid
+    return jnp.clip(valid.astype(jnp.int32), 0, T)[None]
+
+
 def varying_axes(*xs: Array | None) -> frozenset[str]:
     """The manual mesh axes over which any of `xs` is typed as varying."""
     types = [jax.typeof(x).manual_axis_type for x in xs if x is not None]
@@ -94,3 +100,15 @@ def make_varying(x: Array, axes: frozenset[str]) -> Array:
     """
     missing = axes - varying_axes(x)
     return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+
+def varying_alike(*xs: Array | None) -> tuple[Any, ...]:
+    """`xs` typed as varying over the same axes, as a kernel's operands have to be."""
+    axes = varying_axes(*xs)
+    return tuple(None if x is None else make_varying(x, axes) for x in xs)
+
+
+def result_like(x: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """A kernel's result that varies over the manual mesh axes that `x` varies over."""
+    kind = jax.typeof(x).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)

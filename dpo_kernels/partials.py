@@ -5,7 +5,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from dpo_kernels.interface import Partials
+from dpo_kernels import accurate
+from dpo_kernels.interface import Partials, finite_shift
 
 
 def no_vocabulary(T: int, acc, stats) -> Partials:
@@ -33,9 +34,7 @@ def merge(
     The order of a sum is fixed, so the same inputs give the same bits.
     """
     top = reduce_max(partials.max)
-    # Nothing anywhere: -inf - -inf would be NaN.
-    shift = jnp.where(top == -jnp.inf, jnp.zeros_like(top), top)
-    factor = jnp.exp(partials.max - shift)
+    factor = accurate.exp(partials.max - finite_shift(top))
 
     def total(x: Array | None, factor=None) -> Array | None:
         if x is None:
@@ -56,7 +55,7 @@ def merge(
 def finish(partials: Partials, stats: tuple[str, ...]) -> tuple[Array, ...]:
     """(logprob, lse, *stats) from partials of the whole vocabulary."""
     top, total, target, exp_z, exp2, sum_logit, count = partials
-    lse = top + jnp.log(total)
+    lse = top + accurate.log(total)
     found = {"top1": target >= top}
     if exp_z is not None:
         found["entropy"] = lse - exp_z / total

@@ -5,7 +5,7 @@ device's slice of it, under `axis_name`); lower case is a tile.
 """
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -203,9 +203,6 @@ def _vjp_forward(static: _Static, hidden, head, bias, targets, num_valid):
     tile = _backward_tile(static, hidden, head, num_valid)
     keep_v = 0 if tile is None or wanted == (None, None, None) else tile.keep_v
     results, kept = _forward(static, keep_v, *values)
-    if kept is not None:
-        # Of the other blocks nothing is to be held until the backward.
-        kept = replace(kept, shift=kept.shift[: -(-keep_v // kept.block_v)])
     return results, (*values, *results[:2], kept, wanted)
 
 

@@ -81,10 +81,16 @@ class TpuForwardTile(TpuTile):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TpuBackwardTile(TpuTile):
-    """Blocks of the backward kernels."""
+class TpuDlogitsTile(TpuTile):
+    """Blocks of the kernel that leaves the matmuls to XLA."""
 
     parts: int  # of the rows: one's dlogits are computed during another's matmuls
+
+
+@dataclass(frozen=True, kw_only=True)
+class TpuBackwardTile(TpuDlogitsTile):
+    """Blocks of the backward kernel."""
+
     cores: int  # of the device, each of which has a share of the vocabulary
     resident: bool  # all rows, and their gradients, stay in vector memory
 
@@ -105,6 +111,15 @@ def _widths(V: int, most: int) -> Iterator[int]:
             yield width
 
 
+def _blocks(problem: Problem, most_v: int) -> Iterator[tuple[int, int]]:
+    """Heights and widths, the largest first, lower ones before many narrower ones."""
+    for block_t in _heights(problem.T, 1024):
+        for block_v in _widths(problem.V, most_v):
+            yield block_t, block_v
+            if block_v <= 512 and block_t > 256:
+                break
+
+
 def forward_tile(
     problem: Problem, *, states: int = 6, capped: bool = True
 ) -> TpuForwardTile | None:
@@ -121,22 +136,19 @@ def forward_tile(
         return None
     row = problem.D * problem.itemsize
     logit = 4 + (_SPILLED_CAPPED if capped else _SPILLED)
-    for block_t in _heights(problem.T, 1024):
-        for block_v in _widths(problem.V, 3072):
-            for buffers in (2, 1):
-                # Hidden as it comes and packed; one block of states on its way out.
-                used = (buffers + 1) * block_t * row + 2 * block_v * row
-                used += block_t * (logit * block_v + 2 * states * _LANES_BYTES)
-                if used <= core.vmem_bytes - _MARGIN:
-                    return TpuForwardTile(
-                        block_t=block_t,
-                        block_v=block_v,
-                        hidden_buffers=buffers,
-                        cores=problem.device.num_cores or 1,
-                        vmem_bytes=core.vmem_bytes - _SPARE,
-                    )
-            if block_v <= 512 and block_t > 256:
-                break
+    for block_t, block_v in _blocks(problem, 3072):
+        for buffers in (2, 1):
+            # Hidden as it comes and packed; one block of states on its way out.
+            used = (buffers + 1) * block_t * row + 2 * block_v * row
+            used += block_t * (logit * block_v + 2 * states * _LANES_BYTES)
+            if used <= core.vmem_bytes - _MARGIN:
+                return TpuForwardTile(
+                    block_t=block_t,
+                    block_v=block_v,
+                    hidden_buffers=buffers,
+                    cores=problem.device.num_cores or 1,
+                    vmem_bytes=core.vmem_bytes - _SPARE,
+                )
     return None
 
 
@@ -175,28 +187,23 @@ def backward_tile(problem: Problem) -> TpuBackwardTile | None:
     return best
 
 
-def dlogits_tile(problem: Problem) -> TpuBackwardTile | None:
+def dlogits_tile(problem: Problem) -> TpuDlogitsTile | None:
     """The largest blocks of the kernel that leaves the matmuls to XLA."""
     core = core_of(problem.device)
     if core is None:
         return None
     row = problem.D * problem.itemsize
-    for block_t in _heights(problem.T, 1024):
-        for block_v in _widths(problem.V, 1024):
-            used = 2 * (block_t + block_v) * row
-            used += block_t * (block_v * (4 + 2 * 2) + 2 * _LANES_BYTES)
-            used += 4 * block_t * block_v  # registers that spill
-            if used <= core.vmem_bytes - _MARGIN:
-                return TpuBackwardTile(
-                    block_t=block_t,
-                    block_v=block_v,
-                    parts=2 if block_t % (2 * ROWS) == 0 else 1,
-                    cores=1,
-                    resident=False,
-                    vmem_bytes=core.vmem_bytes - _SPARE,
-                )
-            if block_v <= 512 and block_t > 256:
-                break
+    for block_t, block_v in _blocks(problem, 1024):
+        used = 2 * (block_t + block_v) * row
+        used += block_t * (block_v * (4 + 2 * 2) + 2 * _LANES_BYTES)
+        used += 4 * block_t * block_v  # registers that spill
+        if used <= core.vmem_bytes - _MARGIN:
+            return TpuDlogitsTile(
+                block_t=block_t,
+                block_v=block_v,
+                parts=2 if block_t % (2 * ROWS) == 0 else 1,
+                vmem_bytes=core.vmem_bytes - _SPARE,
+            )
     return None
 
 

@@ -1,18 +1,15 @@
 """Lets the kernels of `sequence_sums` run on the CPU, in their interpreters."""
 
 import contextlib
-import importlib
 import threading
 
 import jax
 import numpy as np
 import pytest
 
-from dpo_kernels.backends import triton
-from dpo_kernels.devices import Device
+from dpo_kernels.backends import jax_triton_call
+from dpo_kernels.devices import Device, pretended
 
-# The package has the function under the module's name.
-MODULE = importlib.import_module("dpo_kernels.sequence_sums")
 H200 = Device(platform="gpu", kind="NVIDIA H200", num_cores=132, capability=(9, 0))
 V6E = Device(platform="tpu", kind="TPU v6 lite", num_cores=1)
 LOCK = threading.Lock()  # Triton's interpreter is one for the process
@@ -27,21 +24,20 @@ def running(implementation, monkeypatch, capfd=None):
     if implementation == "pallas_tpu":
         from jax.experimental.pallas import tpu as pltpu
 
-        monkeypatch.setattr(MODULE, "traced_device", lambda: V6E)
         tpu = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise")
-        with pltpu.force_tpu_interpret_mode(tpu):
+        with pretended(V6E), pltpu.force_tpu_interpret_mode(tpu):
             yield
         return
-    monkeypatch.setattr(MODULE, "traced_device", lambda: H200)
     if implementation == "triton":
         call = interpreted_triton(monkeypatch)
-        monkeypatch.setattr(triton, "_triton_call", lambda: call)
-        yield
+        monkeypatch.setattr(jax_triton_call, "triton_call", lambda: call)
+        with pretended(H200):
+            yield
         return
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     params = plgpu.InterpretGPUParams(detect_races=True, out_of_bounds_reads="raise")
-    with plgpu.force_gpu_interpret_mode(params):
+    with pretended(H200), plgpu.force_gpu_interpret_mode(params):
         yield
     if capfd is not None:
         assert "RACE DETECTED" not in capfd.readouterr().out

@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from sums_interpreters import H200, running
+from sums_interpreters import H200, V6E, running
 
 from dpo_kernels import sequence_sums
-from dpo_kernels.backends import sums, sums_triton
+from dpo_kernels.backends import choice, sums
 from dpo_kernels.devices import Device
 
 IMPLEMENTATIONS = tuple(sums.BACKENDS)
@@ -227,19 +226,21 @@ def problem(device: Device, dtype: str = "float32") -> sums.Problem:
 
 
 def test_auto_takes_the_first_that_can_and_says_so(monkeypatch, caplog):
-    caplog.set_level(logging.INFO, logger=sums.__name__)
-    sums._log_choice.cache_clear()
+    caplog.set_level(logging.INFO, logger=choice.__name__)
+    choice.log_choice.cache_clear()
     for device, dtype, name in (
         (H200, "float32", "mosaic_gpu"),
         (A100, "bfloat16", "triton"),
         (H200, "float64", "xla"),
+        (V6E, "bfloat16", "pallas_tpu"),
         (CPU, "float32", "xla"),
     ):
-        assert sums.load_backend("auto", problem(device, dtype)) is sums._module(name)
+        assert sums.load_backend("auto", problem(device, dtype)) is sums._choice.module(
+            name
+        )
         assert f"'auto' is '{name}'" in caplog.messages[-1]
-    missing = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
-    monkeypatch.setattr(sums_triton, "importlib", missing)
-    assert sums.load_backend("auto", problem(A100)) is sums._module("xla")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert sums.load_backend("auto", problem(A100)) is sums._choice.module("xla")
 
 
 @pytest.mark.parametrize(

@@ -2,24 +2,20 @@
 
 import contextlib
 from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dpo_kernels.devices import traced_device
+from dpo_kernels.devices import Device, pretended, traced_device
 from dpo_kernels.gpu_tiling import MosaicTile, mosaic_tile
-from dpo_kernels.interface import Kept, LogitOptions, Partials
-from dpo_kernels.loops import make_varying, varying_axes
+from dpo_kernels.interface import Kept, LogitOptions, Partials, kept_of
+from dpo_kernels.loops import make_varying, valid_rows, varying_axes
 from dpo_kernels.tiling import Problem, problem_of
 
 fused_dlogits = True
 backward = None
-
-# Streaming multiprocessors of the GPU that is being interpreted, on a CPU.
-_interpreted_cores: ContextVar[int | None] = ContextVar("cores", default=None)
 
 
 @contextlib.contextmanager
@@ -32,22 +28,20 @@ def interpreted(num_cores: int = 4, **options: Any) -> Iterator[None]:
     """
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
-    token = _interpreted_cores.set(num_cores)
-    try:
-        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**options)):
-            yield
-    finally:
-        _interpreted_cores.reset(token)
+    hopper = Device(
+        platform="gpu", kind="NVIDIA H200", num_cores=num_cores, capability=(9, 0)
+    )
+    interpreter = plgpu.InterpretGPUParams(**options)
+    with pretended(hopper), plgpu.force_gpu_interpret_mode(interpreter):
+        yield
 
 
 def unsupported(problem: Problem) -> str | None:
     """See `Backend.unsupported`."""
     device = problem.device
-    if _interpreted_cores.get() is None and (
-        device.platform != "gpu" or device.capability is None
-    ):
+    if device.platform != "gpu" or device.capability is None:
         return f"needs an NVIDIA GPU of compute capability 9.0; this is {device}"
-    if device.capability is not None and device.capability[0] != 9:
+    if device.capability[0] != 9:
         return (
             "needs Hopper's tensor cores (compute capability 9.0, as the H100 and H200 "
             f"have); this is {device}"
@@ -62,7 +56,7 @@ def unsupported(problem: Problem) -> str | None:
 
 
 def _num_cores() -> int:
-    cores = _interpreted_cores.get() or traced_device().num_cores
+    cores = traced_device().num_cores
     assert cores is not None, "a GPU has a number of cores"
     return cores
 
@@ -113,7 +107,7 @@ def forward_partials(
         head,
         _pad(targets, padded_T, -1),
         padded_bias,
-        _valid_rows(num_valid, T),
+        valid_rows(num_valid, T),
         options=options,
         keep_v=_round_up(keep_v, 16),
         tile=tile,
@@ -125,14 +119,7 @@ def forward_partials(
     if kept is None:
         return partials, None
     exp = make_varying(kept[:T, :keep_v], axes)
-    shift = partials.max[: -(-keep_v // tile.block_v)]
-    shift = jnp.where(shift == -jnp.inf, 0.0, shift)
-    return partials, Kept(exp=exp, shift=shift, block_v=tile.block_v)
-
-
-def _valid_rows(num_valid: Array | None, T: int) -> Array:
-    valid = jnp.full((), T, jnp.int32) if num_valid is None else num_valid
-    return jnp.minimum(valid.astype(jnp.int32), T)[None]
+    return partials, kept_of(exp, partials, tile.block_v)
 
 
 def _count(bias: Array | None, V: int, tile: MosaicTile, like: Array) -> Array:
@@ -170,7 +157,7 @@ def dlogits(
         head,
         [_pad(x, padded_T, fill) for x, fill in zip(rows, fills, strict=True)],
         bias,
-        _valid_rows(None, T),
+        valid_rows(None, T),
         options=options,
         want_dbias=want_dbias,
         tile=tile,

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from dpo_kernels import tpu_tiling
 from dpo_kernels.devices import Device, pretended
 from dpo_kernels.interface import Kept, LogitOptions, Partials
-from dpo_kernels.loops import make_varying, varying_axes
+from dpo_kernels.loops import make_varying, valid_rows, varying_alike, varying_axes
 from dpo_kernels.tiling import Problem, problem_of
 
 if TYPE_CHECKING:
@@ -53,16 +53,6 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
-def _valid_rows(num_valid: Array | None, T: int) -> Array:
-    valid = jnp.full((), T, jnp.int32) if num_valid is None else num_valid
-    return jnp.clip(valid.astype(jnp.int32), 0, T)[None]
-
-
-def _alike(axes: frozenset[str], *xs: Array | None) -> tuple[Any, ...]:
-    """Typed as varying over the same axes, as a kernel's operands have to be."""
-    return tuple(None if x is None else make_varying(x, axes) for x in xs)
-
-
 def forward_partials(
     hidden: Float[Array, "T D"],
     head: Float[Array, "V D"],
@@ -83,7 +73,6 @@ def forward_partials(
     del workspace_bytes
     assert keep_v == 0, "the tile keeps nothing on a TPU"
     T, V = hidden.shape[0], head.shape[0]
-    axes = varying_axes(hidden, head, targets, bias, num_valid)
     names = pallas_tpu_forward.state_names(options)
     tile = tpu_tiling.forward_tile(
         problem_of(hidden, head, num_valid, 0),
@@ -92,7 +81,7 @@ def forward_partials(
     )
     assert tile is not None, "`unsupported` looked for one"
     states = pallas_tpu_forward.forward(
-        *_alike(axes, hidden, head, targets, bias, _valid_rows(num_valid, T)),
+        *varying_alike(hidden, head, targets, bias, valid_rows(num_valid, T)),
         options=options,
         tile=tile,
     )
@@ -104,7 +93,7 @@ def forward_partials(
         padded = jnp.pad(exists_v, (0, -V % width)).reshape(-1, width)
         count = padded.sum(axis=0).astype(lanes.dtype)
         count = jnp.broadcast_to(count[:, None], lanes.shape[1:])
-        found["num_logits"] = make_varying(count, axes)
+        found["num_logits"] = make_varying(count, varying_axes(lanes))
     return Partials(**found), None
 
 
@@ -123,13 +112,11 @@ def dlogits(
     """See `Backend.dlogits`."""
     from dpo_kernels.backends import pallas_tpu_dlogits
 
-    rows = (targets, lse, p_coef, target_grad)
-    axes = varying_axes(hidden, head, bias, *rows)
     tile = tpu_tiling.dlogits_tile(problem_of(hidden, head, None, 0))
     assert tile is not None, "`unsupported` found room for more"
     packed = pallas_tpu_dlogits.pack_rows(lse, p_coef, target_grad, targets)
     dx, dbias = pallas_tpu_dlogits.dlogits(
-        *_alike(axes, hidden, head, bias, packed),
+        *varying_alike(hidden, head, bias, packed),
         options=options,
         want_dbias=want_dbias,
         tile=tile,
@@ -149,7 +136,7 @@ def backward(job: "Job") -> "Gradients | None":
         return None
     want_bias = x.bias is not None and wanted.bias is not None
     T = x.hidden.shape[0]
-    valid = _valid_rows(x.num_valid, T)
+    valid = valid_rows(x.num_valid, T)
     exists_t = jnp.arange(T, dtype=jnp.int32) < valid
     packed = pallas_tpu_dlogits.pack_rows(
         jnp.where(exists_t, rows.lse, jnp.inf),
@@ -158,7 +145,7 @@ def backward(job: "Job") -> "Gradients | None":
         x.targets,
     )
     dhidden, dhead, dbias = pallas_tpu_backward.gradients(
-        *_alike(job.axes, x.hidden, x.head, x.bias, packed, valid),
+        *varying_alike(x.hidden, x.head, x.bias, packed, valid),
         options=options,
         wanted=(wanted.hidden is not None, wanted.head is not None, want_bias),
         tile=tile,

@@ -16,9 +16,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from dpo_kernels.backends.pallas_tpu_dlogits import LANES, dlogits_tile, f32, matmul
-from dpo_kernels.backends.pallas_tpu_forward import like
+from dpo_kernels.backends.pallas_tpu_forward import bias_row
 from dpo_kernels.interface import LogitOptions
-from dpo_kernels.loops import make_varying, varying_axes
+from dpo_kernels.loops import make_varying, result_like, varying_axes
 from dpo_kernels.tpu_tiling import REVISIT, TpuBackwardTile
 
 
@@ -83,25 +83,23 @@ def gradients(
     operands = [valid_rows, hidden, head, rows]
     row_of_v = pl.BlockSpec((1, block_v), lambda *at: at_v(*at)[::-1])
     if bias is not None:
-        padding = blocks_v * block_v - V
-        padded = jnp.pad(bias.astype(f32), (0, padding), constant_values=-jnp.inf)
         in_specs.append(row_of_v)
-        operands.append(padded[None])
+        operands.append(bias_row(bias, blocks_v * block_v))
     out_specs, out_shape, aliases = [], [], {}
     if wanted[0]:
         shape = (tile.cores, blocks_t * block_t, D)
         out_specs.append(dhidden_spec)
-        out_shape.append(like(hidden, shape, f32))
+        out_shape.append(result_like(hidden, shape, f32))
         if not tile.resident:
             aliases[len(operands)] = 0
             in_specs.append(dhidden_spec)
             operands.append(make_varying(jnp.zeros(shape, f32), varying_axes(hidden)))
     if wanted[1]:
         out_specs.append(pl.BlockSpec((block_v, D), at_v))
-        out_shape.append(like(hidden, (V, D), head.dtype))
+        out_shape.append(result_like(hidden, (V, D), head.dtype))
     if wanted[2]:
         out_specs.append(row_of_v)
-        out_shape.append(like(hidden, (1, V), f32))
+        out_shape.append(result_like(hidden, (1, V), f32))
     results = pl.pallas_call(
         functools.partial(_kernel, call=call),
         out_shape=out_shape,

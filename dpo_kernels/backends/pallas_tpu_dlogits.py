@@ -14,9 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from dpo_kernels.backends.pallas_tpu_forward import LANES, like
+from dpo_kernels.backends.pallas_tpu_forward import LANES, bias_row
 from dpo_kernels.interface import LogitOptions
-from dpo_kernels.tpu_tiling import TpuBackwardTile
+from dpo_kernels.loops import result_like
+from dpo_kernels.tpu_tiling import TpuDlogitsTile
 
 f32 = jnp.float32
 
@@ -71,7 +72,7 @@ def dlogits(
     *,
     options: LogitOptions,
     want_dbias: bool,
-    tile: TpuBackwardTile,
+    tile: TpuDlogitsTile,
 ) -> tuple[Float[Array, "T chunk"], Float[Array, "blocks chunk"] | None]:
     """`Backend.dlogits`, and sums over each block of rows."""
     (T, D), V = hidden.shape, head.shape[0]
@@ -84,15 +85,13 @@ def dlogits(
     ]
     operands = [hidden, head, rows]
     if bias is not None:
-        padding = blocks_v * block_v - V
-        padded = jnp.pad(bias.astype(f32), (0, padding), constant_values=-jnp.inf)
         in_specs.append(pl.BlockSpec((1, block_v), lambda _, j: (0, j)))
-        operands.append(padded[None])
+        operands.append(bias_row(bias, blocks_v * block_v))
     out_specs = [pl.BlockSpec((block_t, block_v), lambda i, j: (i, j))]
-    out_shape = [like(hidden, (T, V), hidden.dtype)]
+    out_shape = [result_like(hidden, (T, V), hidden.dtype)]
     if want_dbias:
         out_specs.append(pl.BlockSpec((None, 1, block_v), lambda i, j: (i, 0, j)))
-        out_shape.append(like(hidden, (blocks_t, 1, V), f32))
+        out_shape.append(result_like(hidden, (blocks_t, 1, V), f32))
     results = pl.pallas_call(
         functools.partial(
             _dlogits_kernel, options=options, tile=tile, T=T, has_bias=bias is not None

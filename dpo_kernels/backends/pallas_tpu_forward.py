@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from dpo_kernels.interface import LogitOptions, capped
+from dpo_kernels.loops import result_like
 from dpo_kernels.tpu_tiling import SLICE_V, TpuForwardTile
 
 LANES = 128
@@ -34,10 +35,10 @@ def state_names(options: LogitOptions) -> tuple[str, ...]:
     return _ALWAYS + tuple(n for stat, n in _OF_STATS.items() if stat in options.stats)
 
 
-def like(x: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """An output that varies over the manual mesh axes that `x` varies over."""
-    kind = jax.typeof(x).manual_axis_type
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
+def bias_row(bias: Float[Array, " V"], size: int) -> Float[Array, "1 size"]:
+    """Float32, masked from V on: the operand of a kernel over whole blocks."""
+    padding = (0, size - bias.shape[0])
+    return jnp.pad(bias.astype(jnp.float32), padding, constant_values=-jnp.inf)[None]
 
 
 @jax.enable_x64(False)  # indices are int32
@@ -81,15 +82,13 @@ def forward(
     ]
     operands = [valid_rows, hidden, head, targets[:, None]]
     if bias is not None:
-        padding = blocks_v * block_v - V
-        padded = jnp.pad(bias.astype(jnp.float32), (0, padding))
         rows.append(pl.BlockSpec((1, block_v), lambda *at: (0, head_block(*at))))
-        operands.append(padded[None])
+        operands.append(bias_row(bias, blocks_v * block_v))
     return pl.pallas_call(
         functools.partial(
             _kernel, options=options, tile=tile, T=T, V=V, has_bias=bias is not None
         ),
-        out_shape=like(hidden, (states, T, LANES), jnp.float32),
+        out_shape=result_like(hidden, (states, T, LANES), jnp.float32),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             # One step more: it reduces the last tile.

@@ -10,15 +10,13 @@ tens of microseconds. On one sequence of 65536 tokens it loses some: a single wa
 16 KB at once, waits 16 times.
 """
 
-import functools
-import importlib
-import logging
 from dataclasses import dataclass
-from typing import Protocol, cast, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dpo_kernels.backends.choice import Choice
 from dpo_kernels.devices import Device
 
 # The order in which `auto` tries them: that of `token_logprobs`.
@@ -29,8 +27,6 @@ BACKENDS = {
     "xla": "dpo_kernels.backends.sums_xla",
 }
 _KERNEL_DTYPES = ("float32", "bfloat16", "float16")
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,57 +80,17 @@ def gpu_reason(problem: Problem, capability: tuple[int, int]) -> str | None:
     if device.capability is None or device.capability < capability:
         least = ".".join(map(str, capability))
         return f"needs a GPU of compute capability {least} or newer; this is {device}"
+    return dtype_reason(problem)
+
+
+def dtype_reason(problem: Problem) -> str | None:
+    """Why a kernel cannot do this with values and weights of these dtypes, if so."""
     for name, dtype in (("values", problem.dtype), ("weights", problem.weights_dtype)):
         if dtype is not None and str(dtype) not in _KERNEL_DTYPES:
             return f"needs {', '.join(_KERNEL_DTYPES)}; {name} is {dtype}"
     return None
 
 
-def load_backend(implementation: str, problem: Problem) -> SumsBackend:
-    """The backend of that name, if it can do this; `auto` takes the first that can.
-
-    Raises:
-        ValueError: a name that is not in `BACKENDS`.
-        NotImplementedError: a backend that does not cover the device or the dtypes.
-    """
-    if implementation == "auto":
-        return _resolve_auto(problem)
-    check_name(implementation)
-    reason = _module(implementation).unsupported(problem)
-    if reason is not None:
-        others = [n for n in BACKENDS if _module(n).unsupported(problem) is None]
-        raise NotImplementedError(
-            f"{implementation=} {reason}; use {' or '.join((*others, 'auto'))}"
-        )
-    return _module(implementation)
-
-
-def check_name(implementation: str) -> None:
-    """Refuse a name that is neither `auto` nor in `BACKENDS`."""
-    if implementation not in ("auto", *BACKENDS):
-        raise ValueError(
-            f"{implementation=} is unknown; use one of: auto, {', '.join(BACKENDS)}"
-        )
-
-
-def _resolve_auto(problem: Problem) -> SumsBackend:
-    passed_over = []
-    for name in BACKENDS:
-        reason = _module(name).unsupported(problem)
-        if reason is None:
-            _log_choice(name, problem.device, tuple(passed_over))
-            return _module(name)
-        passed_over.append(f"{name} {reason}")
-    raise AssertionError("xla runs anywhere")
-
-
-@functools.cache
-def _log_choice(name: str, device: Device, passed_over: tuple[str, ...]) -> None:
-    because = f" ({'; '.join(passed_over)})" if passed_over else ""
-    _log.info(
-        "sequence_sums: implementation='auto' is %r on %s%s", name, device, because
-    )
-
-
-def _module(name: str) -> SumsBackend:
-    return cast(SumsBackend, importlib.import_module(BACKENDS[name]))
+_choice = Choice[SumsBackend]("sequence_sums", BACKENDS)
+load_backend = _choice.load
+check_name = _choice.check_name

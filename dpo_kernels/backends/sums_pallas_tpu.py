@@ -13,30 +13,26 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from dpo_kernels.backends.sums import Problem
-from dpo_kernels.loops import make_varying, varying_axes
+from dpo_kernels.backends.sums import Problem, dtype_reason
+from dpo_kernels.loops import result_like, varying_alike
 
 _SUBLANES, _LANES = 8, 128
 _BLOCK = _SUBLANES * _LANES  # tokens of a register
 # Tokens, and sequences: four arrays of the former are in vector memory at once.
 _MOST_TOKENS, _MOST_SEQUENCES = 2**20, 2**14
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def unsupported(problem: Problem) -> str | None:
     """See `SumsBackend.unsupported`."""
     if problem.device.platform != "tpu":
         return f"needs a TPU; this is {problem.device}"
-    for name, dtype in (("values", problem.dtype), ("weights", problem.weights_dtype)):
-        if dtype is not None and str(dtype) not in _DTYPES:
-            return f"needs {', '.join(_DTYPES)}; {name} is {dtype}"
     for name, size, most in (
         ("tokens", problem.T, _MOST_TOKENS),
         ("sequences", problem.R, _MOST_SEQUENCES),
     ):
         if size > most:
             return f"needs at most {most} {name}; these are {size}"
-    return None
+    return dtype_reason(problem)
 
 
 def forward(
@@ -87,21 +83,15 @@ def _blocks(T: int) -> int:
 
 @jax.enable_x64(False)  # indices are int32
 def _launch(body: Any, name: str, scalars, tokens, shapes) -> tuple[Array, ...]:
-    axes = varying_axes(*scalars, *tokens)
-
     def blocks(x: Array) -> Array:
         T = x.shape[0]
         padded = jnp.pad(x.astype(jnp.float32), (0, _blocks(T) * _LANES - T))
         return padded.reshape(-1, _LANES)
 
-    operands = [make_varying(x, axes) for x in (*scalars, *map(blocks, tokens))]
-    kind = jax.typeof(operands[0]).manual_axis_type
+    operands = varying_alike(*scalars, *map(blocks, tokens))
     return pl.pallas_call(
         body,
-        out_shape=[
-            jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=kind)
-            for shape in shapes
-        ],
+        out_shape=[result_like(operands[0], shape, jnp.float32) for shape in shapes],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             in_specs=[pl.BlockSpec(memory_space=pltpu.VMEM)] * len(tokens),

@@ -4,15 +4,14 @@ One program for each sequence in the forward, one for each block of tokens in th
 backward. Loads are widest where 16 divides T.
 """
 
-import importlib.util
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dpo_kernels.backends.jax_triton_call import launch, missing_package
 from dpo_kernels.backends.sums import Problem, gpu_reason
-from dpo_kernels.loops import make_varying, varying_axes
 
 _NUM_WARPS = 4
 _LEAST_BLOCK, _MOST_BLOCK = 512, 4096  # tokens of a block of the forward
@@ -22,13 +21,7 @@ _MOST_BLOCK_R = 1024  # offsets that are looked at together
 
 def unsupported(problem: Problem) -> str | None:
     """See `SumsBackend.unsupported`."""
-    reason = gpu_reason(problem, (8, 0))
-    if reason is None and importlib.util.find_spec("jax_triton") is None:
-        return (
-            "needs the package jax-triton, which is not installed "
-            "(pip install 'dpo-engine[cuda13]')"
-        )
-    return reason
+    return gpu_reason(problem, (8, 0)) or missing_package()
 
 
 def forward(
@@ -42,7 +35,6 @@ def forward(
     block = _power_of_two(problem.T // problem.R)
     sums, counts = _launch(
         "sums_kernel",
-        problem,
         # What is absent needs a pointer all the same.
         [values, offsets if weights is None else weights, offsets],
         (jax.ShapeDtypeStruct((problem.R,), jnp.float32),) * 2,
@@ -68,7 +60,6 @@ def backward(
     stand_in = jax.ShapeDtypeStruct((1,), jnp.float32)
     dvalues, dweights = _launch(
         "gradient_kernel",
-        problem,
         [offsets if x is None else x for x in (values, weights)] + [offsets, dsums],
         (
             jax.ShapeDtypeStruct((problem.T,), problem.dtype),
@@ -96,28 +87,20 @@ def _power_of_two(x: int) -> int:
 
 def _launch(
     kernel: str,
-    problem: Problem,
     arrays: list[Array],
     out: tuple[jax.ShapeDtypeStruct, ...],
     programs: int,
     constants: dict[str, Any],
 ) -> tuple[Array, ...]:
     """Run a kernel of `sums_triton_kernels`: inputs, then outputs, then constants."""
-    from dpo_kernels.backends import sums_triton_kernels, triton
+    from dpo_kernels.backends import sums_triton_kernels
 
-    call, out_argument = triton._triton_call()
-    capability = problem.device.capability
-    assert capability is not None, "`unsupported` asks for it"
-    results = call(
-        *arrays,
-        kernel=getattr(sums_triton_kernels, kernel),
-        grid=(programs,),
+    return launch(
+        getattr(sums_triton_kernels, kernel),
+        arrays,
+        out,
+        programs,
         name=f"sequence_{kernel}",
         num_warps=_NUM_WARPS,
-        compute_capability=10 * capability[0] + capability[1],
-        **{out_argument: out},
         **constants,
     )
-    # jax-triton does not say over which mesh axes its results vary.
-    axes = varying_axes(*arrays)
-    return tuple(make_varying(x, axes) for x in results)

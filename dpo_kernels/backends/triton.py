@@ -4,10 +4,6 @@ Reading is fastest where a row of hidden and head is a multiple of 16 bytes (D %
 in bfloat16); any other D is right, but slower.
 """
 
-import functools
-import importlib.util
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,10 +11,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dpo_kernels import gpu_tiling, tiling
+from dpo_kernels.backends.jax_triton_call import launch, missing_package
 from dpo_kernels.devices import traced_device
 from dpo_kernels.gpu_tiling import TritonTile
-from dpo_kernels.interface import Kept, LogitOptions, Partials, kept_scale
-from dpo_kernels.loops import make_varying, varying_axes
+from dpo_kernels.interface import Kept, LogitOptions, Partials, kept_of, kept_scale
 
 fused_dlogits = True
 backward = None
@@ -37,12 +33,7 @@ def unsupported(problem: tiling.Problem) -> str | None:
         return f"needs a GPU of compute capability 8.0 or newer; this is {device}"
     if problem.dtype.name not in _DTYPES:
         return f"needs {', '.join(_DTYPES)}; this is {problem.dtype.name}"
-    if importlib.util.find_spec("jax_triton") is None:
-        return (
-            "needs the package jax-triton, which is not installed "
-            "(pip install 'dpo-engine[cuda13]')"
-        )
-    return None
+    return missing_package()
 
 
 def forward_partials(
@@ -83,11 +74,7 @@ def forward_partials(
         ),
     )
     results = _by_field(partials, options.stats)
-    if not keep_v:
-        return results, None
-    top = results.max[: -(-keep_v // tile.block_v)]
-    shift = jnp.where(top == -jnp.inf, jnp.zeros_like(top), top)
-    return results, Kept(exp=kept, shift=shift, block_v=tile.block_v)
+    return results, kept_of(kept, results, tile.block_v) if keep_v else None
 
 
 def dlogits(
@@ -167,37 +154,17 @@ def _launch(
     """Run a kernel of `triton_kernels`: inputs, then outputs, then constants."""
     from dpo_kernels.backends import triton_kernels
 
-    call, out_argument = _triton_call()
-    capability = traced_device().capability
-    assert capability is not None, "`unsupported` asks for it"
-    results = call(
-        *arrays,
-        kernel=getattr(triton_kernels, kernel),
-        grid=(programs,),
+    return launch(
+        getattr(triton_kernels, kernel),
+        arrays,
+        out,
+        programs,
         name=f"token_logprobs_{kernel}",
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        compute_capability=10 * capability[0] + capability[1],
         BLOCK_T=tile.block_t,
         BLOCK_V=tile.block_v,
         BLOCK_D=tile.block_d,
         GROUP_T=tile.group_t,
-        **{out_argument: out},
         **constants,
     )
-    # jax-triton does not say over which mesh axes its results vary.
-    axes = varying_axes(*arrays)
-    return tuple(make_varying(x, axes) for x in results)
-
-
-@functools.cache
-def _triton_call() -> tuple[Callable[..., Any], str]:
-    """jax-triton's entry point, and its name for the argument of output types."""
-    import jax_triton
-
-    call = jax_triton.triton_call
-    if "out_type" not in inspect.signature(call).parameters:
-        return call, "out_shape"  # jax-triton before 0.4
-    # Triton from 3.8 on writes a newer PTX than what comes with CUDA 13.0 can read.
-    options = {"ptx_version": 90, "enable_fp_fusion": True}
-    return functools.partial(call, backend_options=options), "out_type"

@@ -15,6 +15,8 @@ from dpo_kernels.interface import (
     Partials,
     accumulator,
     capped,
+    finite_shift,
+    kept_of,
     kept_scale,
 )
 from dpo_kernels.loops import (
@@ -55,9 +57,7 @@ def _reduce_tile(
     with_rank_promotion = None if bias is None else bias[None]
     x_tv, z_tv = _tile_logits(hidden, head, with_rank_promotion, options)
     max_t = z_tv.max(axis=1)
-    # A tile whose entries are all masked: -inf - -inf would be NaN.
-    shift_t = jnp.where(max_t == -jnp.inf, jnp.zeros_like(max_t), max_t)
-    e_tv = jnp.exp(z_tv - shift_t[:, None])
+    e_tv = jnp.exp(z_tv - finite_shift(max_t)[:, None])
     hit_tv = jnp.arange(z_tv.shape[1], dtype=jnp.int32)[None] == targets[:, None]
     finite_tv = z_tv if bias is None else jnp.where(z_tv == -jnp.inf, 0.0, z_tv)
     exists_v = jnp.ones(z_tv.shape[1], bool) if bias is None else bias != -jnp.inf
@@ -154,9 +154,7 @@ def forward_partials(
         carry = partials, uninitialized((T, keep_v), hidden.dtype, axes)
         body = functools.partial(chunk, 0, 0)
         partials, exp = for_each_chunk(0, keep_v, tile.chunk_v, body, carry)
-        shift = partials.max[:kept_chunks]
-        shift = jnp.where(shift == -jnp.inf, jnp.zeros_like(shift), shift)
-        kept = Kept(exp=exp, shift=shift, block_v=tile.chunk_v)
+        kept = kept_of(exp, partials, tile.chunk_v)
     body = functools.partial(chunk, kept_chunks, keep_v)
     partials, _ = for_each_chunk(keep_v, V, tile.chunk_v, body, (partials, None))
     return partials, kept
