@@ -5,15 +5,12 @@ The compiled program is the same; only what the kernel's scalar operand holds di
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 from bench.tpu_programs import Program, ProgramError
 
 IMPLEMENTATION = "pallas_tpu"
 VALID_ROWS = 0  # the kernels' operand that holds the number of valid rows
-# A backward without a kernel of its own: the dlogits kernel and XLA's matmuls.
-SHARED = "shared backward"
 
 
 def _options(T: int, options: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -44,22 +41,23 @@ def _config(which: str, call: Any, *arrays: Any) -> dict[str, Any]:
     """The blocks that the op chooses for the device being compiled for."""
     import jax
 
-    from dpo_kernels import tpu_tiling
+    from dpo_kernels import tpu_backward_tiling, tpu_tiling
 
     name, found = f"{which}_tile", [None]
-    choose = getattr(tpu_tiling, name)
+    module = tpu_tiling if which == "forward" else tpu_backward_tiling
+    choose = getattr(module, name)
 
     def record(*given: Any, **options: Any) -> Any:
         found.append(choose(*given, **options))
         return found[-1]
 
-    setattr(tpu_tiling, name, record)
+    setattr(module, name, record)
     try:
         jax.eval_shape(call, *arrays)
     finally:
-        setattr(tpu_tiling, name, choose)
+        setattr(module, name, choose)
     tile: Any = found[-1]
-    return {"tile": SHARED} if tile is None else dataclasses.asdict(tile)
+    return dataclasses.asdict(tile)
 
 
 def forward(
@@ -100,8 +98,7 @@ def backward(
     """What the op's vjp does after the forward; options as `forward`.
 
     Raises:
-        ProgramError: `valid` that is no number of rows, or is fewer than T where the
-            device has no kernel for the whole gradient.
+        ProgramError: `valid` that is no number of rows.
     """
     import jax
     import jax.numpy as jnp
@@ -112,38 +109,29 @@ def backward(
     arrays = _arrays(T, D, V, dtype)
     dlogprob = jax.ShapeDtypeStruct((T,), jnp.float32)
 
-    def pullback(padded: bool, hidden, head, targets, num_valid):
+    def pullback(hidden, head, targets, num_valid):
         def logprob(hidden, head):
             return token_logprobs(
                 hidden,
                 head,
                 targets,
-                num_valid=num_valid if padded else None,
+                num_valid=num_valid,
                 implementation=IMPLEMENTATION,
                 **static,
             ).logprob
 
         return jax.vjp(logprob, hidden, head)[1]
 
-    def build(padded: bool):
-        # What the forward leaves for the backward comes in from outside.
-        saved = jax.eval_shape(functools.partial(pullback, padded), *arrays)
-        leaves, tree = jax.tree.flatten(saved)
-        return tuple(leaves), lambda x, d: jax.tree.unflatten(tree, x)(d)
+    # What the forward leaves for the backward comes in from outside.
+    leaves, tree = jax.tree.flatten(jax.eval_shape(pullback, *arrays))
 
-    leaves, run = build(padded=True)
-    config = _config("backward", run, leaves, dlogprob)
-    if config == {"tile": SHARED}:
-        if valid < T:
-            raise ProgramError("the shared backward's loop over rows is not followed")
-        # XLA's loops are followed where their lengths are constants.
-        leaves, run = build(padded=False)
-        config = _config("backward", run, leaves, dlogprob)
+    def run(leaves, dlogprob):
+        return jax.tree.unflatten(tree, leaves)(dlogprob)
 
     return Program(
         function=run,
-        arguments=(leaves, dlogprob),
+        arguments=(tuple(leaves), dlogprob),
         flops=6 * valid * D * V,
         scalars={VALID_ROWS: [valid]},
-        notes={"config": config, "valid": valid},
+        notes={"config": _config("backward", run, leaves, dlogprob), "valid": valid},
     )

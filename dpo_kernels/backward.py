@@ -46,7 +46,7 @@ class Wanted(NamedTuple):
 
 
 class RowCoefficients(NamedTuple):
-    """What the gradient of a logit needs of its row: see `Backend.dlogits`."""
+    """What the gradient of a logit needs of its row: see `Dlogits`."""
 
     lse: Float[Array, " T"]
     p_coef: Float[Array, " T"]
@@ -75,12 +75,18 @@ class Job:
     factor: Array | float  # that the coefficients have in them: `dlogits_factor`
     kept: KeptRows | None
     wanted: Wanted
-    tile: tiling.BackwardTile
+    shared_tile: tiling.BackwardTile | None  # None: the backend has its own backward
     workspace_bytes: int
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Typed as varying over the manual mesh axes that the gradients vary over."""
         return make_varying(jnp.zeros(shape, dtype), self.axes)
+
+    @property
+    def tile(self) -> tiling.BackwardTile:
+        """The shared backward's."""
+        assert self.shared_tile is not None, "the backend has its own backward"
+        return self.shared_tile
 
     @property
     def axes(self) -> frozenset[str]:
@@ -128,9 +134,8 @@ def backward(job: Job) -> Gradients:
     That of `hidden` is left in the accumulator's dtype, to be summed over devices;
     those of `head` and `bias` are written once, a chunk at a time.
     """
-    own = job.backend.backward and job.backend.backward(job)
-    if own is not None:
-        return own
+    if job.backend.backward is not None:
+        return job.backend.backward(job)
     num_valid, heights = job.inputs.num_valid, job.tile.heights
     if num_valid is None or len(heights) == 1:
         return _on_rows(job, heights[-1])
@@ -247,12 +252,15 @@ def _rows(job: Job, start_t: Any, fresh_t: Array) -> _Rows:
     return _Rows(hidden, targets, coefficients, fresh_t)
 
 
-Dlogits = tuple[Float[Array, "t v"], Float[Array, " v"] | None]
+_DlogitsTile = tuple[Float[Array, "t v"], Float[Array, " v"] | None]
 
 
-def _recomputed_dlogits(job: Job, rows: _Rows, head_v: Array, start_v: Any) -> Dlogits:
-    bias = job.inputs.bias
-    return job.backend.dlogits(
+def _recomputed_dlogits(
+    job: Job, rows: _Rows, head_v: Array, start_v: Any
+) -> _DlogitsTile:
+    bias, dlogits = job.inputs.bias, job.backend.dlogits
+    assert dlogits is not None, "without it a backend has its own backward"
+    return dlogits(
         rows.hidden,
         head_v,
         rows.targets - start_v,
@@ -265,7 +273,7 @@ def _recomputed_dlogits(job: Job, rows: _Rows, head_v: Array, start_v: Any) -> D
 
 def _dlogits_of_kept(
     job: Job, rows: _Rows, start_t: Any, start_v: Any, size: int
-) -> Dlogits:
+) -> _DlogitsTile:
     assert job.kept is not None, "the tile keeps only what the forward has kept"
     return kept_dlogits(
         job.kept,
@@ -279,7 +287,7 @@ def _dlogits_of_kept(
 
 
 def _add_tile(
-    dlogits: Dlogits, hidden_t: Array, head_v: Array, start_t: Any, sums: Gradients
+    dlogits: _DlogitsTile, hidden_t: Array, head_v: Array, start_t: Any, sums: Gradients
 ) -> Gradients:
     """The two matmuls; a sum's dtype is its matmul's, too."""
     dlogits_tv, dbias_v = dlogits

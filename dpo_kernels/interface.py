@@ -87,8 +87,33 @@ def kept_of(exp: Float[Array, "T keep_v"], partials: Partials, block_v: int) -> 
 
 
 @runtime_checkable
+class Dlogits(Protocol):
+    """What the shared backward asks a backend for: a tile of the logits' gradient."""
+
+    def __call__(
+        self,
+        hidden: Float[Array, "T D"],
+        head: Float[Array, "chunk D"],
+        targets: Int[Array, " T"],
+        bias: Float[Array, " chunk"] | None,
+        lse: Float[Array, " T"],
+        p_coef: Float[Array, " T"],
+        target_grad: Float[Array, " T"],
+        *,
+        options: LogitOptions,
+        want_dbias: bool,
+    ) -> tuple[Float[Array, "T chunk"], Float[Array, " chunk"] | None]:
+        """The gradient of the pre-activation x = scale * hidden @ head.T + bias.
+
+        dx = cap'(x) * (target_grad where v == target else p_coef * exp(z - lse)), cast
+        to the dtype of `hidden`; with `want_dbias` also its column sums, uncast.
+        """
+        ...
+
+
+@runtime_checkable
 class Backend(Protocol):
-    """Two functions on one device's slice of the vocabulary.
+    """The work on one device's slice of the vocabulary.
 
     `targets` are ids relative to the slice: an id outside [0, V) is another slice's.
     `num_valid` None means every row; else rows at and after it may hold anything.
@@ -96,11 +121,12 @@ class Backend(Protocol):
     no part in the mean logit, whatever the soft-cap.
     """
 
-    # Neither function holds a tile of logits, or of the head, in the workspace.
+    # Neither direction holds a tile of logits, or of the head, in the workspace.
     fused_dlogits: bool
-    # A backward of its own, with d hidden as this device's share; None, as is what it
-    # returns for what it leaves alone, for the shared one.
-    backward: "Callable[[Job], Gradients | None] | None"
+    # For the shared backward, which a backend without a `backward` of its own has. That
+    # gives d hidden as this device's share.
+    dlogits: "Dlogits | None"
+    backward: "Callable[[Job], Gradients] | None"
 
     def unsupported(self, problem: "Problem") -> str | None:
         """Why it cannot do this, as `needs ..., this is ...`; None if it can."""
@@ -121,26 +147,6 @@ class Backend(Protocol):
         """Reduce every row over every block of the vocabulary.
 
         Also keep the exponentials of the first `keep_v` entries; None where that is 0.
-        """
-        ...
-
-    def dlogits(
-        self,
-        hidden: Float[Array, "T D"],
-        head: Float[Array, "chunk D"],
-        targets: Int[Array, " T"],
-        bias: Float[Array, " chunk"] | None,
-        lse: Float[Array, " T"],
-        p_coef: Float[Array, " T"],
-        target_grad: Float[Array, " T"],
-        *,
-        options: LogitOptions,
-        want_dbias: bool,
-    ) -> tuple[Float[Array, "T chunk"], Float[Array, " chunk"] | None]:
-        """The gradient of the pre-activation x = scale * hidden @ head.T + bias.
-
-        dx = cap'(x) * (target_grad where v == target else p_coef * exp(z - lse)), cast
-        to the dtype of `hidden`; with `want_dbias` also its column sums, uncast.
         """
         ...
 

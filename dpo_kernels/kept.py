@@ -26,7 +26,7 @@ def kept_rows(
     target_grad: Float[Array, " T"],
     options: LogitOptions,
 ) -> KeptRows:
-    """Of the coefficients that `Backend.dlogits` gets, and the target's own logit."""
+    """Of the coefficients that `Dlogits` gets, and the target's own logit."""
     # No block's maximum is above lse. The 0 in place of an empty block's may be.
     p_of_max = jnp.exp(jnp.minimum(kept.shift - lse[None], 0))
     if options.softcap is not None:
@@ -48,7 +48,7 @@ def kept_dlogits(
     *,
     want_dbias: bool,
 ) -> tuple[Float[Array, "t chunk"], Float[Array, " chunk"] | None]:
-    """As `Backend.dlogits`, of rows and vocabulary entries that were kept.
+    """As `Dlogits`, of rows and vocabulary entries that were kept.
 
     `targets` are relative to `start_v`; rows that are not `fresh` give 0.
     """

@@ -200,7 +200,7 @@ def _vjp_forward(static: _Static, hidden, head, bias, targets, num_valid):
     # Whether an input is differentiated is static: it travels as tree structure.
     wanted = Wanted(*(_flag(x) for x in (hidden, head, bias)))
     hidden, head, _, _, num_valid = values
-    tile = _backward_tile(static, hidden, head, num_valid)
+    tile = _shared_tile(static, hidden, head, num_valid)
     keep_v = 0 if tile is None or wanted == (None, None, None) else tile.keep_v
     results, kept = _forward(static, keep_v, *values)
     return results, (*values, *results[:2], kept, wanted)
@@ -210,9 +210,13 @@ def _flag(primal) -> tuple[()] | None:
     return () if primal is not None and primal.perturbed else None
 
 
-def _backward_tile(static: _Static, hidden, head, num_valid) -> BackwardTile | None:
-    """None where there is nothing to compute."""
-    if hidden.shape[0] == 0 or head.shape[0] == 0:
+def _is_empty(hidden, head) -> bool:
+    return hidden.shape[0] == 0 or head.shape[0] == 0
+
+
+def _shared_tile(static: _Static, hidden, head, num_valid) -> BackwardTile | None:
+    """None where the backend has a backward of its own, or there is nothing to do."""
+    if static.backend.backward is not None or _is_empty(hidden, head):
         return None
     problem = problem_of(hidden, head, num_valid, static.workspace_bytes)
     return backward_tile(problem, fused=static.backend.fused_dlogits)
@@ -220,8 +224,7 @@ def _backward_tile(static: _Static, hidden, head, num_valid) -> BackwardTile | N
 
 def _vjp_backward(static: _Static, saved, cotangents):
     hidden, head, bias, targets, num_valid, logprob, lse, kept, wanted = saved
-    tile = _backward_tile(static, hidden, head, num_valid)
-    if tile is None:
+    if _is_empty(hidden, head):
         dbias = None if bias is None else jnp.zeros_like(bias)
         return jnp.zeros_like(hidden), jnp.zeros_like(head), dbias, None, None
     dlogprob, dlse = (
@@ -247,7 +250,7 @@ def _vjp_backward(static: _Static, saved, cotangents):
             factor=factor,
             kept=kept and kept_rows(kept, logprob + lse, *rows, options),
             wanted=wanted,
-            tile=tile,
+            shared_tile=_shared_tile(static, hidden, head, num_valid),
             workspace_bytes=static.workspace_bytes,
         )
     )

@@ -10,7 +10,7 @@ MIB = 2**20
 SLICE_V = 256  # columns of one matmul, as many as a matrix unit has
 ROWS = 16  # of bfloat16 in a register: blocks of rows are multiples
 _LANES_BYTES = 128 * 4  # a float32 number for each lane
-_SPARE = 2 * MIB  # left to the compiler by the limit that a kernel is given
+SPARE = 2 * MIB  # left to the compiler by the limit that a kernel is given
 _MARGIN = 6 * MIB  # of what the compiler takes, an estimate, to that limit
 # Bytes that the forward's registers that spill take for each logit of a tile, without
 # and with a bias or a soft-cap; seen, not derived.
@@ -24,7 +24,7 @@ class Core:
     vmem_bytes: int
     flops_per_byte: float  # of bfloat16 matmuls, in the time that moving a byte takes
     weights: int  # rows that are multiplied while a matrix unit's weights are loaded
-    depth: int  # of a matrix unit: what a matmul sums at once
+    most_rows: int  # that pass by them: of more, 7x's matrix units cannot hold the sums
 
 
 # By the start of the device kind's name, the longest that fits. Peaks and bandwidth are
@@ -32,16 +32,21 @@ class Core:
 # kernel gets; that and `weights` are from the compiler's schedules (bench/README.md).
 _CORES = {
     "v5 lite": Core(
-        vmem_bytes=128 * MIB, flops_per_byte=240 / 0.8, weights=8, depth=128
+        vmem_bytes=128 * MIB, flops_per_byte=240 / 0.8, weights=8, most_rows=2048
     ),
-    "v5e": Core(vmem_bytes=128 * MIB, flops_per_byte=240 / 0.8, weights=8, depth=128),
-    "v5": Core(vmem_bytes=64 * MIB, flops_per_byte=187 / 0.8, weights=8, depth=128),
-    "v6": Core(vmem_bytes=128 * MIB, flops_per_byte=561 / 0.77, weights=32, depth=256),
-    "7": Core(vmem_bytes=64 * MIB, flops_per_byte=312 / 0.85, weights=60, depth=256),
+    "v5e": Core(
+        vmem_bytes=128 * MIB, flops_per_byte=240 / 0.8, weights=8, most_rows=2048
+    ),
+    "v5": Core(
+        vmem_bytes=64 * MIB, flops_per_byte=187 / 0.8, weights=8, most_rows=2048
+    ),
+    "v6": Core(
+        vmem_bytes=128 * MIB, flops_per_byte=561 / 0.77, weights=32, most_rows=2048
+    ),
+    "7": Core(
+        vmem_bytes=64 * MIB, flops_per_byte=312 / 0.85, weights=60, most_rows=1024
+    ),
 }
-# Steps until a block that was written back may be read again: the pipeline fetches one
-# step ahead, and waits for a block on its way out one step late.
-REVISIT = 3
 
 
 def core_of(device: Device) -> Core | None:
@@ -78,21 +83,6 @@ class TpuForwardTile(TpuTile):
 
     hidden_buffers: int  # 2: the next block of rows is fetched while this one is used
     cores: int = 1  # of the device, which take blocks of rows in turns
-
-
-@dataclass(frozen=True, kw_only=True)
-class TpuDlogitsTile(TpuTile):
-    """Blocks of the kernel that leaves the matmuls to XLA."""
-
-    parts: int  # of the rows: one's dlogits are computed during another's matmuls
-
-
-@dataclass(frozen=True, kw_only=True)
-class TpuBackwardTile(TpuDlogitsTile):
-    """Blocks of the backward kernel."""
-
-    cores: int  # of the device, each of which has a share of the vocabulary
-    resident: bool  # all rows, and their gradients, stay in vector memory
 
 
 def _heights(T: int, most: int) -> Iterator[int]:
@@ -147,88 +137,6 @@ def forward_tile(
                     block_v=block_v,
                     hidden_buffers=buffers,
                     cores=problem.device.num_cores or 1,
-                    vmem_bytes=core.vmem_bytes - _SPARE,
+                    vmem_bytes=core.vmem_bytes - SPARE,
                 )
     return None
-
-
-def backward_tile(problem: Problem) -> TpuBackwardTile | None:
-    """Blocks of the backward kernel that take the least time; None where none fit.
-
-    While rows stream, wide blocks of the head are needed lest their gradients' way to
-    memory and back takes longer than the matmuls; of a wide hidden size few fit.
-    """
-    core = core_of(problem.device)
-    if core is None:
-        return None
-    # Each core has a gradient of hidden of its own, one of which is promised.
-    cores = problem.device.num_cores or 1
-    if (cores - 1) * 4 * problem.T * problem.D > problem.workspace_bytes:
-        cores = 1
-    best, least = None, float("inf")
-    for resident in (True, False):
-        for block_t in _heights(problem.T, 1024):
-            if not resident and problem.T <= REVISIT * block_t - block_t:
-                continue
-            for block_v in _widths(problem.V, 2048):
-                tile = TpuBackwardTile(
-                    block_t=block_t,
-                    block_v=block_v,
-                    # A part's rows are summed over for the gradient of the head.
-                    parts=2 if block_t >= 2 * core.depth else 1,
-                    cores=min(cores, -(-problem.V // block_v)),
-                    resident=resident,
-                    vmem_bytes=core.vmem_bytes - _SPARE,
-                )
-                if _backward_vmem(problem, tile) <= core.vmem_bytes - 2 * _SPARE:
-                    cost = _backward_cost(problem, tile, core)
-                    if cost < least:
-                        best, least = tile, cost
-    return best
-
-
-def dlogits_tile(problem: Problem) -> TpuDlogitsTile | None:
-    """The largest blocks of the kernel that leaves the matmuls to XLA."""
-    core = core_of(problem.device)
-    if core is None:
-        return None
-    row = problem.D * problem.itemsize
-    for block_t, block_v in _blocks(problem, 1024):
-        used = 2 * (block_t + block_v) * row
-        used += block_t * (block_v * (4 + 2 * 2) + 2 * _LANES_BYTES)
-        used += 4 * block_t * block_v  # registers that spill
-        if used <= core.vmem_bytes - _MARGIN:
-            return TpuDlogitsTile(
-                block_t=block_t,
-                block_v=block_v,
-                parts=2 if block_t % (2 * ROWS) == 0 else 1,
-                vmem_bytes=core.vmem_bytes - _SPARE,
-            )
-    return None
-
-
-def _backward_vmem(problem: Problem, tile: TpuBackwardTile) -> int:
-    D, block_t, block_v = problem.D, tile.block_t, tile.block_v
-    if tile.resident:
-        rows = round_up(problem.T, block_t) * D * (2 + 4)
-    else:
-        rows = block_t * D * (2 * 2 + 4 * 4)
-    head = block_v * D * (2 * 2 + 2 * 2 + 4)
-    logits = block_t * block_v * (4 + 2) + 2 * block_t * _LANES_BYTES
-    # The compiler's own: a part's gradients before they are added; seen, not derived.
-    sums = 4 * D * (block_t // tile.parts + block_v)
-    return rows + head + logits + sums
-
-
-def _backward_cost(problem: Problem, tile: TpuBackwardTile, core: Core) -> float:
-    """The time of all tiles, in FLOPs of the matrix units' best."""
-    T, D, V = problem.T, problem.D, problem.V
-    block_t, block_v = tile.block_t, tile.block_v
-    blocks = -(-T // block_t) * -(-V // block_v)
-    # Rows that pass by weights once they are loaded: twice of hidden's, once of head's.
-    loads = 2 / (block_t // tile.parts) + 1 / block_v
-    flops = 2 * block_t * block_v * D * (3 + core.weights * loads)
-    moved = 4 * block_v * D / -(-T // block_t)
-    if not tile.resident:
-        moved += (2 + 4 + 4) * block_t * D
-    return blocks * max(flops, moved * core.flops_per_byte)

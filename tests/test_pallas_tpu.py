@@ -13,24 +13,40 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from dpo_kernels import token_logprobs, tpu_tiling, verify
+from dpo_kernels import token_logprobs, tpu_backward_tiling, tpu_tiling, verify
 from dpo_kernels.backends import load_backend, pallas_tpu, xla
 from dpo_kernels.devices import Device
 from dpo_kernels.interface import STATS
 from dpo_kernels.tiling import Problem
-from dpo_kernels.tpu_tiling import TpuBackwardTile, TpuForwardTile
+from dpo_kernels.tpu_backward_tiling import Matmul, TpuBackwardTile
+from dpo_kernels.tpu_tiling import TpuForwardTile
 
 CASES = {case.name: case for case in verify.CASES}
 ALIGNED, RAGGED = (32, 128, 512, 2**28), (70, 128, 700, 2**28)
 VMEM = 100 * 2**20
 FORWARD = TpuForwardTile(block_t=16, block_v=256, hidden_buffers=2, vmem_bytes=VMEM)
-STREAMED = TpuBackwardTile(
-    block_t=32, block_v=256, parts=2, cores=1, resident=False, vmem_bytes=VMEM
+# Several blocks of each kind; the second of two chunks, or of two cores, ends early.
+BACKWARD = TpuBackwardTile(
+    dlogits=Matmul(rows=16, columns=256, depth=128),
+    dhidden=Matmul(rows=16, columns=128, depth=256),
+    dhead=Matmul(rows=256, columns=128, depth=32),
+    share_v=768,
+    chunk_v=512,
+    hidden_buffers=2,
+    cores=1,
+    vmem_bytes=VMEM,
 )
-
-
-def tiled(resident: bool, cores: int) -> TpuBackwardTile:
-    return replace(STREAMED, resident=resident, cores=cores)
+TWO_CORES = replace(BACKWARD, cores=2, share_v=512, chunk_v=256)
+# Blocks that are as large as the arrays or larger, and sums that are one step's.
+LARGE = replace(
+    BACKWARD,
+    dlogits=Matmul(rows=64, columns=512, depth=128),
+    dhidden=Matmul(rows=32, columns=256, depth=512),
+    dhead=Matmul(rows=512, columns=128, depth=192),
+    share_v=1024,
+    chunk_v=1024,
+    hidden_buffers=1,
+)
 
 
 @pytest.fixture(params=[1, 2], ids=["one core", "two cores"])
@@ -54,10 +70,9 @@ def small_tiles(monkeypatch):
     def forward_tile(problem, **_):
         return replace(FORWARD, cores=problem.device.num_cores)
 
-    def use(backward: TpuBackwardTile = STREAMED) -> None:
+    def use(backward: TpuBackwardTile = BACKWARD) -> None:
         monkeypatch.setattr(tpu_tiling, "forward_tile", forward_tile)
-        monkeypatch.setattr(tpu_tiling, "backward_tile", lambda _: backward)
-        monkeypatch.setattr(tpu_tiling, "dlogits_tile", lambda _: STREAMED)
+        monkeypatch.setattr(tpu_backward_tiling, "backward_tile", lambda _: backward)
 
     use()
     return use
@@ -89,25 +104,26 @@ def test_errors_are_within_the_bound_that_plain_jax_sets(x64, shape, case):
     check(shape, case)
 
 
-@pytest.mark.parametrize(
-    ("resident", "case"),
-    [(False, case) for case in CASES] + [(True, "padded"), (True, "all")],
-)
-def test_many_tiles(x64, small_tiles, resident, case):
-    small_tiles(tiled(resident, cores=1))
+@pytest.mark.parametrize("case", CASES)
+def test_many_tiles(x64, small_tiles, case):
     check(RAGGED, case)
 
 
-@pytest.mark.parametrize("resident", [True, False], ids=["resident", "streamed"])
-def test_cores_share_the_vocabulary(x64, small_tiles, cores, resident):
+@pytest.mark.parametrize("case", ["padded", "all"])
+def test_blocks_that_nothing_fills(x64, small_tiles, case):
+    small_tiles(LARGE)
+    check(RAGGED, case)
+
+
+def test_cores_share_the_vocabulary(x64, small_tiles, cores):
     """Of three blocks the second of two cores has one."""
-    small_tiles(tiled(resident, cores))
+    small_tiles(TWO_CORES if cores == 2 else BACKWARD)
     check(RAGGED, "all")
 
 
-def test_the_shared_backward_with_dlogits(x64, small_tiles, monkeypatch):
-    monkeypatch.setattr(pallas_tpu, "backward", None)
-    check(RAGGED, "all")
+def test_a_core_without_a_vocabulary(x64, small_tiles, cores):
+    small_tiles(replace(TWO_CORES, share_v=1024) if cores == 2 else BACKWARD)
+    check(RAGGED, "bias")
 
 
 def arrays(T, V, D=128, seed=0):
@@ -134,14 +150,15 @@ def reference(hidden, head, targets, valid):
     return np.pad(lse, (0, pad)), np.pad(logprob, (0, pad)), dhidden, dz.T @ h
 
 
-# Blocks of 16 rows in the forward, of 32 in the backward, in two parts.
+# Blocks of 16 rows; for the gradient of the head sums over 32, or 192.
 @pytest.mark.parametrize(
-    ("resident", "num_valid"),
-    [(False, 0), (False, 1), (False, 97), (False, 128), (False, 166)]
-    + [(True, 0), (True, 32), (True, 33)],
+    ("tile", "num_valid"),
+    [(BACKWARD, 0), (BACKWARD, 1), (BACKWARD, 97), (BACKWARD, 128), (BACKWARD, 166)]
+    + [(LARGE, 0), (LARGE, 64), (LARGE, 65)],
+    ids=lambda x: str(x) if isinstance(x, int) else f"{x.dlogits.rows} rows",
 )
-def test_rows_past_num_valid_are_not_looked_at(small_tiles, resident, num_valid):
-    small_tiles(tiled(resident, cores=1))
+def test_rows_past_num_valid_are_not_looked_at(small_tiles, tile, num_valid):
+    small_tiles(tile)
     hidden, head, targets = arrays(166, 300)
     padded = hidden.at[num_valid:].set(jnp.nan)
     marked = targets.at[num_valid:].set(-1)
@@ -281,22 +298,51 @@ def test_what_it_cannot_do(changes, reason):
         assert load_backend("auto", asked) is pallas_tpu
 
 
-@pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v5p", "TPU v6 lite", "TPU7x"])
+def test_a_workspace_that_is_too_small_is_refused():
+    hidden, head, targets = arrays(40, 300)
+
+    def loss(hidden):
+        options = {"workspace_bytes": 20_000, "implementation": "pallas_tpu"}
+        return token_logprobs(hidden, head, targets, **options).logprob.sum()
+
+    # 48 rows of 256 logits of two bytes each.
+    with pytest.raises(ValueError, match="=20000 is too small .* give at least 24576"):
+        jax.grad(loss)(hidden)
+
+
+KINDS = [
+    ("TPU v5 lite", 1),
+    ("TPU v5p", 2),
+    ("TPU v6 lite", 1),
+    ("TPU7x", 1),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("T", [1, 100, 4096, 100_000])
 @pytest.mark.parametrize("D", [128, 4096, 8192, 16384])
-def test_blocks_fit_into_vector_memory(kind, T, D):
-    device = Device(platform="tpu", kind=kind, num_cores=1)
+@pytest.mark.parametrize("ragged", [True, False])
+def test_blocks_fit_into_vector_memory_and_the_workspace(kind, T, D, ragged):
+    device = Device(platform="tpu", kind=kind[0], num_cores=kind[1])
     core = tpu_tiling.core_of(device)
-    asked = problem(T=T, D=D, V=128256, device=device)
-    forward, backward = tpu_tiling.forward_tile(asked), tpu_tiling.backward_tile(asked)
-    assert core is not None and forward is not None
+    asked = problem(T=T, D=D, V=128256, device=device, ragged=ragged)
+    forward = tpu_tiling.forward_tile(asked)
+    backward = tpu_backward_tiling.backward_tile(asked)
+    assert core is not None and forward is not None and backward is not None
     row = 2 * D
     used = row * (2 * forward.block_t + 2 * forward.block_v)
     assert used + 4 * forward.block_t * forward.block_v < core.vmem_bytes
-    assert tpu_tiling.dlogits_tile(asked) is not None
-    # Where a block's two gradients do not fit the shared backward takes over.
-    if backward is None:
-        assert D == 16384 and core.vmem_bytes < 2**27
-    else:
-        rows = T * 3 * row if backward.resident else backward.block_t * 10 * row
-        assert rows + 6 * row * backward.block_v < core.vmem_bytes
+    dlogits, sums = backward.dlogits, (backward.dhidden, backward.dhead)
+    used = row * (backward.hidden_buffers * dlogits.rows + 2 * dlogits.columns)
+    assert used < core.vmem_bytes
+    for one in sums:
+        steps = 2 * 2 * one.depth * (one.rows + one.columns)
+        assert steps + 4 * one.rows * one.columns < core.vmem_bytes
+    assert backward.cores * backward.share_v >= 128256
+    rows = -(-T // backward.dhead.depth) * backward.dhead.depth
+    shares = 4 * T * D * (backward.cores - 1)
+    held = shares + 2 * backward.cores * rows * backward.chunk_v
+    assert held <= asked.workspace_bytes
+    # Nor is most of the workspace left free while there is more to compute.
+    if backward.chunk_v < backward.share_v and T < 10_000:
+        assert held > asked.workspace_bytes / 3

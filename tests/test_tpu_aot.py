@@ -34,10 +34,6 @@ def test_the_engine_s_call_compiles_within_the_promise_on_every_generation():
             {"kernels": ["token_logprobs_forward"]},
             "no gradient's kernel was compiled",
         ),
-        (
-            {"kernels": ["token_logprobs_dlogits", "token_logprobs_forward"]},
-            None,
-        ),
         ({"error": "RESOURCE_EXHAUSTED"}, "does not compile: RESOURCE_EXHAUSTED"),
     ],
 )
@@ -50,10 +46,13 @@ def test_kernels_are_those_of_the_custom_calls():
   %jvp_token_logprobs_forward_.1 = f32[3,8,128] custom-call(%x),
     custom_call_target="tpu_custom_call"
   %jvp_token_logprobs_forward_.1 = f32[3] custom-call(), target="tpu_custom_call"
-  %a_token_logprobs_dlogits__.2 = f32[3] custom-call(), target="tpu_custom_call"
+  %a_token_logprobs_backward__.2 = f32[3] custom-call(), target="tpu_custom_call"
   %fusion.token_logprobs_other = f32[3] fusion()
 """
-    assert tpu_aot.kernels(text) == ["token_logprobs_dlogits", "token_logprobs_forward"]
+    assert tpu_aot.kernels(text) == [
+        "token_logprobs_backward",
+        "token_logprobs_forward",
+    ]
 
 
 def test_a_compiler_that_dies_costs_its_own_program_only(monkeypatch, tmp_path):

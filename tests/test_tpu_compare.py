@@ -9,7 +9,7 @@ from bench import rows, tpu_compare
 from bench.tpu_bundles import ScheduleError
 from bench.tpu_compile import Compiled, Job
 from bench.tpu_programs import ProgramError, build
-from dpo_kernels import token_logprobs, tpu_tiling
+from dpo_kernels import token_logprobs
 from dpo_kernels.backends import pallas_tpu
 
 T, D, V = SHAPE = (16, 128, 256)
@@ -44,12 +44,6 @@ def test_both_programs_are_the_op_s():
         np.testing.assert_array_equal(
             ours.astype("float32"), expected.astype("float32")
         )
-
-
-def test_a_backward_without_a_kernel_of_its_own_is_noted(monkeypatch):
-    monkeypatch.setattr(tpu_tiling, "backward_tile", lambda _: None)
-    with pallas_tpu.interpreted():
-        assert built("backward").notes["config"] == {"tile": "shared backward"}
 
 
 def test_useful_work_and_the_scalar_operand_are_those_of_the_valid_rows():

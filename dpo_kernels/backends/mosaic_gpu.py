@@ -143,7 +143,7 @@ def dlogits(
     options: LogitOptions,
     want_dbias: bool,
 ) -> tuple[Float[Array, "T chunk"], Float[Array, " chunk"] | None]:
-    """See `Backend.dlogits`."""
+    """See `Dlogits`."""
     from dpo_kernels.backends import mosaic_gpu_kernels
 
     T, chunk = hidden.shape[0], head.shape[0]

@@ -1,13 +1,16 @@
 """The backend for TPUs (v5e, v5p, v6e, 7x): kernels in Pallas."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dpo_kernels import tpu_tiling
+from dpo_kernels import tpu_backward_tiling, tpu_tiling
 from dpo_kernels.devices import Device, pretended
 from dpo_kernels.interface import Kept, LogitOptions, Partials
 from dpo_kernels.loops import make_varying, valid_rows, varying_alike, varying_axes
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from dpo_kernels.backward import Gradients, Job
 
 fused_dlogits = True
+dlogits = None  # what `backward` is for
 
 
 @contextlib.contextmanager
@@ -30,10 +34,20 @@ def interpreted(
         cores: that share the device.
         options: of `jax.experimental.pallas.tpu.InterpretParams`.
     """
+    from jax._src import tpu_info  # JAX has no public way to imagine a TPU
     from jax.experimental.pallas import tpu as pltpu
 
     device = Device(platform="tpu", kind=kind, num_cores=cores)
-    params = pltpu.InterpretParams(num_cores_or_threads=cores, **options)
+    version = tpu_info.chip_version_from_device_kind(kind)
+    assert version is not None, f"no TPU is called {kind}"
+    imagined = functools.partial(pltpu.get_tpu_info_for_chip, version, cores)
+    tpu_info.registry[jax.local_devices()[0].device_kind] = imagined
+    params = pltpu.InterpretParams(
+        num_cores_or_threads=cores,
+        # Arrays end with a whole register, as they do in a TPU's memory.
+        buffer_bounds="padded",
+        **options,
+    )
     with pretended(device), pltpu.force_tpu_interpret_mode(params):
         yield
 
@@ -48,7 +62,9 @@ def unsupported(problem: Problem) -> str | None:
         return f"needs bfloat16 inputs; these are {problem.dtype}"
     if problem.D % 128:
         return f"needs a hidden size that 128 divides; this is D={problem.D}"
-    if problem.T and problem.V and tpu_tiling.forward_tile(problem) is None:
+    ample = replace(problem, workspace_bytes=2**60)
+    tiles = tpu_tiling.forward_tile(ample), tpu_backward_tiling.backward_tile(ample)
+    if problem.T and problem.V and None in tiles:
         return f"needs rows that fit into vector memory; these have D={problem.D}"
     return None
 
@@ -97,43 +113,20 @@ def forward_partials(
     return Partials(**found), None
 
 
-def dlogits(
-    hidden: Float[Array, "T D"],
-    head: Float[Array, "chunk D"],
-    targets: Int[Array, " T"],
-    bias: Float[Array, " chunk"] | None,
-    lse: Float[Array, " T"],
-    p_coef: Float[Array, " T"],
-    target_grad: Float[Array, " T"],
-    *,
-    options: LogitOptions,
-    want_dbias: bool,
-) -> tuple[Float[Array, "T chunk"], Float[Array, " chunk"] | None]:
-    """See `Backend.dlogits`."""
-    from dpo_kernels.backends import pallas_tpu_dlogits
-
-    tile = tpu_tiling.dlogits_tile(problem_of(hidden, head, None, 0))
-    assert tile is not None, "`unsupported` found room for more"
-    packed = pallas_tpu_dlogits.pack_rows(lse, p_coef, target_grad, targets)
-    dx, dbias = pallas_tpu_dlogits.dlogits(
-        *varying_alike(hidden, head, bias, packed),
-        options=options,
-        want_dbias=want_dbias,
-        tile=tile,
-    )
-    return dx, None if dbias is None else dbias.sum(axis=0)
-
-
-def backward(job: "Job") -> "Gradients | None":
-    """See `Backend.backward`: all gradients in one kernel, where its blocks fit."""
+def backward(job: "Job") -> "Gradients":
+    """See `Backend.backward`: all gradients in one kernel."""
     from dpo_kernels.backends import pallas_tpu_backward, pallas_tpu_dlogits
     from dpo_kernels.backward import Gradients
 
     x, rows, options, wanted = job.inputs, job.rows, job.options, job.wanted
     problem = problem_of(x.hidden, x.head, x.num_valid, job.workspace_bytes)
-    tile = tpu_tiling.backward_tile(problem)
-    if tile is None or wanted.hidden is wanted.head is None:
-        return None
+    tile = tpu_backward_tiling.backward_tile(problem)
+    if tile is None:
+        raise ValueError(
+            f"workspace_bytes={job.workspace_bytes} is too small for the gradients of "
+            f"{problem.T} rows; give at least "
+            f"{tpu_backward_tiling.least_workspace(problem)}"
+        )
     want_bias = x.bias is not None and wanted.bias is not None
     T = x.hidden.shape[0]
     valid = valid_rows(x.num_valid, T)

@@ -89,7 +89,7 @@ def dlogits(
     options: LogitOptions,
     want_dbias: bool,
 ) -> tuple[Float[Array, "T chunk"], Float[Array, " chunk"] | None]:
-    """See `Backend.dlogits`."""
+    """See `Dlogits`."""
     T, V = hidden.shape[0], head.shape[0]
     tile = gpu_tiling.triton_tile(traced_device(), hidden.dtype)
     blocks_t, blocks_v = -(-T // tile.block_t), -(-V // tile.block_v)

@@ -176,7 +176,7 @@ def dlogits(
     options: LogitOptions,
     want_dbias: bool,
 ) -> tuple[Float[Array, "T chunk"], Float[Array, " chunk"] | None]:
-    """See `Backend.dlogits`."""
+    """See `Dlogits`."""
     row_bias = None if bias is None else bias[None]
     x_tv, z_tv = _tile_logits(hidden, head, row_bias, options)
     hit_tv = jnp.arange(z_tv.shape[1], dtype=jnp.int32)[None] == targets[:, None]

@@ -1,0 +1,227 @@
+"""Blocks of the TPU's backward kernel: those that fit and take the least time."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from dpo_kernels.tiling import Problem
+from dpo_kernels.tpu_tiling import ROWS, SLICE_V, SPARE, Core, core_of, round_up
+
+# Vocabulary entries of a block, or of a step's sums.
+_PARTS_V = (256, 512, 1024, 2048, 4096)
+_MOST_DEPTH = 4096  # rows that one step sums over
+_WIDEST = 4096  # hidden units of a block of a gradient
+# Beside a matmul's own time, as so much more depth: adding a step's product to those
+# before it, and of each step's last slice what nothing runs beside. Seen, not derived.
+_ADDING, _ENDING = 40, 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matmul:
+    """A block of a product, and how many terms of its sums one step adds."""
+
+    rows: int
+    columns: int
+    depth: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TpuBackwardTile:
+    """Blocks of the backward kernel's three matmuls."""
+
+    dlogits: Matmul  # rows by vocabulary, over the whole hidden size
+    dhidden: Matmul  # rows by hidden size, over the vocabulary
+    dhead: Matmul  # vocabulary by hidden size, over the rows
+    share_v: int  # vocabulary entries of a core
+    chunk_v: int  # those whose dlogits are in memory at once
+    hidden_buffers: int  # 2: the next block of rows is fetched while one is used
+    cores: int  # of the device
+    vmem_bytes: int
+
+    def __post_init__(self) -> None:
+        """Refuse blocks that do not fit into each other."""
+        for part in (self.dlogits.columns, self.dhidden.depth, self.dhead.rows):
+            if self.chunk_v % part or self.share_v % part or part % SLICE_V:
+                raise ValueError(f"{part=} must divide {self}, and {SLICE_V} it")
+        rows = self.dhead.depth, self.dlogits.rows, self.dhidden.rows, ROWS
+        if any(a % b for a, b in itertools.pairwise(rows)):
+            raise ValueError(f"each of the rows {rows} must be a multiple of the next")
+
+
+@dataclass(frozen=True)
+class _Option:
+    matmul: Matmul
+    vmem: int  # bytes of a step: two buffers of what moves, and the compiler's own
+    cost: float  # of all steps, in FLOPs of the matrix units' best
+    start: int  # bytes that the first step of a chunk waits for
+
+
+def backward_tile(problem: Problem) -> TpuBackwardTile | None:
+    """Blocks of the backward kernel that take the least time.
+
+    None where the workspace does not hold `least_workspace`, or the vector memory no
+    rows of the hidden size.
+    """
+    core = core_of(problem.device)
+    if core is None:
+        return None
+    # Each core has a gradient of hidden of its own, one of which is promised.
+    cores = problem.device.num_cores or 1
+    if (cores - 1) * 4 * problem.T * problem.D > problem.workspace_bytes // 2:
+        cores = 1
+    heights = _heights(problem.T, core.most_rows)
+    found = [x for h in heights if (x := _of_height(problem, core, cores, h))]
+    return min(found, key=lambda x: x[0])[1] if found else None
+
+
+def least_workspace(problem: Problem) -> int:
+    """Bytes of dlogits of all rows and the narrowest chunk of the vocabulary."""
+    return problem.itemsize * SLICE_V * round_up(problem.T, ROWS)
+
+
+def _heights(T: int, most: int) -> Iterator[int]:
+    """Rows of blocks that are about as high as each other, for several numbers."""
+    least = -(-T // most)
+    for blocks in sorted({least, least + 1, *(least * 2**n for n in range(1, 5))}):
+        height = round_up(-(-T // blocks), ROWS)
+        if height >= 128 or blocks == least:
+            yield height
+
+
+def _of_height(
+    problem: Problem, core: Core, cores: int, block_t: int
+) -> tuple[float, TpuBackwardTile] | None:
+    """The fastest with blocks of so many rows, and its cost; None where none fits.
+
+    The matmuls' blocks are chosen one by one: the buffers of each are gone when the
+    next one starts.
+    """
+    T, D, V, size = problem.T, problem.D, problem.V, problem.itemsize
+    left = problem.workspace_bytes - (cores - 1) * 4 * T * D
+    # What XLA needs besides: it holds `pack_rows` and the row sums of the forward.
+    left -= min(left // 16, 1024 * T)
+
+    def most_chunk(rows: int) -> int:
+        return left // (cores * size * round_up(T, rows))
+
+    parts = [n for n in _PARTS_V if n <= most_chunk(block_t) and n < 2 * V]
+    parts = parts or [n for n in _PARTS_V[:1] if n <= most_chunk(block_t)]
+    widths = sorted({round_up(-(-D // n), SLICE_V) for n in range(1, 65)})
+    widths = [n for n in widths if n <= _WIDEST]
+    depths = [
+        n * block_t
+        for n in (1, 2, 4, 8)
+        if n == 1 or n * block_t <= min(_MOST_DEPTH, round_up(T, block_t))
+    ]
+    limit = core.vmem_bytes - 2 * SPARE
+    chunks = -(-V // max(SLICE_V, most_chunk(block_t)))
+    buffered = [
+        _fastest([_dlogits(problem, core, chunks, block_t, n, b) for n in parts], limit)
+        for b in ((1, 2) if T > block_t else (1,))
+    ]
+    buffers, dlogits = min(
+        ((n, x) for n, x in enumerate(buffered, 1) if x is not None),
+        key=lambda found: found[1].cost,
+        default=(0, None),
+    )
+    dhidden = _fastest(
+        [_dhidden(problem, core, chunks, block_t, d, n) for d in widths for n in parts],
+        limit,
+    )
+    dhead = _fastest(
+        [
+            _dhead(problem, core, n, d, t)
+            for n in parts
+            for d in widths
+            for t in depths
+            if n <= core.most_rows and most_chunk(t) >= parts[0]
+        ],
+        limit,
+    )
+    if dlogits is None or dhidden is None or dhead is None:
+        return None
+    step = max(dlogits.matmul.columns, dhidden.matmul.depth, dhead.matmul.rows, SLICE_V)
+    most = most_chunk(dhead.matmul.depth) // step * step
+    if most == 0:
+        return None
+    share_v = round_up(-(-V // cores), step)
+    chunks = -(-share_v // most)
+    options = dlogits, dhidden, dhead
+    waits = sum(x.start for x in options) * chunks * cores * core.flops_per_byte
+    # Of a block with a padding row all rows are computed: of valid rows anywhere from
+    # half of all to all, the mean.
+    padding = 1 + 2 / 3 * block_t / T if problem.ragged else 1
+    cost = (sum(x.cost for x in options) + waits) * padding * cores * share_v / V
+    return cost, TpuBackwardTile(
+        dlogits=dlogits.matmul,
+        dhidden=dhidden.matmul,
+        dhead=dhead.matmul,
+        share_v=share_v,
+        chunk_v=round_up(-(-share_v // chunks), step),
+        hidden_buffers=buffers,
+        cores=cores,
+        vmem_bytes=core.vmem_bytes - SPARE,
+    )
+
+
+def _fastest(options: Iterable[_Option], limit: int) -> _Option | None:
+    fitting = [x for x in options if x.vmem <= limit]
+    return min(fitting, key=lambda x: (x.cost, -x.vmem), default=None)
+
+
+def _option(
+    core: Core,
+    matmul: Matmul,
+    blocks: int,
+    steps: int,
+    moved: int,
+    vmem: int,
+    start: int,
+) -> _Option:
+    """Of so many blocks, in so many steps each that move so many bytes in all."""
+    rows, columns, depth = matmul.rows, matmul.columns, matmul.depth
+    flops = columns * (depth * (1 + core.weights / rows) + _ADDING)
+    flops = 2 * rows * (flops + SLICE_V * _ENDING) * steps
+    cost = blocks * max(flops, moved * core.flops_per_byte)
+    return _Option(matmul=matmul, vmem=vmem, cost=cost, start=start)
+
+
+def _dlogits(
+    problem: Problem, core: Core, chunks: int, rows: int, columns: int, buffers: int
+) -> _Option:
+    D, size = problem.D, problem.itemsize
+    blocks_t = -(-problem.T // rows)
+    blocks = blocks_t * -(-problem.V // columns)
+    moved = columns * (D + rows) * size
+    vmem = buffers * rows * D * size + 2 * (moved + 512 * rows)
+    vmem += 4 * 4 * rows * SLICE_V  # slices of logits
+    matmul = Matmul(rows=rows, columns=columns, depth=D)
+    option = _option(core, matmul, blocks, 1, moved, vmem, (rows + columns) * D * size)
+    # Nothing runs while the only buffer is filled.
+    waits = chunks * (blocks_t - 1) * rows * D * size * core.flops_per_byte
+    return replace(option, cost=option.cost + (waits if buffers == 1 else 0))
+
+
+def _dhidden(
+    problem: Problem, core: Core, chunks: int, rows: int, columns: int, depth: int
+) -> _Option:
+    size, steps = problem.itemsize, -(-problem.V // depth)
+    blocks = -(-problem.T // rows) * -(-problem.D // columns)
+    step, block = depth * (rows + columns) * size, rows * columns
+    moved = steps * step + chunks * 2 * 4 * block
+    vmem = 2 * (step + 2 * 4 * block) + 4 * block  # the product, before it is added
+    matmul = Matmul(rows=rows, columns=columns, depth=depth)
+    return _option(core, matmul, blocks, steps, moved, vmem, step + 4 * block)
+
+
+def _dhead(
+    problem: Problem, core: Core, rows: int, columns: int, depth: int
+) -> _Option:
+    size, steps = problem.itemsize, -(-problem.T // depth)
+    blocks = -(-problem.V // rows) * -(-problem.D // columns)
+    step, block = depth * (rows + columns) * size, rows * columns
+    moved = steps * step + size * block
+    vmem = 2 * (step + size * block) + 2 * 4 * block  # the sum, and the product
+    vmem += depth * rows * size  # dlogits, transposed
+    matmul = Matmul(rows=rows, columns=columns, depth=depth)
+    return _option(core, matmul, blocks, steps, moved, vmem, step)
