@@ -11,10 +11,11 @@ SLICE_V = 256  # columns of one matmul, as many as a matrix unit has
 ROWS = 16  # of bfloat16 in a register: blocks of rows are multiples
 _LANES_BYTES = 128 * 4  # a float32 number for each lane
 SPARE = 2 * MIB  # left to the compiler by the limit that a kernel is given
-_MARGIN = 6 * MIB  # of what the compiler takes, an estimate, to that limit
-# Bytes that the forward's registers that spill take for each logit of a tile, without
-# and with a bias or a soft-cap; seen, not derived.
-_SPILLED, _SPILLED_CAPPED = 10, 12
+FORWARD_SLICE_V = 512  # columns whose logits the forward reduces at once
+_STEP_V = 64  # columns that take as long as what a step does besides; seen
+# Registers that spill there, in float32 numbers for each of a slice's logits; seen, not
+# derived.
+_SPILLED = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class Core:
     flops_per_byte: float  # of bfloat16 matmuls, in the time that moving a byte takes
     weights: int  # rows that are multiplied while a matrix unit's weights are loaded
     most_rows: int  # that pass by them: of more, 7x's matrix units cannot hold the sums
+    part_rows: int = 1024  # that the forward multiplies at once
 
 
 # By the start of the device kind's name, the longest that fits. Peaks and bandwidth are
@@ -41,7 +43,12 @@ _CORES = {
         vmem_bytes=64 * MIB, flops_per_byte=187 / 0.8, weights=8, most_rows=2048
     ),
     "v6": Core(
-        vmem_bytes=128 * MIB, flops_per_byte=561 / 0.77, weights=32, most_rows=2048
+        vmem_bytes=128 * MIB,
+        flops_per_byte=561 / 0.77,
+        weights=32,
+        most_rows=2048,
+        # Its sums pass through the vector units, which a part's reduction fills.
+        part_rows=256,
     ),
     "7": Core(
         vmem_bytes=64 * MIB, flops_per_byte=312 / 0.85, weights=60, most_rows=1024
@@ -62,27 +69,24 @@ def round_up(x: int, multiple: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TpuTile:
-    """Rows and vocabulary entries of a tile, and the vector memory of its kernel."""
+class TpuForwardTile:
+    """Blocks of the forward kernel."""
 
     block_t: int
     block_v: int
+    hidden_buffers: int  # 2: the next block of rows is fetched while this one is used
+    parts: int  # of the rows: one is reduced during another's matmul
     vmem_bytes: int
+    cores: int = 1  # of the device, which take blocks of rows in turns
 
     def __post_init__(self) -> None:
         """Refuse what the matrix units' layouts do not take."""
-        if self.block_t % ROWS or self.block_t < ROWS:
-            raise ValueError(f"{self.block_t=} must be a multiple of {ROWS}")
-        if self.block_v % SLICE_V or self.block_v < SLICE_V:
-            raise ValueError(f"{self.block_v=} must be a multiple of {SLICE_V}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TpuForwardTile(TpuTile):
-    """Blocks of the forward kernel."""
-
-    hidden_buffers: int  # 2: the next block of rows is fetched while this one is used
-    cores: int = 1  # of the device, which take blocks of rows in turns
+        if self.block_t % (self.parts * ROWS):
+            raise ValueError(f"{self.block_t=} must be {self.parts} times {ROWS}s")
+        if self.block_v % min(self.block_v, FORWARD_SLICE_V) or self.block_v % SLICE_V:
+            raise ValueError(
+                f"{self.block_v=} must be {SLICE_V} or a multiple of {FORWARD_SLICE_V}"
+            )
 
 
 def _heights(T: int, most: int) -> Iterator[int]:
@@ -95,28 +99,8 @@ def _heights(T: int, most: int) -> Iterator[int]:
         height //= 2
 
 
-def _widths(V: int, most: int) -> Iterator[int]:
-    for width in range(most, 0, -SLICE_V):
-        if width - SLICE_V < V:
-            yield width
-
-
-def _blocks(problem: Problem, most_v: int) -> Iterator[tuple[int, int]]:
-    """Heights and widths, the largest first, lower ones before many narrower ones."""
-    for block_t in _heights(problem.T, 1024):
-        for block_v in _widths(problem.V, most_v):
-            yield block_t, block_v
-            if block_v <= 512 and block_t > 256:
-                break
-
-
-def forward_tile(
-    problem: Problem, *, states: int = 6, capped: bool = True
-) -> TpuForwardTile | None:
-    """The largest blocks that fit; None where none do.
-
-    `states` are the running values of a row; `capped` says that there is a bias or a
-    soft-cap.
+def forward_tile(problem: Problem, *, states: int = 6) -> TpuForwardTile | None:
+    """The largest blocks that fit; None where none do. `states` of a row are running.
 
     Of more than 1024 rows the matrix units cannot hold the sums (v7), and one that
     holds only padding is skipped: lower blocks skip more.
@@ -125,18 +109,27 @@ def forward_tile(
     if core is None:
         return None
     row = problem.D * problem.itemsize
-    logit = 4 + (_SPILLED_CAPPED if capped else _SPILLED)
-    for block_t, block_v in _blocks(problem, 3072):
-        for buffers in (2, 1):
-            # Hidden as it comes and packed; one block of states on its way out.
-            used = (buffers + 1) * block_t * row + 2 * block_v * row
-            used += block_t * (logit * block_v + 2 * states * _LANES_BYTES)
-            if used <= core.vmem_bytes - _MARGIN:
-                return TpuForwardTile(
-                    block_t=block_t,
-                    block_v=block_v,
-                    hidden_buffers=buffers,
-                    cores=problem.device.num_cores or 1,
-                    vmem_bytes=core.vmem_bytes - SPARE,
-                )
+    for block_t in _heights(problem.T, 1024):
+        # One block of states is on its way out.
+        logits = 4 * (1 + _SPILLED) * FORWARD_SLICE_V
+        left = core.vmem_bytes - 2 * SPARE
+        left -= block_t * (logits + 2 * states * _LANES_BYTES)
+        fitting = [
+            (-(-problem.V // block_v) * (block_v + _STEP_V), -buffers, block_v)
+            for block_v in range(FORWARD_SLICE_V, 4096 + 1, FORWARD_SLICE_V)
+            for buffers in (1, 2)
+            if buffers * block_t * row + 2 * block_v * row <= left
+        ]
+        if not fitting and block_t <= 256 and block_t * row + 2 * SLICE_V * row <= left:
+            fitting = [(0, -1, SLICE_V)]
+        if fitting:
+            _, buffers, block_v = min(fitting)
+            return TpuForwardTile(
+                block_t=block_t,
+                block_v=block_v,
+                hidden_buffers=-buffers,
+                parts=max(1, block_t // core.part_rows),
+                cores=problem.device.num_cores or 1,
+                vmem_bytes=core.vmem_bytes - SPARE,
+            )
     return None

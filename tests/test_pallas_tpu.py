@@ -24,7 +24,9 @@ from dpo_kernels.tpu_tiling import TpuForwardTile
 CASES = {case.name: case for case in verify.CASES}
 ALIGNED, RAGGED = (32, 128, 512, 2**28), (70, 128, 700, 2**28)
 VMEM = 100 * 2**20
-FORWARD = TpuForwardTile(block_t=16, block_v=256, hidden_buffers=2, vmem_bytes=VMEM)
+FORWARD = TpuForwardTile(
+    block_t=32, block_v=256, hidden_buffers=2, parts=2, vmem_bytes=VMEM
+)
 # Several blocks of each kind; the second of two chunks, or of two cores, ends early.
 BACKWARD = TpuBackwardTile(
     dlogits=Matmul(rows=16, columns=256, depth=128),
@@ -330,8 +332,8 @@ def test_blocks_fit_into_vector_memory_and_the_workspace(kind, T, D, ragged):
     backward = tpu_backward_tiling.backward_tile(asked)
     assert core is not None and forward is not None and backward is not None
     row = 2 * D
-    used = row * (2 * forward.block_t + 2 * forward.block_v)
-    assert used + 4 * forward.block_t * forward.block_v < core.vmem_bytes
+    used = row * (forward.hidden_buffers * forward.block_t + 2 * forward.block_v)
+    assert used + 4 * 512 * forward.block_t < core.vmem_bytes
     dlogits, sums = backward.dlogits, (backward.dhidden, backward.dhead)
     used = row * (backward.hidden_buffers * dlogits.rows + 2 * dlogits.columns)
     assert used < core.vmem_bytes

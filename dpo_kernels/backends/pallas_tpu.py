@@ -91,9 +91,7 @@ def forward_partials(
     T, V = hidden.shape[0], head.shape[0]
     names = pallas_tpu_forward.state_names(options)
     tile = tpu_tiling.forward_tile(
-        problem_of(hidden, head, num_valid, 0),
-        states=len(names),
-        capped=bias is not None or options.softcap is not None,
+        problem_of(hidden, head, num_valid, 0), states=len(names)
     )
     assert tile is not None, "`unsupported` looked for one"
     states = pallas_tpu_forward.forward(

@@ -1,8 +1,9 @@
 """The TPU's forward kernel: tiles of logits that never leave the chip.
 
-A block of rows stays while the head streams past it once. In each step the matrix units
-compute one tile while the vector units reduce the tile before it, in code without a
-branch between the two, so that the compiler's scheduler can interleave them.
+A block of rows stays while the head streams past it once, in slices: the matrix units
+compute one while the vector units reduce the one before it, in code without a branch
+between the two, so that the compiler's scheduler can interleave them. A tile's last
+slice is left to the next tile's step.
 """
 
 import functools
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from dpo_kernels.interface import LogitOptions, capped
 from dpo_kernels.loops import result_like
-from dpo_kernels.tpu_tiling import SLICE_V, TpuForwardTile
+from dpo_kernels.tpu_tiling import FORWARD_SLICE_V, TpuForwardTile
 
 LANES = 128
 _LEAST = float(jnp.finfo(jnp.float32).min)  # finite: below any logit that is not masked
@@ -91,7 +92,7 @@ def forward(
         out_shape=result_like(hidden, (states, T, LANES), jnp.float32),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            # One step more: it reduces the last tile.
+            # One step more: it reduces the last slice.
             grid=(pl.cdiv(T, block_t), blocks_v + 1),
             in_specs=rows,
             # Its own also of a block without valid rows, which another core may have.
@@ -100,8 +101,7 @@ def forward(
                 lambda i, j, valid: (0, _block_of_rows(i, T, tile), 0),
             ),
             scratch_shapes=[
-                pltpu.VMEM((block_t // 2, D), jnp.uint32),
-                pltpu.VMEM((block_t, block_v), jnp.float32),
+                pltpu.VMEM((block_t, min(block_v, FORWARD_SLICE_V)), jnp.float32),
             ],
         ),
         compiler_params=pltpu.CompilerParams(
@@ -127,7 +127,7 @@ def _kernel(
     valid, hidden, head, targets, *rest, options: LogitOptions, tile, T, V, has_bias
 ):
     bias = rest[0] if has_bias else None
-    states, packed, logits = rest[-3:]
+    states, logits = rest[-2:]
     i, j = _block_of_rows(pl.program_id(0), T, tile), pl.program_id(1)
     blocks_v = pl.cdiv(V, tile.block_v)
     used = i * tile.block_t < valid[0]
@@ -136,14 +136,12 @@ def _kernel(
 
     @pl.when(used & (j == 0))
     def _():
-        # Two rows in a word, as the matrix units take them: done once, not per tile.
-        packed[...] = pltpu.bitcast(hidden[...], jnp.uint32)
         logits[...] = jnp.full_like(logits, -jnp.inf)
         for n, name in enumerate(names):
             states[n] = jnp.full(states.shape[1:], start.get(name, 0.0), jnp.float32)
 
     step = functools.partial(
-        _step, packed, head, targets, bias, states, logits, j, options, tile, V
+        _step, hidden, head, targets, bias, states, logits, j, options, tile, V
     )
     pl.when(used & (j < blocks_v))(functools.partial(step, multiply=True))
 
@@ -155,61 +153,88 @@ def _kernel(
 
 
 def _step(
-    packed, head, targets, bias, states, logits, j, options, tile, V, *, multiply: bool
+    hidden, head, targets, bias, states, logits, j, options, tile, V, *, multiply: bool
 ):
-    """Reduces the tile before `j` and, with `multiply`, computes that of `j`."""
-    block_t, block_v = tile.block_t, tile.block_v
-    names = state_names(options)
-    state = dict(zip(names, (states[n] for n in range(len(names))), strict=True))
-    shift = top = state["max"]
-    may_be_masked = bias is not None or V % block_v != 0
-    lane = lax.broadcasted_iota(jnp.int32, (block_t, LANES), 1)
-    target = jnp.broadcast_to(targets[...], (block_t, LANES)) - (j - 1) * block_v
-    for first in range(0, block_v, SLICE_V):
-        for at in range(first, first + SLICE_V, LANES):
-            z = logits[:, at : at + LANES]
-            _reduce(state, z, shift, lane + at == target, may_be_masked)
-        if multiply:
-            slice_v = slice(first, first + SLICE_V)
+    """Reduces what the step before has left; with `multiply` also the tile of `j`.
+
+    Of the rows, parts take turns in the matrix units.
+    """
+    block_v, width = tile.block_v, logits.shape[1]
+    part_t = tile.block_t // tile.parts
+    parts = [
+        _Part(slice(at, at + part_t), targets, states, logits, j * block_v, options)
+        for at in range(0, tile.block_t, part_t)
+    ]
+    for first in range(0, block_v, width) if multiply else ():
+        slice_v = slice(first, first + width)
+        exists = None
+        if first + width > V % block_v > 0:
+            column = first + lax.broadcasted_iota(jnp.int32, (1, width), 1)
+            exists = column < V - j * block_v
+        bias_v = None if bias is None else bias[:, slice_v]
+        for part in parts:
             z_tv = lax.dot_general(
-                pltpu.bitcast(packed[...], head.dtype),
+                hidden[part.rows],
                 head[slice_v],
                 (((1,), (1,)), ((), ())),
                 preferred_element_type=jnp.float32,
             )
-            bias_v = None if bias is None else bias[:, slice_v]
-            exists = None
-            if first + SLICE_V > V % block_v > 0:
-                column = first + lax.broadcasted_iota(jnp.int32, (1, SLICE_V), 1)
-                exists = column < V - j * block_v
-            z_tv = masked_logits(z_tv, bias_v, exists, options)
-            logits[:, slice_v] = z_tv
-            for at in range(0, SLICE_V, LANES):
-                top = jnp.maximum(top, z_tv[:, at : at + LANES])
-    if multiply:
-        state["max"] = top
-        factor = jnp.exp(shift - top)
+            part.reduce()
+            part.follow(masked_logits(z_tv, bias_v, exists, options), first)
+    for part in parts:
+        if multiply:
+            logits[part.rows] = part.z_tv
+        else:
+            part.reduce()
+        for n, name in enumerate(state_names(options)):
+            states[n, part.rows] = part.state[name]
+
+
+class _Part:
+    """Some rows' running values, and the slice of logits that they lack."""
+
+    def __init__(self, rows, targets, states, logits, tile_v, options: LogitOptions):
+        """What the step before has left: a slice that ends where this tile starts."""
+        self.rows = rows
+        names = state_names(options)
+        self.state = {name: states[n, rows] for n, name in enumerate(names)}
+        shape = self.state["max"].shape
+        self.lane = lax.broadcasted_iota(jnp.int32, shape, 1)
+        self.targets = jnp.broadcast_to(targets[rows], shape) - tile_v
+        self.top = self.state["max"]
+        self.follow(logits[rows], -logits.shape[1])
+
+    def follow(self, z_tv, first: int) -> None:
+        """Takes a slice of logits to be reduced; `first` is its place in the tile."""
+        self.z_tv, self.first = z_tv, first
+        self.top = functools.reduce(jnp.maximum, self._groups(), self.top)
+
+    def _groups(self):
+        z_tv = self.z_tv
+        return [z_tv[:, at : at + LANES] for at in range(0, z_tv.shape[1], LANES)]
+
+    def reduce(self) -> None:
+        """Adds the slice to the running values."""
+        state, target = self.state, self.targets - self.first
+        factor = jnp.exp(state["max"] - self.top)
+        state["max"] = self.top
         for name in ("sum_exp", "sum_exp_z", "sum_exp2"):
             if name in state:
                 state[name] *= factor * factor if name == "sum_exp2" else factor
-    for n, name in enumerate(names):
-        states[n] = state[name]
-
-
-def _reduce(state, z, shift, hit, may_be_masked: bool) -> None:
-    """Adds 128 columns of logits to the running values."""
-    e = jnp.exp(z - shift)
-    state["sum_exp"] += e
-    state["target_logit"] = jnp.where(hit, z, state["target_logit"])
-    if "sum_exp2" in state:
-        state["sum_exp2"] += e * e
-    if "sum_exp_z" in state or "sum_logit" in state:
-        # 0 * -inf would be NaN. The first step reduces -inf in place of a tile.
-        finite = jnp.where(z == -jnp.inf, 0.0, z)
-        if "sum_exp_z" in state:
-            state["sum_exp_z"] += e * finite
-        if "sum_logit" in state:
-            state["sum_logit"] += finite
+        for n, z in enumerate(self._groups()):
+            e = jnp.exp(z - self.top)
+            state["sum_exp"] += e
+            hit = self.lane + n * LANES == target
+            state["target_logit"] = jnp.where(hit, z, state["target_logit"])
+            if "sum_exp2" in state:
+                state["sum_exp2"] += e * e
+            if "sum_exp_z" in state or "sum_logit" in state:
+                # 0 * -inf would be NaN. The first step reduces -inf.
+                finite = jnp.where(z == -jnp.inf, 0.0, z)
+                if "sum_exp_z" in state:
+                    state["sum_exp_z"] += e * finite
+                if "sum_logit" in state:
+                    state["sum_logit"] += finite
 
 
 def masked_logits(raw_tv, bias_v, exists, options: LogitOptions):
