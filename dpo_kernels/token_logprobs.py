@@ -62,7 +62,8 @@ def token_logprobs(
     differentiated costs no work in the backward.
 
     Args:
-        hidden: bfloat16, float16, float32, or (under x64) float64.
+        hidden: bfloat16, float16, float32, or (under x64) float64. Where `xla` runs,
+            float32 is multiplied at `jax.default_matmul_precision`.
         head: the dtype of `hidden`. Its gradient is summed in float32.
         targets: ids in [0, V); one outside gives a logprob of -inf.
         num_valid: rows at and after it are padding: they may hold anything, give 0 and

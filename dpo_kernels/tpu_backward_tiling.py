@@ -13,7 +13,7 @@ _MOST_DEPTH = 4096  # rows that one step sums over
 _WIDEST = 4096  # hidden units of a block of a gradient
 # Beside a matmul's own time, as so much more depth: adding a step's product to those
 # before it, and of each step's last slice what nothing runs beside. Seen, not derived.
-_ADDING, _ENDING = 40, 256
+_ADDING, _ENDING = 100, 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,10 +148,7 @@ def _of_height(
     chunks = -(-share_v // most)
     options = dlogits, dhidden, dhead
     waits = sum(x.start for x in options) * chunks * cores * core.flops_per_byte
-    # Of a block with a padding row all rows are computed: of valid rows anywhere from
-    # half of all to all, the mean.
-    padding = 1 + 2 / 3 * block_t / T if problem.ragged else 1
-    cost = (sum(x.cost for x in options) + waits) * padding * cores * share_v / V
+    cost = (sum(x.cost for x in options) + waits) * cores * share_v / V
     return cost, TpuBackwardTile(
         dlogits=dlogits.matmul,
         dhidden=dhidden.matmul,
@@ -162,6 +159,15 @@ def _of_height(
         cores=cores,
         vmem_bytes=core.vmem_bytes - SPARE,
     )
+
+
+def _padding(problem: Problem, rows: int) -> float:
+    """How much longer a matmul takes in blocks of so many rows, where some are padding.
+
+    Of a block with a valid row all rows are computed: the mean, of valid rows anywhere
+    from half of all to all.
+    """
+    return 1 + 2 / 3 * rows / problem.T if problem.ragged else 1
 
 
 def _fastest(options: Iterable[_Option], limit: int) -> _Option | None:
@@ -199,7 +205,8 @@ def _dlogits(
     option = _option(core, matmul, blocks, 1, moved, vmem, (rows + columns) * D * size)
     # Nothing runs while the only buffer is filled.
     waits = chunks * (blocks_t - 1) * rows * D * size * core.flops_per_byte
-    return replace(option, cost=option.cost + (waits if buffers == 1 else 0))
+    cost = option.cost + (waits if buffers == 1 else 0)
+    return replace(option, cost=cost * _padding(problem, rows))
 
 
 def _dhidden(
@@ -211,7 +218,8 @@ def _dhidden(
     moved = steps * step + chunks * 2 * 4 * block
     vmem = 2 * (step + 2 * 4 * block) + 4 * block  # the product, before it is added
     matmul = Matmul(rows=rows, columns=columns, depth=depth)
-    return _option(core, matmul, blocks, steps, moved, vmem, step + 4 * block)
+    option = _option(core, matmul, blocks, steps, moved, vmem, step + 4 * block)
+    return replace(option, cost=option.cost * _padding(problem, rows))
 
 
 def _dhead(
@@ -224,4 +232,5 @@ def _dhead(
     vmem = 2 * (step + size * block) + 2 * 4 * block  # the sum, and the product
     vmem += depth * rows * size  # dlogits, transposed
     matmul = Matmul(rows=rows, columns=columns, depth=depth)
-    return _option(core, matmul, blocks, steps, moved, vmem, step)
+    option = _option(core, matmul, blocks, steps, moved, vmem, step)
+    return replace(option, cost=option.cost * _padding(problem, depth))

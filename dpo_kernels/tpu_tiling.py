@@ -45,13 +45,13 @@ _CORES = {
     "v6": Core(
         vmem_bytes=128 * MIB,
         flops_per_byte=561 / 0.77,
-        weights=32,
+        weights=8,
         most_rows=2048,
         # Its sums pass through the vector units, which a part's reduction fills.
         part_rows=256,
     ),
     "7": Core(
-        vmem_bytes=64 * MIB, flops_per_byte=312 / 0.85, weights=60, most_rows=1024
+        vmem_bytes=64 * MIB, flops_per_byte=312 / 0.85, weights=15, most_rows=1024
     ),
 }
 
