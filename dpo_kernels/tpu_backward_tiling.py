@@ -11,6 +11,7 @@ from dpo_kernels.tpu_tiling import ROWS, SLICE_V, SPARE, Core, core_of, round_up
 _PARTS_V = (256, 512, 1024, 2048, 4096)
 _MOST_DEPTH = 4096  # rows that one step sums over
 _WIDEST = 4096  # hidden units of a block of a gradient
+_LARGEST = 2**22  # elements of such a block: the compiler takes minutes for twice that
 # Beside a matmul's own time, as so much more depth: adding a step's product to those
 # before it, and of each step's last slice what nothing runs beside. Seen, not derived.
 _ADDING, _ENDING = 100, 256
@@ -125,7 +126,12 @@ def _of_height(
         default=(0, None),
     )
     dhidden = _fastest(
-        [_dhidden(problem, core, chunks, block_t, d, n) for d in widths for n in parts],
+        [
+            _dhidden(problem, core, chunks, block_t, d, n)
+            for d in widths
+            for n in parts
+            if block_t * d <= _LARGEST
+        ],
         limit,
     )
     dhead = _fastest(
@@ -134,7 +140,8 @@ def _of_height(
             for n in parts
             for d in widths
             for t in depths
-            if n <= core.most_rows and most_chunk(t) >= parts[0]
+            if n <= core.most_rows and n * d <= _LARGEST
+            if most_chunk(t) >= parts[0]
         ],
         limit,
     )

@@ -121,9 +121,9 @@ def _write_dlogits(x: Refs, call: Call, chunk: Chunk, dbias_sum: Any) -> None:
             kept = jnp.where(exists, out[...].astype(f32), 0.0)
             out[...] = kept.astype(out.dtype)
 
-    once = pl.Buffered(tile.hidden_buffers)
+    buffered = pl.Buffered(tile.hidden_buffers)
     in_specs = [
-        pl.BlockSpec((block_t, call.D), lambda i, j: (i, 0), pipeline_mode=once),
+        pl.BlockSpec((block_t, call.D), lambda i, j: (i, 0), pipeline_mode=buffered),
         pl.BlockSpec((block_t, LANES), lambda i, j: (i, 0)),
         pl.BlockSpec((block_v, call.D), lambda i, j: (first + j, 0)),
     ]
