@@ -15,6 +15,7 @@ _LARGEST = 2**22  # elements of such a block: the compiler takes minutes for twi
 # Beside a matmul's own time, as so much more depth: adding a step's product to those
 # before it, and of each step's last slice what nothing runs beside. Seen, not derived.
 _ADDING, _ENDING = 100, 256
+_UNEVEN = 0.1  # of what could all be hidden, as it comes unevenly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +196,8 @@ def _option(
     rows, columns, depth = matmul.rows, matmul.columns, matmul.depth
     flops = columns * (depth * (1 + core.weights / rows) + _ADDING)
     flops = 2 * rows * (flops + SLICE_V * _ENDING) * steps
-    cost = blocks * max(flops, moved * core.flops_per_byte)
+    traffic = moved * core.flops_per_byte
+    cost = blocks * (max(flops, traffic) + _UNEVEN * min(flops, traffic))
     return _Option(matmul=matmul, vmem=vmem, cost=cost, start=start)
 
 
