@@ -1,7 +1,7 @@
 """Blocks of the TPU's backward kernel: those that fit and take the least time."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from dpo_kernels.tiling import Problem
@@ -93,11 +93,7 @@ def _heights(T: int, most: int) -> Iterator[int]:
 def _of_height(
     problem: Problem, core: Core, cores: int, block_t: int
 ) -> tuple[float, TpuBackwardTile] | None:
-    """The fastest with blocks of so many rows, and its cost; None where none fits.
-
-    The matmuls' blocks are chosen one by one: the buffers of each are gone when the
-    next one starts.
-    """
+    """The fastest with blocks of so many rows, and its cost; None where none fits."""
     T, D, V, size = problem.T, problem.D, problem.V, problem.itemsize
     left = problem.workspace_bytes - (cores - 1) * 4 * T * D
     # What XLA needs besides: it holds `pack_rows` and the row sums of the forward.
@@ -106,8 +102,41 @@ def _of_height(
     def most_chunk(rows: int) -> int:
         return left // (cores * size * round_up(T, rows))
 
-    parts = [n for n in _PARTS_V if n <= most_chunk(block_t) and n < 2 * V]
-    parts = parts or [n for n in _PARTS_V[:1] if n <= most_chunk(block_t)]
+    found = _matmuls(problem, core, block_t, most_chunk)
+    if found is None:
+        return None
+    buffers, options = found
+    dlogits, dhidden, dhead = (x.matmul for x in options)
+    step = max(dlogits.columns, dhidden.depth, dhead.rows, SLICE_V)
+    most = most_chunk(dhead.depth) // step * step
+    if most == 0:
+        return None
+    share_v = round_up(-(-V // cores), step)
+    chunks = -(-share_v // most)
+    waits = sum(x.start for x in options) * chunks * cores * core.flops_per_byte
+    cost = (sum(x.cost for x in options) + waits) * cores * share_v / V
+    return cost, TpuBackwardTile(
+        dlogits=dlogits,
+        dhidden=dhidden,
+        dhead=dhead,
+        share_v=share_v,
+        chunk_v=round_up(-(-share_v // chunks), step),
+        hidden_buffers=buffers,
+        cores=cores,
+        vmem_bytes=core.vmem_bytes - SPARE,
+    )
+
+
+def _matmuls(
+    problem: Problem, core: Core, block_t: int, most_chunk: Callable[[int], int]
+) -> tuple[int, list[_Option]] | None:
+    """Buffers of hidden, and the fastest blocks of each matmul; None where none fit.
+
+    They are chosen one by one: the buffers of each are gone when the next one starts.
+    """
+    T, D, V = problem.T, problem.D, problem.V
+    limit, most = core.vmem_bytes - 2 * SPARE, most_chunk(block_t)
+    parts = [n for n in _PARTS_V if n <= most and (n < 2 * V or n == _PARTS_V[0])]
     widths = sorted({round_up(-(-D // n), SLICE_V) for n in range(1, 65)})
     widths = [n for n in widths if n <= _WIDEST]
     depths = [
@@ -115,58 +144,32 @@ def _of_height(
         for n in (1, 2, 4, 8)
         if n == 1 or n * block_t <= min(_MOST_DEPTH, round_up(T, block_t))
     ]
-    limit = core.vmem_bytes - 2 * SPARE
-    chunks = -(-V // max(SLICE_V, most_chunk(block_t)))
-    buffered = [
-        _fastest([_dlogits(problem, core, chunks, block_t, n, b) for n in parts], limit)
-        for b in ((1, 2) if T > block_t else (1,))
+    chunks = -(-V // max(SLICE_V, most))
+    dlogits = {
+        buffers: _fastest(
+            [_dlogits(problem, core, chunks, block_t, n, buffers) for n in parts], limit
+        )
+        for buffers in ((1, 2) if T > block_t else (1,))
+    }
+    dhidden = [
+        _dhidden(problem, core, chunks, block_t, d, n)
+        for d in widths
+        for n in parts
+        if block_t * d <= _LARGEST
     ]
-    buffers, dlogits = min(
-        ((n, x) for n, x in enumerate(buffered, 1) if x is not None),
-        key=lambda found: found[1].cost,
-        default=(0, None),
-    )
-    dhidden = _fastest(
-        [
-            _dhidden(problem, core, chunks, block_t, d, n)
-            for d in widths
-            for n in parts
-            if block_t * d <= _LARGEST
-        ],
-        limit,
-    )
-    dhead = _fastest(
-        [
-            _dhead(problem, core, n, d, t)
-            for n in parts
-            for d in widths
-            for t in depths
-            if n <= core.most_rows and n * d <= _LARGEST
-            if most_chunk(t) >= parts[0]
-        ],
-        limit,
-    )
-    if dlogits is None or dhidden is None or dhead is None:
+    dhead = [
+        _dhead(problem, core, n, d, t)
+        for n in parts
+        for d in widths
+        for t in depths
+        if n <= core.most_rows and n * d <= _LARGEST and most_chunk(t) >= parts[0]
+    ]
+    others = [x for x in (_fastest(dhidden, limit), _fastest(dhead, limit)) if x]
+    able = {n: x for n, x in dlogits.items() if x is not None}
+    if len(others) < 2 or not able:
         return None
-    step = max(dlogits.matmul.columns, dhidden.matmul.depth, dhead.matmul.rows, SLICE_V)
-    most = most_chunk(dhead.matmul.depth) // step * step
-    if most == 0:
-        return None
-    share_v = round_up(-(-V // cores), step)
-    chunks = -(-share_v // most)
-    options = dlogits, dhidden, dhead
-    waits = sum(x.start for x in options) * chunks * cores * core.flops_per_byte
-    cost = (sum(x.cost for x in options) + waits) * cores * share_v / V
-    return cost, TpuBackwardTile(
-        dlogits=dlogits.matmul,
-        dhidden=dhidden.matmul,
-        dhead=dhead.matmul,
-        share_v=share_v,
-        chunk_v=round_up(-(-share_v // chunks), step),
-        hidden_buffers=buffers,
-        cores=cores,
-        vmem_bytes=core.vmem_bytes - SPARE,
-    )
+    buffers = min(able, key=lambda n: able[n].cost)
+    return buffers, [able[buffers], *others]
 
 
 def _padding(problem: Problem, rows: int) -> float:

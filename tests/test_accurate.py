@@ -1,11 +1,11 @@
-"""The mended logarithm, and which exponentials the TPU's compiler is asked for."""
+"""The mended logarithm, and which accuracy the compiler is asked for."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_kernels import accurate
+from dpo_kernels import accurate, token_logprobs
 from dpo_kernels.devices import Device, pretended
 
 # The greatest errors in ULP of the default logarithm of TPUs that is mended.
@@ -55,3 +55,20 @@ def test_the_accurate_implementation_is_asked_for():
     # A logarithm that is good as it is would lose by an exponential that is not.
     with pretended(device("TPU7x")):
         assert "HIGHEST" not in asked(accurate.log)
+
+
+def test_float32_matmuls_follow_the_default_precision():
+    hidden = jax.ShapeDtypeStruct((64, 128), jnp.float32)
+    head = jax.ShapeDtypeStruct((500, 128), jnp.float32)
+    targets = jax.ShapeDtypeStruct((64,), jnp.int32)
+
+    def loss(hidden, head, targets):
+        out = token_logprobs(hidden, head, targets, implementation="xla")
+        return out.logprob.sum()
+
+    gradient = jax.jit(jax.grad(loss, (0, 1)))
+    with jax.default_matmul_precision("highest"):
+        text = gradient.lower(hidden, head, targets).as_text()
+    # Logits and both gradients; the forward keeps what the logits anew would cost.
+    assert text.count("dot_general") == 3
+    assert text.count("precision = [HIGHEST, HIGHEST]") == 3

@@ -14,10 +14,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from dpo_kernels import token_logprobs, tpu_backward_tiling, tpu_tiling, verify
-from dpo_kernels.backends import load_backend, pallas_tpu, xla
-from dpo_kernels.devices import Device
+from dpo_kernels.backends import pallas_tpu
 from dpo_kernels.interface import STATS
-from dpo_kernels.tiling import Problem
 from dpo_kernels.tpu_backward_tiling import Matmul, TpuBackwardTile
 from dpo_kernels.tpu_tiling import TpuForwardTile
 
@@ -259,47 +257,6 @@ def test_the_vocabulary_over_devices(small_tiles):
         np.testing.assert_allclose(np.asarray(ours, np.float64), want, 2**-7, limit)
 
 
-def problem(**changes) -> Problem:
-    v6e = Device(platform="tpu", kind="TPU v6e", num_cores=1)
-    values = {"T": 8, "D": 128, "V": 64, "dtype": jnp.dtype(jnp.bfloat16)}
-    values |= {"workspace_bytes": 2**28, "device": v6e, "ragged": False}
-    return Problem(**(values | changes))
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"D": 96}, "needs a hidden size that 128 divides; this is D=96"),
-        (
-            {"dtype": jnp.dtype(jnp.float32)},
-            "needs bfloat16 inputs; these are float32",
-        ),
-        (
-            {"device": Device(platform="cpu", kind="cpu")},
-            "needs a TPU; this is cpu",
-        ),
-        (
-            {"device": Device(platform="tpu", kind="TPU v4")},
-            "needs a TPU v5e, v5p, v6e or 7x; this is TPU v4",
-        ),
-        (
-            {"D": 2**20},
-            "needs rows that fit into vector memory; these have D=1048576",
-        ),
-        ({}, None),
-    ],
-)
-def test_what_it_cannot_do(changes, reason):
-    asked = problem(**changes)
-    assert pallas_tpu.unsupported(asked) == reason
-    if reason is not None:
-        with pytest.raises(NotImplementedError, match="use xla or auto"):
-            load_backend("pallas_tpu", asked)
-        assert load_backend("auto", asked) is xla
-    else:
-        assert load_backend("auto", asked) is pallas_tpu
-
-
 def test_a_workspace_that_is_too_small_is_refused():
     hidden, head, targets = arrays(40, 300)
 
@@ -310,41 +267,3 @@ def test_a_workspace_that_is_too_small_is_refused():
     # 48 rows of 256 logits of two bytes each.
     with pytest.raises(ValueError, match="=20000 is too small .* give at least 24576"):
         jax.grad(loss)(hidden)
-
-
-KINDS = [
-    ("TPU v5 lite", 1),
-    ("TPU v5p", 2),
-    ("TPU v6 lite", 1),
-    ("TPU7x", 1),
-]
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("T", [1, 100, 4096, 100_000])
-@pytest.mark.parametrize("D", [128, 4096, 8192, 16384])
-@pytest.mark.parametrize("ragged", [True, False])
-def test_blocks_fit_into_vector_memory_and_the_workspace(kind, T, D, ragged):
-    device = Device(platform="tpu", kind=kind[0], num_cores=kind[1])
-    core = tpu_tiling.core_of(device)
-    asked = problem(T=T, D=D, V=128256, device=device, ragged=ragged)
-    forward = tpu_tiling.forward_tile(asked)
-    backward = tpu_backward_tiling.backward_tile(asked)
-    assert core is not None and forward is not None and backward is not None
-    row = 2 * D
-    used = row * (forward.hidden_buffers * forward.block_t + 2 * forward.block_v)
-    assert used + 4 * 512 * forward.block_t < core.vmem_bytes
-    dlogits, sums = backward.dlogits, (backward.dhidden, backward.dhead)
-    used = row * (backward.hidden_buffers * dlogits.rows + 2 * dlogits.columns)
-    assert used < core.vmem_bytes
-    for one in sums:
-        steps = 2 * 2 * one.depth * (one.rows + one.columns)
-        assert steps + 4 * one.rows * one.columns < core.vmem_bytes
-    assert backward.cores * backward.share_v >= 128256
-    rows = -(-T // backward.dhead.depth) * backward.dhead.depth
-    shares = 4 * T * D * (backward.cores - 1)
-    held = shares + 2 * backward.cores * rows * backward.chunk_v
-    assert held <= asked.workspace_bytes
-    # Nor is most of the workspace left free while there is more to compute.
-    if backward.chunk_v < backward.share_v and T < 10_000:
-        assert held > asked.workspace_bytes / 3

@@ -234,23 +234,6 @@ def test_full_logits_never_exist():
     assert memory.temp_size_in_bytes < budget < 4 * T * V / 4
 
 
-def test_float32_matmuls_follow_the_default_precision():
-    hidden = jax.ShapeDtypeStruct((64, 128), jnp.float32)
-    head = jax.ShapeDtypeStruct((500, 128), jnp.float32)
-    targets = jax.ShapeDtypeStruct((64,), jnp.int32)
-
-    def loss(hidden, head, targets):
-        out = token_logprobs(hidden, head, targets, implementation="xla")
-        return out.logprob.sum()
-
-    gradient = jax.jit(jax.grad(loss, (0, 1)))
-    with jax.default_matmul_precision("highest"):
-        text = gradient.lower(hidden, head, targets).as_text()
-    # Logits and both gradients; the forward keeps what the logits anew would cost.
-    assert text.count("dot_general") == 3
-    assert text.count("precision = [HIGHEST, HIGHEST]") == 3
-
-
 def test_the_same_inputs_give_the_same_bits():
     inputs = make_inputs(*RAGGED, ALL, "bfloat16")
     first = evaluate(small, inputs, "bfloat16")
