@@ -13,8 +13,8 @@ _LANES_BYTES = 128 * 4  # a float32 number for each lane
 SPARE = 2 * MIB  # left to the compiler by the limit that a kernel is given
 FORWARD_SLICE_V = 512  # columns whose logits the forward reduces at once
 _STEP_V = 64  # columns that take as long as what a step does besides; seen
-# Registers that spill there, in float32 numbers for each of a slice's logits; seen, not
-# derived.
+# Numbers that spill there for each logit of a slice, beside one for each of a row's
+# running values; seen, not derived.
 _SPILLED = 4
 
 
@@ -111,7 +111,7 @@ def forward_tile(problem: Problem, *, states: int = 6) -> TpuForwardTile | None:
     row = problem.D * problem.itemsize
     for block_t in _heights(problem.T, 1024):
         # One block of states is on its way out.
-        logits = 4 * (1 + _SPILLED) * FORWARD_SLICE_V
+        logits = 4 * (_SPILLED + states) * FORWARD_SLICE_V
         left = core.vmem_bytes - 2 * SPARE
         left -= block_t * (logits + 2 * states * _LANES_BYTES)
         fitting = [
