@@ -27,6 +27,7 @@ class Core:
     weights: int  # rows that are multiplied while a matrix unit's weights are loaded
     most_rows: int  # that pass by them: of more, 7x's matrix units cannot hold the sums
     part_rows: int = 1024  # that the forward multiplies at once
+    spilled: int = 0  # bytes for each logit of its tile, where that is more; seen
 
 
 # By the start of the device kind's name, the longest that fits. Peaks and bandwidth are
@@ -34,10 +35,18 @@ class Core:
 # kernel gets; that and `weights` are from the compiler's schedules (bench/README.md).
 _CORES = {
     "v5 lite": Core(
-        vmem_bytes=128 * MIB, flops_per_byte=240 / 0.8, weights=8, most_rows=2048
+        vmem_bytes=128 * MIB,
+        flops_per_byte=240 / 0.8,
+        weights=8,
+        most_rows=2048,
+        spilled=14,
     ),
     "v5e": Core(
-        vmem_bytes=128 * MIB, flops_per_byte=240 / 0.8, weights=8, most_rows=2048
+        vmem_bytes=128 * MIB,
+        flops_per_byte=240 / 0.8,
+        weights=8,
+        most_rows=2048,
+        spilled=14,
     ),
     "v5": Core(
         vmem_bytes=64 * MIB, flops_per_byte=187 / 0.8, weights=8, most_rows=2048
@@ -49,6 +58,7 @@ _CORES = {
         most_rows=2048,
         # Its sums pass through the vector units, which a part's reduction fills.
         part_rows=256,
+        spilled=14,
     ),
     "7": Core(
         vmem_bytes=64 * MIB, flops_per_byte=312 / 0.85, weights=15, most_rows=1024
@@ -110,16 +120,19 @@ def forward_tile(problem: Problem, *, states: int = 6) -> TpuForwardTile | None:
         return None
     row = problem.D * problem.itemsize
     for block_t in _heights(problem.T, 1024):
+        slices = 4 * (_SPILLED + states) * FORWARD_SLICE_V
         # One block of states is on its way out.
-        logits = 4 * (_SPILLED + states) * FORWARD_SLICE_V
-        left = core.vmem_bytes - 2 * SPARE
-        left -= block_t * (logits + 2 * states * _LANES_BYTES)
+        left = core.vmem_bytes - 2 * SPARE - block_t * 2 * states * _LANES_BYTES
         fitting = [
             (-(-problem.V // block_v) * (block_v + _STEP_V), -buffers, block_v)
             for block_v in range(FORWARD_SLICE_V, 4096 + 1, FORWARD_SLICE_V)
             for buffers in (1, 2)
-            if buffers * block_t * row + 2 * block_v * row <= left
+            if buffers * block_t * row
+            + 2 * block_v * row
+            + block_t * max(slices, core.spilled * block_v)
+            <= left
         ]
+        left -= block_t * slices
         if not fitting and block_t <= 256 and block_t * row + 2 * SLICE_V * row <= left:
             fitting = [(0, -1, SLICE_V)]
         if fitting:
