@@ -36,6 +36,8 @@ def problem(**changes) -> Problem:
             {"D": 2**20},
             "needs rows that fit into vector memory; these have D=1048576",
         ),
+        ({"T": 0}, None),
+        ({"V": 0}, None),
         ({}, None),
     ],
 )
