@@ -30,24 +30,20 @@ class Core:
     spilled: int = 0  # bytes for each logit of its tile, where that is more; seen
 
 
-# By the start of the device kind's name, the longest that fits. Peaks and bandwidth are
-# those of `jax.experimental.pallas.tpu.get_tpu_info`, of the bandwidth the share that a
-# kernel gets; that and `weights` are from the compiler's schedules (bench/README.md).
+# Peaks and bandwidth are those of `jax.experimental.pallas.tpu.get_tpu_info`, of the
+# bandwidth the share that a kernel gets; that and `weights` are from the compiler's
+# schedules (bench/README.md).
+_V5E = Core(
+    vmem_bytes=128 * MIB,
+    flops_per_byte=240 / 0.8,
+    weights=8,
+    most_rows=2048,
+    spilled=14,
+)
+# By the start of the device kind's name, the longest that fits.
 _CORES = {
-    "v5 lite": Core(
-        vmem_bytes=128 * MIB,
-        flops_per_byte=240 / 0.8,
-        weights=8,
-        most_rows=2048,
-        spilled=14,
-    ),
-    "v5e": Core(
-        vmem_bytes=128 * MIB,
-        flops_per_byte=240 / 0.8,
-        weights=8,
-        most_rows=2048,
-        spilled=14,
-    ),
+    "v5 lite": _V5E,
+    "v5e": _V5E,
     "v5": Core(
         vmem_bytes=64 * MIB, flops_per_byte=187 / 0.8, weights=8, most_rows=2048
     ),
