@@ -83,7 +83,7 @@ class TpuForwardTile:
     hidden_buffers: int  # 2: the next block of rows is fetched while this one is used
     parts: int  # of the rows: one is reduced during another's matmul
     vmem_bytes: int
-    cores: int = 1  # of the device, which take blocks of rows in turns
+    cores: int = 1  # of the device, each of which has a share of the vocabulary
 
     def __post_init__(self) -> None:
         """Refuse what the matrix units' layouts do not take."""
@@ -93,6 +93,10 @@ class TpuForwardTile:
             raise ValueError(
                 f"{self.block_v=} must be {SLICE_V} or a multiple of {FORWARD_SLICE_V}"
             )
+
+    def blocks_of_core(self, V: int) -> int:
+        """Blocks of a vocabulary of V entries that a core has at most."""
+        return -(-V // (self.block_v * self.cores))
 
 
 def _heights(T: int, most: int) -> Iterator[int]:
@@ -114,13 +118,20 @@ def forward_tile(problem: Problem, *, states: int = 6) -> TpuForwardTile | None:
     core = core_of(problem.device)
     if core is None:
         return None
+    cores = problem.device.num_cores or 1
     row = problem.D * problem.itemsize
     for block_t in _heights(problem.T, 1024):
         slices = 4 * (_SPILLED + states) * FORWARD_SLICE_V
         # One block of states is on its way out.
         left = core.vmem_bytes - 2 * SPARE - block_t * 2 * states * _LANES_BYTES
+
+        def cost(block_v: int) -> int:
+            # Of several cores none knows when it is compiled where V ends.
+            steps = -(-problem.V // (block_v * cores))
+            return steps * (_STEP_V + (block_v if cores > 1 else 0))
+
         fitting = [
-            (-(-problem.V // block_v) * (block_v + _STEP_V), -buffers, block_v)
+            (cost(block_v), -buffers, block_v)
             for block_v in range(FORWARD_SLICE_V, 4096 + 1, FORWARD_SLICE_V)
             for buffers in (1, 2)
             if buffers * block_t * row
@@ -138,7 +149,7 @@ def forward_tile(problem: Problem, *, states: int = 6) -> TpuForwardTile | None:
                 block_v=block_v,
                 hidden_buffers=-buffers,
                 parts=max(1, block_t // core.part_rows),
-                cores=problem.device.num_cores or 1,
+                cores=cores,
                 vmem_bytes=core.vmem_bytes - SPARE,
             )
     return None

@@ -109,6 +109,14 @@ def test_many_tiles(x64, small_tiles, case):
     check(RAGGED, case)
 
 
+# Of the last tile one slice and a narrower one; one and a whole one; less than one.
+@pytest.mark.parametrize("V", [1700, 2048, 1100])
+def test_the_last_tile_of_the_forward_has_slices_of_its_own(x64, monkeypatch, V, cores):
+    tile = replace(FORWARD, block_v=1024, cores=cores)
+    monkeypatch.setattr(tpu_tiling, "forward_tile", lambda *_, **__: tile)
+    check((70, 128, V, 2**28), "all")
+
+
 @pytest.mark.parametrize("case", ["padded", "all"])
 def test_blocks_that_nothing_fills(x64, small_tiles, case):
     small_tiles(LARGE)

@@ -19,6 +19,7 @@ from dpo_kernels.tiling import Problem, problem_of
 if TYPE_CHECKING:
     from dpo_kernels.backward import Gradients, Job
 
+f32 = jnp.float32
 fused_dlogits = True
 dlogits = None  # what `backward` is for
 
@@ -101,15 +102,16 @@ def forward_partials(
         options=options,
         tile=tile,
     )
-    lanes = jnp.swapaxes(states, 1, 2)
+    # A block of `Partials` is a lane of a core.
+    lanes = jnp.swapaxes(states, 2, 3).reshape(len(names), -1, T)
     found = dict(zip(names, lanes, strict=True))
     if "mean_logit" in options.stats:
         exists_v = jnp.ones((V,), bool) if bias is None else bias != -jnp.inf
-        width = lanes.shape[1]
-        padded = jnp.pad(exists_v, (0, -V % width)).reshape(-1, width)
-        count = padded.sum(axis=0).astype(lanes.dtype)
-        count = jnp.broadcast_to(count[:, None], lanes.shape[1:])
-        found["num_logits"] = make_varying(count, varying_axes(lanes))
+        share_v = tile.blocks_of_core(V) * tile.block_v
+        padded = jnp.pad(exists_v, (0, tile.cores * share_v - V))
+        count = padded.reshape(tile.cores, -1, states.shape[3]).sum(axis=1)
+        count = jnp.broadcast_to(count.reshape(-1, 1), lanes.shape[1:])
+        found["num_logits"] = make_varying(count.astype(f32), varying_axes(lanes))
     return Partials(**found), None
 
 

@@ -3,7 +3,8 @@
 A block of rows stays while the head streams past it once, in slices: the matrix units
 compute one while the vector units reduce the one before it, in code without a branch
 between the two, so that the compiler's scheduler can interleave them. A tile's last
-slice is left to the next tile's step.
+slice is left to the next tile's step. The vocabulary's last tile has a step of its own,
+which multiplies what there is, and no more, and leaves nothing.
 """
 
 import functools
@@ -18,7 +19,12 @@ from jaxtyping import Array, Float, Int
 
 from dpo_kernels.interface import LogitOptions, capped
 from dpo_kernels.loops import result_like
-from dpo_kernels.tpu_tiling import FORWARD_SLICE_V, TpuForwardTile
+from dpo_kernels.tpu_tiling import (
+    FORWARD_SLICE_V,
+    SLICE_V,
+    TpuForwardTile,
+    round_up,
+)
 
 LANES = 128
 _LEAST = float(jnp.finfo(jnp.float32).min)  # finite: below any logit that is not masked
@@ -52,8 +58,8 @@ def forward(
     *,
     options: LogitOptions,
     tile: TpuForwardTile,
-) -> Float[Array, "states T 128"]:
-    """The running values of `state_names`, for each row and lane.
+) -> Float[Array, "states cores T 128"]:
+    """The running values of `state_names`, for each core, row and lane.
 
     Blocks of rows that hold no valid row are not computed.
     """
@@ -62,15 +68,13 @@ def forward(
     blocks_v, states = pl.cdiv(V, block_v), len(state_names(options))
 
     # A block without valid rows asks for what is there already: nothing is copied.
-    def row_block(i: Any, j: Any, valid: Any) -> Any:
+    def row_block(core: Any, i: Any, j: Any, valid: Any) -> Any:
         last = jnp.maximum(pl.cdiv(valid[0], block_t) - 1, 0)
-        return jnp.minimum(_block_of_rows(i, T, tile), last)
+        return jnp.minimum(i, last)
 
-    def head_block(i: Any, j: Any, valid: Any) -> Any:
-        i = _block_of_rows(i, T, tile)
-        # The step that only reduces waits for the first block, to be used again next.
-        streams = (i * block_t < valid[0]) & (j < blocks_v)
-        return jnp.where(streams, j, 0)
+    def head_block(core: Any, i: Any, j: Any, valid: Any) -> Any:
+        block = jnp.minimum(core * tile.blocks_of_core(V) + j, blocks_v - 1)
+        return jnp.where(i * block_t < valid[0], block, 0)
 
     rows = [
         pl.BlockSpec(
@@ -87,49 +91,37 @@ def forward(
         operands.append(bias_row(bias, blocks_v * block_v))
     return pl.pallas_call(
         functools.partial(
-            _kernel, options=options, tile=tile, T=T, V=V, has_bias=bias is not None
+            _kernel, options=options, tile=tile, V=V, has_bias=bias is not None
         ),
-        out_shape=result_like(hidden, (states, T, LANES), jnp.float32),
+        out_shape=result_like(hidden, (states, tile.cores, T, LANES), jnp.float32),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            # One step more: it reduces the last slice.
-            grid=(pl.cdiv(T, block_t), blocks_v + 1),
+            grid=(tile.cores, pl.cdiv(T, block_t), tile.blocks_of_core(V)),
             in_specs=rows,
-            # Its own also of a block without valid rows, which another core may have.
             out_specs=pl.BlockSpec(
-                (states, block_t, LANES),
-                lambda i, j, valid: (0, _block_of_rows(i, T, tile), 0),
+                (states, None, block_t, LANES),
+                lambda core, i, j, valid: (0, core, i, 0),
             ),
             scratch_shapes=[
                 pltpu.VMEM((block_t, min(block_v, FORWARD_SLICE_V)), jnp.float32),
             ],
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=tile.vmem_bytes,
         ),
         name="token_logprobs_forward",
     )(*operands)
 
 
-def _block_of_rows(i: Any, T: int, tile: TpuForwardTile) -> Any:
-    """Of the grid's first axis, whose first half is one core's: every other block.
-
-    Valid rows come first: in halves the second core would have the padding.
-    """
-    if tile.cores == 1:
-        return i
-    half = pl.cdiv(pl.cdiv(T, tile.block_t), 2)
-    return jnp.where(i < half, 2 * i, 2 * (i - half) + 1)
-
-
 def _kernel(
-    valid, hidden, head, targets, *rest, options: LogitOptions, tile, T, V, has_bias
+    valid, hidden, head, targets, *rest, options: LogitOptions, tile, V, has_bias
 ):
     bias = rest[0] if has_bias else None
     states, logits = rest[-2:]
-    i, j = _block_of_rows(pl.program_id(0), T, tile), pl.program_id(1)
-    blocks_v = pl.cdiv(V, tile.block_v)
+    core, i, j = (pl.program_id(n) for n in range(3))
+    first = core * tile.blocks_of_core(V)  # block of the vocabulary
+    last = jnp.minimum(tile.blocks_of_core(V), pl.cdiv(V, tile.block_v) - first) - 1
     used = i * tile.block_t < valid[0]
     names = state_names(options)
     start = {"max": _LEAST, "target_logit": -jnp.inf}
@@ -141,36 +133,43 @@ def _kernel(
             states[n] = jnp.full(states.shape[1:], start.get(name, 0.0), jnp.float32)
 
     step = functools.partial(
-        _step, hidden, head, targets, bias, states, logits, j, options, tile, V
+        _step, hidden, head, targets, bias, states, logits, first + j, options, tile, V
     )
-    pl.when(used & (j < blocks_v))(functools.partial(step, multiply=True))
+    pl.when(used & (j < last))(functools.partial(step, ends=False))
+    pl.when(used & (j == last))(functools.partial(step, ends=True))
 
-    @pl.when(used & (j == blocks_v))
+    @pl.when(used & (j == jnp.maximum(last, 0)))
     def _():
-        step(multiply=False)
         top = states[0]
         states[0] = jnp.where(top == _LEAST, -jnp.inf, top)
 
 
 def _step(
-    hidden, head, targets, bias, states, logits, j, options, tile, V, *, multiply: bool
+    hidden, head, targets, bias, states, logits, block, options, tile, V, *, ends: bool
 ):
-    """Reduces what the step before has left; with `multiply` also the tile of `j`.
+    """Multiplies a block of the vocabulary, and reduces.
 
-    Of the rows, parts take turns in the matrix units.
+    What is reduced starts with the slice that the step before has left, and lacks the
+    block's own last one, unless the core's share of the vocabulary `ends` with it. Of
+    the rows, parts take turns in the matrix units.
     """
     block_v, width = tile.block_v, logits.shape[1]
     part_t = tile.block_t // tile.parts
     parts = [
-        _Part(slice(at, at + part_t), targets, states, logits, j * block_v, options)
+        _Part(slice(at, at + part_t), targets, states, logits, block * block_v, options)
         for at in range(0, tile.block_t, part_t)
     ]
-    for first in range(0, block_v, width) if multiply else ():
-        slice_v = slice(first, first + width)
+    # What there is of a block with which one core ends, in whole matrix units; those
+    # of several cores share the code.
+    size_v = round_up(V % block_v, SLICE_V) if ends and tile.cores == 1 else 0
+    size_v = size_v or block_v
+    for first in range(0, size_v, width):
+        slice_v = slice(first, min(first + width, size_v))
         exists = None
-        if first + width > V % block_v > 0:
-            column = first + lax.broadcasted_iota(jnp.int32, (1, width), 1)
-            exists = column < V - j * block_v
+        if ends and V % block_v and (tile.cores > 1 or slice_v.stop > V % block_v):
+            shape = (1, slice_v.stop - first)
+            column = first + lax.broadcasted_iota(jnp.int32, shape, 1)
+            exists = column < V - block * block_v
         bias_v = None if bias is None else bias[:, slice_v]
         for part in parts:
             z_tv = lax.dot_general(
@@ -182,10 +181,10 @@ def _step(
             part.reduce()
             part.follow(masked_logits(z_tv, bias_v, exists, options), first)
     for part in parts:
-        if multiply:
-            logits[part.rows] = part.z_tv
-        else:
+        if ends:
             part.reduce()
+        else:
+            logits[part.rows] = part.z_tv
         for n, name in enumerate(state_names(options)):
             states[n, part.rows] = part.state[name]
 
@@ -199,8 +198,9 @@ class _Part:
         names = state_names(options)
         self.state = {name: states[n, rows] for n, name in enumerate(names)}
         shape = self.state["max"].shape
-        self.lane = lax.broadcasted_iota(jnp.int32, shape, 1)
-        self.targets = jnp.broadcast_to(targets[rows], shape) - tile_v
+        # Where in the tile a lane has the row's target: compared with constants.
+        lane = lax.broadcasted_iota(jnp.int32, shape, 1)
+        self.target = jnp.broadcast_to(targets[rows], shape) - tile_v - lane
         self.top = self.state["max"]
         self.follow(logits[rows], -logits.shape[1])
 
@@ -215,7 +215,7 @@ class _Part:
 
     def reduce(self) -> None:
         """Adds the slice to the running values."""
-        state, target = self.state, self.targets - self.first
+        state = self.state
         factor = jnp.exp(state["max"] - self.top)
         state["max"] = self.top
         for name in ("sum_exp", "sum_exp_z", "sum_exp2"):
@@ -224,7 +224,7 @@ class _Part:
         for n, z in enumerate(self._groups()):
             e = jnp.exp(z - self.top)
             state["sum_exp"] += e
-            hit = self.lane + n * LANES == target
+            hit = self.target == self.first + n * LANES
             state["target_logit"] = jnp.where(hit, z, state["target_logit"])
             if "sum_exp2" in state:
                 state["sum_exp2"] += e * e
