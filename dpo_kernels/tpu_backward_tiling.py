@@ -7,6 +7,10 @@ from dataclasses import dataclass, replace
 from dpo_kernels.tiling import Problem
 from dpo_kernels.tpu_tiling import ROWS, SLICE_V, SPARE, Core, core_of, round_up
 
+# Rows of a piece: a block in which the valid rows end is computed by so many.
+PIECE = 256
+_PIECEWISE = 1.3  # times as long as in whole blocks; about
+_SLICE_V = 512  # vocabulary entries of a piece
 # Vocabulary entries of a block, or of a step's sums.
 _PARTS_V = (256, 512, 1024, 2048, 4096)
 _MOST_DEPTH = 4096  # rows that one step sums over
@@ -45,7 +49,8 @@ class TpuBackwardTile:
         for part in (self.dlogits.columns, self.dhidden.depth, self.dhead.rows):
             if self.chunk_v % part or self.share_v % part or part % SLICE_V:
                 raise ValueError(f"{part=} must divide {self}, and {SLICE_V} it")
-        rows = self.dhead.depth, self.dlogits.rows, self.dhidden.rows, ROWS
+        rows = self.dhead.depth, self.dlogits.rows, self.dhidden.rows
+        rows = *rows, min(rows[-1], PIECE), ROWS
         if any(a % b for a, b in itertools.pairwise(rows)):
             raise ValueError(f"each of the rows {rows} must be a multiple of the next")
 
@@ -78,16 +83,21 @@ def backward_tile(problem: Problem) -> TpuBackwardTile | None:
 
 def least_workspace(problem: Problem) -> int:
     """Bytes of dlogits of all rows and the narrowest chunk of the vocabulary."""
-    return problem.itemsize * SLICE_V * round_up(problem.T, ROWS)
+    T = problem.T
+    return problem.itemsize * SLICE_V * round_up(T, ROWS if T <= PIECE else PIECE)
 
 
 def _heights(T: int, most: int) -> Iterator[int]:
-    """Rows of blocks that are about as high as each other, for several numbers."""
-    least = -(-T // most)
-    for blocks in sorted({least, least + 1, *(least * 2**n for n in range(1, 5))}):
-        height = round_up(-(-T // blocks), ROWS)
-        if height >= 128 or blocks == least:
-            yield height
+    """Rows of a block: all, if they are a piece; else pieces, as many as are whole."""
+    if T <= PIECE:
+        yield round_up(T, ROWS)
+        return
+    height = PIECE
+    while height <= min(T, most):
+        yield height
+        height *= 2
+    if height // 2 < T // PIECE * PIECE <= most:
+        yield T // PIECE * PIECE
 
 
 def _of_height(
@@ -175,10 +185,19 @@ def _matmuls(
 def _padding(problem: Problem, rows: int) -> float:
     """How much longer a matmul takes in blocks of so many rows, where some are padding.
 
-    Of a block with a valid row all rows are computed: the mean, of valid rows anywhere
-    from half of all to all.
+    Of a piece with a valid row all rows are computed, and pieces take longer than whole
+    blocks: the mean, of valid rows anywhere from half of all to all.
     """
-    return 1 + 2 / 3 * rows / problem.T if problem.ragged else 1
+    if not problem.ragged:
+        return 1
+    longer = min(rows, PIECE) + (_PIECEWISE - 1) * rows
+    return 1 + 2 / 3 * longer / problem.T
+
+
+def _wholes(size: int, block: int, piece: int) -> float:
+    """Of what number of whole blocks the time is that so much takes."""
+    whole, rest = divmod(size, block)
+    return whole + min(1, _PIECEWISE * round_up(rest, min(piece, block)) / block)
 
 
 def _fastest(options: Iterable[_Option], limit: int) -> _Option | None:
@@ -189,16 +208,16 @@ def _fastest(options: Iterable[_Option], limit: int) -> _Option | None:
 def _option(
     core: Core,
     matmul: Matmul,
-    blocks: int,
-    steps: int,
-    moved: int,
+    blocks: float,
+    steps: float,
+    moved: float,
     vmem: int,
     start: int,
 ) -> _Option:
     """Of so many blocks, in so many steps each that move so many bytes in all."""
     rows, columns, depth = matmul.rows, matmul.columns, matmul.depth
     flops = columns * (depth * (1 + core.weights / rows) + _ADDING)
-    flops = 2 * rows * (flops + SLICE_V * _ENDING) * steps
+    flops = (2 * rows * (flops + SLICE_V * _ENDING) + core.step_flops) * steps
     traffic = moved * core.flops_per_byte
     cost = blocks * (max(flops, traffic) + _UNEVEN * min(flops, traffic))
     return _Option(matmul=matmul, vmem=vmem, cost=cost, start=start)
@@ -209,7 +228,7 @@ def _dlogits(
 ) -> _Option:
     D, size = problem.D, problem.itemsize
     blocks_t = -(-problem.T // rows)
-    blocks = blocks_t * -(-problem.V // columns)
+    blocks = _wholes(problem.T, rows, PIECE) * _wholes(problem.V, columns, _SLICE_V)
     moved = columns * (D + rows) * size
     vmem = buffers * rows * D * size + 2 * (moved + 512 * rows)
     vmem += 4 * 4 * rows * SLICE_V  # slices of logits
@@ -224,8 +243,8 @@ def _dlogits(
 def _dhidden(
     problem: Problem, core: Core, chunks: int, rows: int, columns: int, depth: int
 ) -> _Option:
-    size, steps = problem.itemsize, -(-problem.V // depth)
-    blocks = -(-problem.T // rows) * -(-problem.D // columns)
+    size, steps = problem.itemsize, _wholes(problem.V, depth, _SLICE_V)
+    blocks = _wholes(problem.T, rows, PIECE) * -(-problem.D // columns)
     step, block = depth * (rows + columns) * size, rows * columns
     moved = steps * step + chunks * 2 * 4 * block
     vmem = 2 * (step + 2 * 4 * block) + 4 * block  # the product, before it is added
@@ -237,7 +256,7 @@ def _dhidden(
 def _dhead(
     problem: Problem, core: Core, rows: int, columns: int, depth: int
 ) -> _Option:
-    size, steps = problem.itemsize, -(-problem.T // depth)
+    size, steps = problem.itemsize, _wholes(problem.T, depth, PIECE)
     blocks = -(-problem.V // rows) * -(-problem.D // columns)
     step, block = depth * (rows + columns) * size, rows * columns
     moved = steps * step + size * block

@@ -25,6 +25,7 @@ class Core:
     vmem_bytes: int
     flops_per_byte: float  # of bfloat16 matmuls, in the time that moving a byte takes
     weights: int  # rows that are multiplied while a matrix unit's weights are loaded
+    step_flops: float  # that could be done while a pipeline goes to its next step; seen
     most_rows: int  # that pass by them: of more, 7x's matrix units cannot hold the sums
     part_rows: int = 1024  # that the forward multiplies at once
     spilled: int = 0  # bytes for each logit of its tile, where that is more; seen
@@ -37,6 +38,7 @@ _V5E = Core(
     vmem_bytes=128 * MIB,
     flops_per_byte=240 / 0.8,
     weights=8,
+    step_flops=3e7,
     most_rows=2048,
     spilled=14,
 )
@@ -45,19 +47,28 @@ _CORES = {
     "v5 lite": _V5E,
     "v5e": _V5E,
     "v5": Core(
-        vmem_bytes=64 * MIB, flops_per_byte=187 / 0.8, weights=8, most_rows=2048
+        vmem_bytes=64 * MIB,
+        flops_per_byte=187 / 0.8,
+        weights=8,
+        step_flops=3e7,
+        most_rows=2048,
     ),
     "v6": Core(
         vmem_bytes=128 * MIB,
         flops_per_byte=561 / 0.77,
         weights=8,
+        step_flops=2.5e8,
         most_rows=2048,
         # Its sums pass through the vector units, which a part's reduction fills.
         part_rows=256,
         spilled=14,
     ),
     "7": Core(
-        vmem_bytes=64 * MIB, flops_per_byte=312 / 0.85, weights=15, most_rows=1024
+        vmem_bytes=64 * MIB,
+        flops_per_byte=312 / 0.85,
+        weights=15,
+        step_flops=2.5e8,
+        most_rows=1024,
     ),
 }
 

@@ -1,10 +1,10 @@
 """The gradient of logits on a TPU, from a product that is still on the chip."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dpo_kernels.backends.pallas_tpu_forward import LANES
 from dpo_kernels.interface import LogitOptions
@@ -19,30 +19,51 @@ def pack_rows(lse: Array, p_coef: Array, target_grad: Array, targets: Array) -> 
     return jnp.pad(columns, ((0, 0), (0, LANES - columns.shape[1])))
 
 
-def dlogits_of(
-    raw_tv: Float[Array, "t v"],
-    bias_v: Any,
-    rows_t: Float[Array, "t 128"],
-    first_v: Any,
-    options: LogitOptions,
-) -> Float[Array, "t v"]:
-    """The gradient of x = scale * raw + bias in float32: `Dlogits`.
+class Rows(NamedTuple):
+    """What `pack_rows` holds of some rows, on every lane."""
 
-    `rows_t` is of `pack_rows`; `first_v` is its targets' number of the first column.
-    """
-    lse, p_coef, target_grad, bits = (rows_t[:, n : n + 1] for n in range(4))
-    target = lax.bitcast_convert_type(bits, jnp.int32) - first_v
-    x_tv = raw_tv if options.scale == 1 else options.scale * raw_tv
-    masked_v = None
-    if bias_v is not None:
-        masked_v = bias_v == -jnp.inf
-        x_tv = x_tv + jnp.where(masked_v, 0.0, bias_v)
-    slope_tv, z_tv = None, x_tv
-    if options.softcap is not None:
-        tanh_tv = jnp.tanh(x_tv / options.softcap)
-        slope_tv, z_tv = 1 - tanh_tv * tanh_tv, options.softcap * tanh_tv
-    column = lax.broadcasted_iota(jnp.int32, x_tv.shape, 1)
-    dx_tv = jnp.where(column == target, target_grad, p_coef * jnp.exp(z_tv - lse))
-    if slope_tv is not None:
-        dx_tv = dx_tv * slope_tv
-    return dx_tv if masked_v is None else jnp.where(masked_v, 0.0, dx_tv)
+    lse: Float[Array, "t 128"]
+    p_coef: Float[Array, "t 128"]
+    target_grad: Float[Array, "t 128"]
+    target: Int[Array, "t 128"]  # where the lane has it: compared with constants
+
+    @classmethod
+    def of(cls, packed_t: Float[Array, "t 128"], first_v: Any) -> "Rows":
+        """Targets count from `first_v` on."""
+        shape = packed_t.shape
+        *floats, bits = (
+            jnp.broadcast_to(packed_t[:, n : n + 1], shape)
+            for n in range(len(cls._fields))
+        )
+        lane = lax.broadcasted_iota(jnp.int32, shape, 1)
+        return cls(*floats, lax.bitcast_convert_type(bits, jnp.int32) - first_v - lane)
+
+    def part(self, at_t: slice) -> "Rows":
+        """Some of the rows."""
+        return Rows(*(x[at_t] for x in self))
+
+    def dlogits(
+        self,
+        raw_tv: Float[Array, "t 128"],
+        bias_v: Any,
+        first: int,
+        options: LogitOptions,
+    ) -> Float[Array, "t 128"]:
+        """The gradient of x = scale * raw + bias in float32: `Dlogits`.
+
+        Of a lane each, from the column `first` on.
+        """
+        x_tv = raw_tv if options.scale == 1 else options.scale * raw_tv
+        masked_v = None
+        if bias_v is not None:
+            masked_v = bias_v == -jnp.inf
+            x_tv = x_tv + jnp.where(masked_v, 0.0, bias_v)
+        slope_tv, z_tv = None, x_tv
+        if options.softcap is not None:
+            tanh_tv = jnp.tanh(x_tv / options.softcap)
+            slope_tv, z_tv = 1 - tanh_tv * tanh_tv, options.softcap * tanh_tv
+        others = self.p_coef * jnp.exp(z_tv - self.lse)
+        dx_tv = jnp.where(self.target == first, self.target_grad, others)
+        if slope_tv is not None:
+            dx_tv = dx_tv * slope_tv
+        return dx_tv if masked_v is None else jnp.where(masked_v, 0.0, dx_tv)
