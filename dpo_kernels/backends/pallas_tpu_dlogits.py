@@ -31,12 +31,12 @@ class Rows(NamedTuple):
     def of(cls, packed_t: Float[Array, "t 128"], first_v: Any) -> "Rows":
         """Targets count from `first_v` on."""
         shape = packed_t.shape
-        *floats, bits = (
-            jnp.broadcast_to(packed_t[:, n : n + 1], shape)
-            for n in range(len(cls._fields))
+        lse, p_coef, target_grad, bits = (
+            jnp.broadcast_to(packed_t[:, n : n + 1], shape) for n in range(4)
         )
         lane = lax.broadcasted_iota(jnp.int32, shape, 1)
-        return cls(*floats, lax.bitcast_convert_type(bits, jnp.int32) - first_v - lane)
+        target = lax.bitcast_convert_type(bits, jnp.int32) - first_v - lane
+        return cls(lse, p_coef, target_grad, target)
 
     def part(self, at_t: slice) -> "Rows":
         """Some of the rows."""

@@ -253,8 +253,9 @@ def write_dhead(x: Refs, call: Call, chunk: Chunk) -> None:
                     total[...] = jnp.zeros_like(total)
 
                 def add(at_t: Any) -> None:
-                    left, parts = left_t - at_t.start, (dlogits[at_t], hidden[at_t])
-                    total[...] += matmul(*(_first(left, p, 0) for p in parts), (0, 0))
+                    left = left_t - at_t.start
+                    a, b = (_first(left, x[at_t], 0) for x in (dlogits, hidden))
+                    total[...] += matmul(a, b, (0, 0))
 
                 _for_each_piece(left_t, tile.depth, PIECE, add)
                 out[...] = total[...].astype(out.dtype)
