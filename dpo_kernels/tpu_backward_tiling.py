@@ -10,7 +10,7 @@ from dpo_kernels.tpu_tiling import ROWS, SLICE_V, SPARE, Core, core_of, round_up
 # Rows of a piece: a block in which the valid rows end is computed by so many.
 PIECE = 256
 _PIECEWISE = 1.3  # times as long as in whole blocks; about
-_SLICE_V = 512  # vocabulary entries of a piece
+PIECE_V = 512  # vocabulary entries of a piece
 # Vocabulary entries of a block, or of a step's sums.
 _PARTS_V = (256, 512, 1024, 2048, 4096)
 _MOST_DEPTH = 4096  # rows that one step sums over
@@ -228,7 +228,7 @@ def _dlogits(
 ) -> _Option:
     D, size = problem.D, problem.itemsize
     blocks_t = -(-problem.T // rows)
-    blocks = _wholes(problem.T, rows, PIECE) * _wholes(problem.V, columns, _SLICE_V)
+    blocks = _wholes(problem.T, rows, PIECE) * _wholes(problem.V, columns, PIECE_V)
     moved = columns * (D + rows) * size
     vmem = buffers * rows * D * size + 2 * (moved + 512 * rows)
     vmem += 4 * 4 * rows * SLICE_V  # slices of logits
@@ -243,7 +243,7 @@ def _dlogits(
 def _dhidden(
     problem: Problem, core: Core, chunks: int, rows: int, columns: int, depth: int
 ) -> _Option:
-    size, steps = problem.itemsize, _wholes(problem.V, depth, _SLICE_V)
+    size, steps = problem.itemsize, _wholes(problem.V, depth, PIECE_V)
     blocks = _wholes(problem.T, rows, PIECE) * -(-problem.D // columns)
     step, block = depth * (rows + columns) * size, rows * columns
     moved = steps * step + chunks * 2 * 4 * block

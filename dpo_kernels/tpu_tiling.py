@@ -25,8 +25,8 @@ class Core:
     vmem_bytes: int
     flops_per_byte: float  # of bfloat16 matmuls, in the time that moving a byte takes
     weights: int  # rows that are multiplied while a matrix unit's weights are loaded
-    step_flops: float  # that could be done while a pipeline goes to its next step; seen
     most_rows: int  # that pass by them: of more, 7x's matrix units cannot hold the sums
+    step_flops: float  # that could be done while a pipeline goes to its next step; seen
     part_rows: int = 1024  # that the forward multiplies at once
     spilled: int = 0  # bytes for each logit of its tile, where that is more; seen
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from dpo_kernels import token_logprobs, tpu_backward_tiling, tpu_tiling, verify
-from dpo_kernels.backends import pallas_tpu
+from dpo_kernels.backends import pallas_tpu, pallas_tpu_matmuls
 from dpo_kernels.interface import STATS
 from dpo_kernels.tpu_backward_tiling import Matmul, TpuBackwardTile
 from dpo_kernels.tpu_tiling import TpuForwardTile
@@ -115,6 +115,13 @@ def test_the_last_tile_of_the_forward_has_slices_of_its_own(x64, monkeypatch, V,
     tile = replace(FORWARD, block_v=1024, cores=cores)
     monkeypatch.setattr(tpu_tiling, "forward_tile", lambda *_, **__: tile)
     check((70, 128, V, 2**28), "all")
+
+
+def test_blocks_that_end_after_several_pieces(x64, small_tiles, monkeypatch):
+    small_tiles(LARGE)
+    monkeypatch.setattr(pallas_tpu_matmuls, "PIECE", 16)
+    monkeypatch.setattr(pallas_tpu_matmuls, "PIECE_V", 256)
+    check(RAGGED, "all")
 
 
 @pytest.mark.parametrize("case", ["padded", "all"])

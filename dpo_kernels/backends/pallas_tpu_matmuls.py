@@ -17,10 +17,9 @@ from jaxtyping import Array
 
 from dpo_kernels.backends.pallas_tpu_dlogits import LANES, Rows, f32
 from dpo_kernels.interface import LogitOptions
-from dpo_kernels.tpu_backward_tiling import PIECE, TpuBackwardTile
+from dpo_kernels.tpu_backward_tiling import PIECE, PIECE_V, TpuBackwardTile
 
 _SLICE_V = 512  # of a block of dlogits: one's are finished during the next one's matmul
-_PIECE_V = 512
 
 
 class Call(NamedTuple):
@@ -202,7 +201,7 @@ def add_dhidden(x: Refs, call: Call, chunk: Chunk) -> None:
 
             def rows(at_t: Any) -> None:
                 columns = functools.partial(add, at_t)
-                _for_each_piece(left_v, tile.depth, _PIECE_V, columns)
+                _for_each_piece(left_v, tile.depth, PIECE_V, columns)
 
             _for_each_piece(left_t, tile.rows, PIECE, rows)
 
