@@ -77,7 +77,7 @@ def gradients(
         out_shape.append(result_like(hidden, head.shape, head.dtype))
     if wanted[2]:
         chunks = pl.cdiv(tile.share_v, tile.chunk_v)
-        shape = (tile.cores, chunks, tile.chunk_v // columns, columns)
+        shape = (tile.cores, chunks, tile.chunk_v // columns, 1, columns)
         out_shape.append(result_like(hidden, shape, f32))
     memory = pl.BlockSpec(memory_space=pltpu.HBM)
     _, *results = pl.pallas_call(

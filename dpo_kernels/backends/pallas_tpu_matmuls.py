@@ -75,7 +75,8 @@ def write_dlogits(x: Refs, call: Call, chunk: Chunk) -> None:
         _write_dlogits(x, call, chunk, None)
         return
     columns = call.tile.dlogits.columns
-    sums = pltpu.VMEM((call.tile.chunk_v // columns, columns), f32)
+    # A row that is not known when this is compiled needs a dimension of its own.
+    sums = pltpu.VMEM((call.tile.chunk_v // columns, 1, columns), f32)
 
     @functools.partial(pl.run_scoped, dbias_sum=sums)
     def _(dbias_sum: Any) -> None:
@@ -113,7 +114,7 @@ def _write_dlogits(x: Refs, call: Call, chunk: Chunk, dbias_sum: Any) -> None:
                     dx_tv = jnp.where(exists, dx_tv, 0.0)
                 out[at_t, at_v] = dx_tv.astype(out.dtype)
                 if dbias_sum is not None:
-                    dbias_sum[pl.ds(j, 1), at_v] += dx_tv.sum(axis=0, keepdims=True)
+                    dbias_sum[j, :, at_v] += dx_tv.sum(axis=0, keepdims=True)
 
         def whole() -> None:
             rows_t, last = Rows.of(rows[...], first_v), None
