@@ -12,10 +12,9 @@ ROWS = 16  # of bfloat16 in a register: blocks of rows are multiples
 _LANES_BYTES = 128 * 4  # a float32 number for each lane
 SPARE = 2 * MIB  # left to the compiler by the limit that a kernel is given
 FORWARD_SLICE_V = 512  # columns whose logits the forward reduces at once
+# Bytes of a row that spill while the forward reduces, for each running value; seen.
+_SPILLED = 2048
 _STEP_V = 64  # columns that take as long as what a step does besides; seen
-# Numbers that spill there for each logit of a slice, beside one for each of a row's
-# running values; seen, not derived.
-_SPILLED = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,7 @@ class Core:
     most_rows: int  # that pass by them: of more, 7x's matrix units cannot hold the sums
     step_flops: float  # that could be done while a pipeline goes to its next step; seen
     part_rows: int = 1024  # that the forward multiplies at once
-    spilled: int = 0  # bytes for each logit of its tile, where that is more; seen
+    spilled: int = 0  # bytes of a row that spill there, where that is more; seen
 
 
 # Peaks and bandwidth are those of `jax.experimental.pallas.tpu.get_tpu_info`, of the
@@ -40,7 +39,6 @@ _V5E = Core(
     weights=8,
     step_flops=3e7,
     most_rows=2048,
-    spilled=14,
 )
 # By the start of the device kind's name, the longest that fits.
 _CORES = {
@@ -61,7 +59,7 @@ _CORES = {
         most_rows=2048,
         # Its sums pass through the vector units, which a part's reduction fills.
         part_rows=256,
-        spilled=14,
+        spilled=11 * 1024,
     ),
     "7": Core(
         vmem_bytes=64 * MIB,
@@ -132,9 +130,12 @@ def forward_tile(problem: Problem, *, states: int = 6) -> TpuForwardTile | None:
     cores = problem.device.num_cores or 1
     row = problem.D * problem.itemsize
     for block_t in _heights(problem.T, 1024):
-        slices = 4 * (_SPILLED + states) * FORWARD_SLICE_V
-        # One block of states is on its way out.
-        left = core.vmem_bytes - 2 * SPARE - block_t * 2 * states * _LANES_BYTES
+        # All that is multiplied spills too: the compiler loads it once, and keeps it.
+        spilled = row + max(states * _SPILLED, core.spilled)
+        # Of states and targets, two blocks each: one is on its way.
+        windows = 2 * (states + 1) * _LANES_BYTES
+        left = core.vmem_bytes - 2 * SPARE
+        left -= block_t * (windows + 4 * FORWARD_SLICE_V + spilled)
 
         def cost(block_v: int) -> int:
             # Of several cores none knows when it is compiled where V ends.
@@ -145,13 +146,9 @@ def forward_tile(problem: Problem, *, states: int = 6) -> TpuForwardTile | None:
             (cost(block_v), -buffers, block_v)
             for block_v in range(FORWARD_SLICE_V, 4096 + 1, FORWARD_SLICE_V)
             for buffers in (1, 2)
-            if buffers * block_t * row
-            + 2 * block_v * row
-            + block_t * max(slices, core.spilled * block_v)
-            <= left
+            if (buffers * block_t + 2 * block_v) * row <= left
         ]
-        left -= block_t * slices
-        if not fitting and block_t <= 256 and block_t * row + 2 * SLICE_V * row <= left:
+        if not fitting and block_t <= 256 and (block_t + 2 * SLICE_V) * row <= left:
             fitting = [(0, -1, SLICE_V)]
         if fitting:
             _, buffers, block_v = min(fitting)
