@@ -86,15 +86,21 @@ def ratios(results: Sequence[rows.Row]) -> str:
     return rows.table(header, cells)
 
 
-def compare(quick: bool, tpus: Sequence[str] = ()) -> int:
+def compare(quick: bool, tpus: Sequence[str] = (), programs: Sequence[str] = ()) -> int:
     """Every registered program at each shape on each TPU; 1 where one has no row.
 
-    Rows of TPUs that are not asked for are those of an earlier run, and so are
-    tokamax's where TOKAMAX_PYTHON is not set.
+    Rows of TPUs and programs that are not asked for are those of an earlier run, and so
+    are tokamax's where TOKAMAX_PYTHON is not set.
+
+    Raises:
+        ProgramError: a program that is not registered, or that needs tokamax.
     """
     path = rows.RESULTS / f"{NAME}.json"
     with_tokamax = "TOKAMAX_PYTHON" in os.environ
     fresh = [name for name in PROGRAMS if name in OURS or with_tokamax]
+    if unknown := set(programs) - set(fresh):
+        raise ProgramError(f"--program {min(unknown)} is none of {', '.join(fresh)}")
+    fresh = [name for name in fresh if not programs or name in programs]
     shapes, tpus = SHAPES[: 1 if quick else None], tpus or TPUS
     kept = [
         row

@@ -3,7 +3,8 @@
     python -m bench.tpu_schedule --program file.py:build --tpu v6e \
         --T 4096 --D 4096 --V 128256 [--option block_v=512,1024] [--blocks]
     python -m bench.tpu_schedule --reproduce [--quick]
-    python -m bench.tpu_schedule --compare [--quick] [--tpu NAME]...
+    python -m bench.tpu_schedule --compare [--quick] [--tpu NAME]... \
+        [--program forward]...
 
 Nothing runs on a TPU: a program (see `bench.tpu_programs`) is compiled ahead of time,
 its schedule is followed bundle by bundle (`bench.tpu_simulator`), and the cycles are
@@ -223,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
 
             if args.reproduce:
                 return reproduce(args.quick)
-            return compare(args.quick, args.tpu)
+            return compare(args.quick, args.tpu, args.program)
         missing = [n for n in ("program", "tpu", "T", "D", "V") if not vars(args)[n]]
         if missing:
             raise ProgramError("say --" + " --".join(missing))
