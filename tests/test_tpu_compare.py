@@ -119,3 +119,35 @@ def test_what_has_no_row_is_named_and_makes_the_command_fail(monkeypatch, capsys
         f"{name} v6e T=4096 D=4096 V=128256: called in a loop of the program"
         for name in ("forward", "backward")
     ]
+
+
+def test_some_programs_leave_the_others_rows(monkeypatch, tmp_path):
+    """Of one program on one TPU all rows are new, and no other row is touched."""
+
+    def one(program: str, tpu: str, ms: float) -> rows.Row:
+        shape = dict(zip("TDV", tpu_compare.SHAPES[0], strict=True))
+        device = f"TPU {tpu}, predicted"
+        return rows.row("", program, **shape, dtype="", device=device) | {
+            "ms": ms,
+            "pct_peak": 50.0,
+        }
+
+    old = [one("forward", "v6e", 1.0), one("forward", "7x", 1.0)]
+    old += [one("backward", "v6e", 1.0), one("tokamax", "v6e", 1.0)]
+    monkeypatch.setattr(tpu_compare, "SHAPES", tpu_compare.SHAPES[:1])
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    monkeypatch.setattr(rows, "ROOT", tmp_path)
+    monkeypatch.setattr(
+        tpu_compare, "_ours", lambda job: iter([one(job.program, job.generation, 2.0)])
+    )
+    monkeypatch.setattr(tpu_compare, "show", lambda _: "")
+    monkeypatch.delenv("TOKAMAX_PYTHON", raising=False)
+    rows.write(tpu_compare.NAME, old)
+    assert tpu_compare.compare(False, ["v6e"], ["forward"]) == 0
+    found = rows.read(tmp_path / f"{tpu_compare.NAME}.json")
+    assert [row["ms"] for row in found] == [2.0, 1.0, 1.0, 1.0]
+    assert [row["implementation"] for row in found[1:]] == [
+        row["implementation"] for row in old[1:]
+    ]
+    with pytest.raises(ProgramError, match="tokamax is none of forward, backward"):
+        tpu_compare.compare(False, [], ["tokamax"])

@@ -88,3 +88,21 @@ def test_blocks_fit_into_vector_memory_and_the_workspace(kind, T, D, ragged):
     # Nor is most of the workspace left free while there is more to compute.
     if backward.chunk_v < backward.share_v and T < 10_000:
         assert held > asked.workspace_bytes / 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "T", "D", "V", "states", "refused"),
+    [
+        (KINDS[1], 2048, 8192, 128256, 5, (1024, 512)),  # 63.35 MiB with what spills
+        (KINDS[2], 4096, 16384, 32000, 6, (1024, 1024)),  # 147.04
+        (KINDS[2], 2048, 8192, 128256, 3, (1024, 2560)),  # 127.54
+        (KINDS[3], 4096, 4096, 128256, 5, (1024, 2048)),  # 63.57
+    ],
+)
+def test_the_forward_s_blocks_are_none_that_a_compiler_refused(
+    kind, T, D, V, states, refused
+):
+    device = Device(platform="tpu", kind=kind[0], num_cores=kind[1])
+    asked = problem(T=T, D=D, V=V, device=device)
+    tile = tpu_tiling.forward_tile(asked, states=states)
+    assert tile is not None and (tile.block_t, tile.block_v) < refused
