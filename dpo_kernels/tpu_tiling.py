@@ -118,6 +118,24 @@ def _heights(T: int, most: int) -> Iterator[int]:
         height //= 2
 
 
+def _cost(
+    problem: Problem, core: Core, block_t: int, block_v: int, buffers: int
+) -> float:
+    """What a block of rows takes beside its matmul, in columns of the same time."""
+    cores = problem.device.num_cores or 1
+    steps = -(-problem.V // (block_v * cores))
+    # Of several cores none knows when it is compiled where V ends.
+    found = steps * (_STEP_V + (block_v if cores > 1 else 0))
+    if problem.T <= block_t:
+        return found
+    # While a column of the head, or a row of hidden, is fetched.
+    columns = core.flops_per_byte * problem.itemsize / 2 / block_t
+    # The next rows' first block of the head is fetched during the last step.
+    last_v = problem.V / cores - (steps - 1) * block_v
+    found += max(0, block_v * columns - last_v)
+    return found + (block_t * columns if buffers == 1 else 0)
+
+
 def forward_tile(problem: Problem, *, states: int = 6) -> TpuForwardTile | None:
     """The largest blocks that fit; None where none do. `states` of a row are running.
 
@@ -137,13 +155,8 @@ def forward_tile(problem: Problem, *, states: int = 6) -> TpuForwardTile | None:
         left = core.vmem_bytes - 2 * SPARE
         left -= block_t * (windows + 4 * FORWARD_SLICE_V + spilled)
 
-        def cost(block_v: int) -> int:
-            # Of several cores none knows when it is compiled where V ends.
-            steps = -(-problem.V // (block_v * cores))
-            return steps * (_STEP_V + (block_v if cores > 1 else 0))
-
         fitting = [
-            (cost(block_v), -buffers, block_v)
+            (_cost(problem, core, block_t, block_v, buffers), -buffers, block_v)
             for block_v in range(FORWARD_SLICE_V, 4096 + 1, FORWARD_SLICE_V)
             for buffers in (1, 2)
             if (buffers * block_t + 2 * block_v) * row <= left
