@@ -148,7 +148,7 @@ def forward_tile(problem: Problem, *, states: int = 6) -> TpuForwardTile | None:
     cores = problem.device.num_cores or 1
     row = problem.D * problem.itemsize
     for block_t in _heights(problem.T, 1024):
-        # All that is multiplied spills too: the compiler loads it once, and keeps it.
+        # The rows in the matrix units' layout spill as well: the compiler keeps them.
         spilled = row + max(states * _SPILLED, core.spilled)
         # Of states and targets, two blocks each: one is on its way.
         windows = 2 * (states + 1) * _LANES_BYTES
