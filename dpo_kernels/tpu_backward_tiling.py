@@ -231,7 +231,8 @@ def _dlogits(
     blocks = _wholes(problem.T, rows, PIECE) * _wholes(problem.V, columns, PIECE_V)
     moved = columns * (D + rows) * size
     vmem = buffers * rows * D * size + 2 * (moved + 512 * rows)
-    vmem += 4 * 4 * rows * SLICE_V  # slices of logits
+    slices = 4 * 4 * rows * SLICE_V  # of logits
+    vmem += max(slices, rows * D * size if core.keeps_rows else 0)
     matmul = Matmul(rows=rows, columns=columns, depth=D)
     option = _option(core, matmul, blocks, 1, moved, vmem, (rows + columns) * D * size)
     # Nothing runs while the only buffer is filled.

@@ -26,6 +26,7 @@ class Core:
     weights: int  # rows that are multiplied while a matrix unit's weights are loaded
     most_rows: int  # that pass by them: of more, 7x's matrix units cannot hold the sums
     step_flops: float  # that could be done while a pipeline goes to its next step; seen
+    keeps_rows: bool = False  # in another layout, while the backward's logits are; seen
     part_rows: int = 1024  # that the forward multiplies at once
     spilled: int = 0  # bytes of a row that spill there, where that is more; seen
 
@@ -39,6 +40,7 @@ _V5E = Core(
     weights=8,
     step_flops=3e7,
     most_rows=2048,
+    keeps_rows=True,
 )
 # By the start of the device kind's name, the longest that fits.
 _CORES = {
@@ -50,6 +52,7 @@ _CORES = {
         weights=8,
         step_flops=3e7,
         most_rows=2048,
+        keeps_rows=True,
     ),
     "v6": Core(
         vmem_bytes=128 * MIB,
