@@ -107,6 +107,8 @@ def _mesh(program: Program) -> Any:
 
 def compile_row(program: Program) -> rows.Row:
     """Its row, which has `error` where it does not compile."""
+    from jax.errors import JaxRuntimeError
+
     start = time.perf_counter()
     facts: dict[str, Any] = {}
     try:
@@ -119,7 +121,7 @@ def compile_row(program: Program) -> rows.Row:
         )
         facts["temp_bytes"] = compiled.memory_analysis().temp_size_in_bytes
         facts["kernels"] = kernels(compiled.as_text())
-    except Exception as error:  # Mosaic's own have no public class
+    except (JaxRuntimeError, ValueError, NotImplementedError) as error:
         lines = f"{type(error).__name__}: {error}".splitlines()
         facts["error"] = " ".join(x for x in lines if x.strip())[:500]
     return _row(program, **facts, compile_s=round(time.perf_counter() - start, 1))
@@ -212,7 +214,8 @@ def measure_elsewhere(wanted: Sequence[Program]) -> Iterator[rows.Row]:
                 if line.startswith(MARK):
                     left.pop(0)
                     yield json.loads(line.removeprefix(MARK))
-                elif line.strip():
+                elif line.strip() and ("Error: " in line or "Error: " not in last):
+                    # Mosaic's own, of no public class, is followed by advice.
                     last = line.strip()
         if left:
             yield _row(left.pop(0), error=f"the compiler died: {last}", compile_s=0.0)
