@@ -11,9 +11,10 @@ SLICE_V = 256  # columns of one matmul, as many as a matrix unit has
 ROWS = 16  # of bfloat16 in a register: blocks of rows are multiples
 _LANES_BYTES = 128 * 4  # a float32 number for each lane
 SPARE = 2 * MIB  # left to the compiler by the limit that a kernel is given
+PIECE_T = 128  # rows of hidden that the forward fetches at once
 FORWARD_SLICE_V = 512  # columns whose logits the forward reduces at once
 # Bytes of a row that spill while the forward reduces, for each running value; seen.
-_SPILLED = 2048
+_SPILLED = 1536
 _STEP_V = 64  # columns that take as long as what a step does besides; seen
 
 
@@ -29,6 +30,7 @@ class Core:
     keeps_rows: bool = False  # in another layout, while the backward's logits are; seen
     part_rows: int = 1024  # that the forward multiplies at once
     spilled: int = 0  # bytes of a row that spill there, where that is more; seen
+    unspilled_v: int = 0  # columns of a step in which hardly anything does; seen
 
 
 # Peaks and bandwidth are those of `jax.experimental.pallas.tpu.get_tpu_info`, of the
@@ -62,7 +64,7 @@ _CORES = {
         most_rows=2048,
         # Its sums pass through the vector units, which a part's reduction fills.
         part_rows=256,
-        spilled=11 * 1024,
+        spilled=6 * 1024,
     ),
     "7": Core(
         vmem_bytes=64 * MIB,
@@ -70,6 +72,7 @@ _CORES = {
         weights=15,
         step_flops=2.5e8,
         most_rows=1024,
+        unspilled_v=1024,
     ),
 }
 
@@ -92,7 +95,7 @@ class TpuForwardTile:
 
     block_t: int
     block_v: int
-    hidden_buffers: int  # 2: the next block of rows is fetched while this one is used
+    pieces_ahead: int  # of rows: so many are on their way while others are used
     parts: int  # of the rows: one is reduced during another's matmul
     vmem_bytes: int
     cores: int = 1  # of the device, each of which has a share of the vocabulary
@@ -105,6 +108,16 @@ class TpuForwardTile:
             raise ValueError(
                 f"{self.block_v=} must be {SLICE_V} or a multiple of {FORWARD_SLICE_V}"
             )
+
+    @property
+    def piece_t(self) -> int:
+        """Rows that are fetched at once."""
+        return min(self.block_t, PIECE_T)
+
+    @property
+    def pieces(self) -> int:
+        """Of a block of rows; the last may overlap another."""
+        return -(-self.block_t // self.piece_t)
 
     def blocks_of_core(self, V: int) -> int:
         """Blocks of a vocabulary of V entries that a core has at most."""
@@ -122,7 +135,7 @@ def _heights(T: int, most: int) -> Iterator[int]:
 
 
 def _cost(
-    problem: Problem, core: Core, block_t: int, block_v: int, buffers: int
+    problem: Problem, core: Core, block_t: int, block_v: int, rows_ahead: int
 ) -> float:
     """What a block of rows takes beside its matmul, in columns of the same time."""
     cores = problem.device.num_cores or 1
@@ -136,7 +149,18 @@ def _cost(
     # The next rows' first block of the head is fetched during the last step.
     last_v = problem.V / cores - (steps - 1) * block_v
     found += max(0, block_v * columns - last_v)
-    return found + (block_t * columns if buffers == 1 else 0)
+    return found + max(0, block_t - rows_ahead) * columns
+
+
+def _besides(core: Core, block_v: int, states: int) -> int:
+    """Bytes of vector memory for a row, besides the row itself."""
+    if block_v <= core.unspilled_v:
+        spilled = 1024
+    else:
+        spilled = max(states * _SPILLED, core.spilled)
+    # Of states and targets, two blocks each: one is on its way.
+    windows = 2 * (states + 1) * _LANES_BYTES
+    return spilled + windows + 4 * min(block_v, FORWARD_SLICE_V)
 
 
 def forward_tile(problem: Problem, *, states: int = 6) -> TpuForwardTile | None:
@@ -151,27 +175,22 @@ def forward_tile(problem: Problem, *, states: int = 6) -> TpuForwardTile | None:
     cores = problem.device.num_cores or 1
     row = problem.D * problem.itemsize
     for block_t in _heights(problem.T, 1024):
-        # The rows in the matrix units' layout spill as well: the compiler keeps them.
-        spilled = row + max(states * _SPILLED, core.spilled)
-        # Of states and targets, two blocks each: one is on its way.
-        windows = 2 * (states + 1) * _LANES_BYTES
-        left = core.vmem_bytes - 2 * SPARE
-        left -= block_t * (windows + 4 * FORWARD_SLICE_V + spilled)
-
+        piece_t = min(block_t, PIECE_T)
+        pieces = -(-block_t // piece_t)
         fitting = [
-            (_cost(problem, core, block_t, block_v, buffers), -buffers, block_v)
-            for block_v in range(FORWARD_SLICE_V, 4096 + 1, FORWARD_SLICE_V)
-            for buffers in (1, 2)
-            if (buffers * block_t + 2 * block_v) * row <= left
+            (_cost(problem, core, block_t, block_v, ahead * piece_t), ahead, block_v)
+            for block_v in (SLICE_V, *range(FORWARD_SLICE_V, 4097, FORWARD_SLICE_V))
+            for ahead in range(min(2, pieces), pieces + 1)
+            if row * (block_t + ahead * piece_t + 2 * block_v)
+            + block_t * _besides(core, block_v, states)
+            <= core.vmem_bytes - 2 * SPARE
         ]
-        if not fitting and block_t <= 256 and (block_t + 2 * SLICE_V) * row <= left:
-            fitting = [(0, -1, SLICE_V)]
         if fitting:
-            _, buffers, block_v = min(fitting)
+            _, ahead, block_v = min(fitting)
             return TpuForwardTile(
                 block_t=block_t,
                 block_v=block_v,
-                hidden_buffers=-buffers,
+                pieces_ahead=ahead,
                 parts=max(1, block_t // core.part_rows),
                 cores=cores,
                 vmem_bytes=core.vmem_bytes - SPARE,

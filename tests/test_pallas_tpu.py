@@ -23,7 +23,7 @@ CASES = {case.name: case for case in verify.CASES}
 ALIGNED, RAGGED = (32, 128, 512, 2**28), (70, 128, 700, 2**28)
 VMEM = 100 * 2**20
 FORWARD = TpuForwardTile(
-    block_t=32, block_v=256, hidden_buffers=2, parts=2, vmem_bytes=VMEM
+    block_t=32, block_v=256, pieces_ahead=1, parts=2, vmem_bytes=VMEM
 )
 # Several blocks of each kind; the second of two chunks, or of two cores, ends early.
 BACKWARD = TpuBackwardTile(
@@ -115,6 +115,38 @@ def test_the_last_tile_of_the_forward_has_slices_of_its_own(x64, monkeypatch, V,
     tile = replace(FORWARD, block_v=1024, cores=cores)
     monkeypatch.setattr(tpu_tiling, "forward_tile", lambda *_, **__: tile)
     check((70, 128, V, 2**28), "all")
+
+
+# Of 48 rows in pieces of 32, the second repeats half of the first.
+@pytest.mark.parametrize(
+    ("T", "block_t", "piece_t", "pieces_ahead", "num_valid", "cores"),
+    [
+        (70, 32, 16, 1, None, 1),
+        (81, 64, 16, 3, None, 2),
+        (96, 48, 32, 2, None, 1),
+        (166, 48, 32, 1, 97, 1),
+        (166, 96, 16, 6, 97, 2),
+        (166, 96, 16, 4, 0, 1),
+    ],
+)
+def test_rows_arrive_in_pieces(
+    monkeypatch, T, block_t, piece_t, pieces_ahead, num_valid, cores
+):
+    monkeypatch.setattr(tpu_tiling, "PIECE_T", piece_t)
+    changes = {"block_t": block_t, "pieces_ahead": pieces_ahead, "cores": cores}
+    tile = replace(FORWARD, parts=1, **changes)
+    monkeypatch.setattr(tpu_tiling, "forward_tile", lambda *_, **__: tile)
+    hidden, head, targets = arrays(T, 700)
+    valid = T if num_valid is None else num_valid
+    out = token_logprobs(
+        hidden.at[valid:].set(jnp.nan),
+        *(head, targets),
+        num_valid=num_valid,
+        implementation="pallas_tpu",
+    )
+    lse, logprob, *_ = reference(hidden, head, targets, valid)
+    np.testing.assert_allclose(out.lse, lse, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(out.logprob, logprob, rtol=0, atol=4e-6)
 
 
 def test_blocks_that_end_after_several_pieces(x64, small_tiles, monkeypatch):

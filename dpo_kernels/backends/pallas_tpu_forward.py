@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from dpo_kernels.backends.pallas_tpu_rows import PackedRows, scratch_shapes
 from dpo_kernels.interface import LogitOptions, capped
 from dpo_kernels.loops import result_like
 from dpo_kernels.tpu_tiling import (
@@ -77,11 +78,7 @@ def forward(
         return jnp.where(i * block_t < valid[0], block, 0)
 
     rows = [
-        pl.BlockSpec(
-            (block_t, D),
-            lambda *at: (row_block(*at), 0),
-            pipeline_mode=pl.Buffered(tile.hidden_buffers),
-        ),
+        pl.BlockSpec(memory_space=pltpu.HBM),
         pl.BlockSpec((block_v, D), lambda *at: (head_block(*at), 0)),
         pl.BlockSpec((block_t, 1), lambda *at: (row_block(*at), 0)),
     ]
@@ -104,6 +101,7 @@ def forward(
             ),
             scratch_shapes=[
                 pltpu.VMEM((block_t, min(block_v, FORWARD_SLICE_V)), jnp.float32),
+                *scratch_shapes(tile, D, hidden.dtype),
             ],
         ),
         compiler_params=pltpu.CompilerParams(
@@ -118,7 +116,8 @@ def _kernel(
     valid, hidden, head, targets, *rest, options: LogitOptions, tile, V, has_bias
 ):
     bias = rest[0] if has_bias else None
-    states, logits = rest[-2:]
+    states, logits, *scratch = rest[has_bias:]
+    rows = PackedRows(hidden, tuple(scratch), tile, valid[0])
     core, i, j = (pl.program_id(n) for n in range(3))
     first = core * tile.blocks_of_core(V)  # block of the vocabulary
     last = jnp.minimum(tile.blocks_of_core(V), pl.cdiv(V, tile.block_v) - first) - 1
@@ -128,12 +127,13 @@ def _kernel(
 
     @pl.when(used & (j == 0))
     def _():
+        rows.load(i)
         logits[...] = jnp.full_like(logits, -jnp.inf)
         for n, name in enumerate(names):
             states[n] = jnp.full(states.shape[1:], start.get(name, 0.0), jnp.float32)
 
     step = functools.partial(
-        _step, hidden, head, targets, bias, states, logits, first + j, options, tile, V
+        _step, rows, head, targets, bias, states, logits, first + j, options, tile, V
     )
     pl.when(used & (j < last))(functools.partial(step, ends=False))
     pl.when(used & (j == last))(functools.partial(step, ends=True))
@@ -145,7 +145,7 @@ def _kernel(
 
 
 def _step(
-    hidden, head, targets, bias, states, logits, block, options, tile, V, *, ends: bool
+    rows, head, targets, bias, states, logits, block, options, tile, V, *, ends: bool
 ):
     """Multiplies a block of the vocabulary, and reduces.
 
@@ -173,7 +173,7 @@ def _step(
         bias_v = None if bias is None else bias[:, slice_v]
         for part in parts:
             z_tv = lax.dot_general(
-                hidden[part.rows],
+                rows[part.rows],
                 head[slice_v],
                 (((1,), (1,)), ((), ())),
                 preferred_element_type=jnp.float32,
