@@ -91,12 +91,14 @@ def test_blocks_fit_into_vector_memory_and_the_workspace(kind, T, D, ragged):
         assert held > asked.workspace_bytes / 3
 
 
-# Rows, columns, and pieces of rows ahead; MiB that the compiler asked for, of 63.94.
+# Rows, columns, and pieces of rows ahead; MiB that the compiler asked for, where it said
+# so, of 127.94 on v6e and 63.94 on the others.
 @pytest.mark.parametrize(
     ("kind", "T", "D", "V", "states", "refused"),
     [
         (KINDS[1], 2048, 8192, 128256, 6, (1024, 1024, 2)),  # 69.94
         (KINDS[1], 4096, 16384, 32000, 6, (512, 512, 2)),  # 65.61
+        (KINDS[2], 4096, 16384, 32000, 6, (1024, 1024, 4)),  # 139.00
         (KINDS[3], 4096, 4096, 128256, 6, (1024, 2560, 2)),  # 64.02
         (KINDS[3], 4096, 4096, 128256, 6, (1024, 2048, 5)),
         (KINDS[3], 2048, 8192, 128256, 6, (1024, 1024, 2)),

@@ -49,7 +49,10 @@ class PackedRows:
         return pltpu.bitcast(pairs, self.hidden.dtype)
 
     def load(self, block: Any) -> None:
-        """The block of this number, from 0 on one by one, if it has a valid row."""
+        """Lays out the block of this number, once it has arrived.
+
+        Blocks are to be loaded in turn from 0 on, while they have a valid row.
+        """
         tile, pieces = self.tile, self.tile.pieces
 
         @pl.when(block == 0)
