@@ -31,6 +31,9 @@ class Core:
     part_rows: int = 1024  # that the forward multiplies at once
     spilled: int = 0  # bytes of a row that spill there, where that is more; seen
     unspilled_v: int = 0  # columns of a step in which hardly anything does; seen
+    # Numbers of the head in a block of the forward: the compiler unrolls what is done
+    # with one, and takes more than in proportion.
+    most_head: int = 2**24
 
 
 # Peaks and bandwidth are those of `jax.experimental.pallas.tpu.get_tpu_info`, of the
@@ -43,6 +46,8 @@ _V5E = Core(
     step_flops=3e7,
     most_rows=2048,
     keeps_rows=True,
+    # Compiled in 45 to 90 s; twice as many, which are no faster, in up to 390 s; seen.
+    most_head=2**23,
 )
 # By the start of the device kind's name, the longest that fits.
 _CORES = {
@@ -181,7 +186,8 @@ def forward_tile(problem: Problem, *, states: int = 6) -> TpuForwardTile | None:
             (_cost(problem, core, block_t, block_v, ahead * piece_t), ahead, block_v)
             for block_v in (SLICE_V, *range(FORWARD_SLICE_V, 4097, FORWARD_SLICE_V))
             for ahead in range(min(2, pieces), pieces + 1)
-            if row * (block_t + ahead * piece_t + 2 * block_v)
+            if block_v <= max(SLICE_V, core.most_head // problem.D)
+            and row * (block_t + ahead * piece_t + 2 * block_v)
             + block_t * _besides(core, block_v, states)
             <= core.vmem_bytes - 2 * SPARE
         ]

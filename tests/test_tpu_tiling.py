@@ -91,8 +91,8 @@ def test_blocks_fit_into_vector_memory_and_the_workspace(kind, T, D, ragged):
         assert held > asked.workspace_bytes / 3
 
 
-# Rows, columns, and pieces of rows ahead; MiB that the compiler asked for, where it said
-# so, of 127.94 on v6e and 63.94 on the others.
+# Rows, columns, and pieces of rows ahead; MiB that the compiler asked for, where it
+# said so, of 127.94 on v6e and 63.94 on the others.
 @pytest.mark.parametrize(
     ("kind", "T", "D", "V", "states", "refused"),
     [
