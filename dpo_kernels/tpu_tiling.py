@@ -29,7 +29,7 @@ class Core:
     step_flops: float  # that could be done while a pipeline goes to its next step; seen
     keeps_rows: bool = False  # in another layout, while the backward's logits are; seen
     part_rows: int = 1024  # that the forward multiplies at once
-    spilled: int = 0  # bytes of a row that spill there, where that is more; seen
+    keeps_head: bool = False  # a slice of it, in another layout, in the forward; seen
     unspilled_v: int = 0  # columns of a step in which hardly anything does; seen
     # Numbers of the head in a block of the forward: the compiler unrolls what is done
     # with one, and takes more than in proportion.
@@ -69,7 +69,7 @@ _CORES = {
         most_rows=2048,
         # Its sums pass through the vector units, which a part's reduction fills.
         part_rows=256,
-        spilled=6 * 1024,
+        keeps_head=True,
     ),
     "7": Core(
         vmem_bytes=64 * MIB,
@@ -162,7 +162,7 @@ def _besides(core: Core, block_v: int, states: int) -> int:
     if block_v <= core.unspilled_v:
         spilled = 1024
     else:
-        spilled = max(states * _SPILLED, core.spilled)
+        spilled = states * _SPILLED
     # Of states and targets, two blocks each: one is on its way.
     windows = 2 * (states + 1) * _LANES_BYTES
     return spilled + windows + 4 * min(block_v, FORWARD_SLICE_V)
@@ -188,6 +188,7 @@ def forward_tile(problem: Problem, *, states: int = 6) -> TpuForwardTile | None:
             for ahead in range(min(2, pieces), pieces + 1)
             if block_v <= max(SLICE_V, core.most_head // problem.D)
             and row * (block_t + ahead * piece_t + 2 * block_v)
+            + row * core.keeps_head * min(block_v, FORWARD_SLICE_V)
             + block_t * _besides(core, block_v, states)
             <= core.vmem_bytes - 2 * SPARE
         ]

@@ -27,6 +27,17 @@ def test_the_op_compiles_within_the_promise_on_every_generation():
     assert found == [*single, ("TPU 7x, ahead of time", devices, [])]
 
 
+def test_few_rows_compile_on_every_generation():
+    """Fewer than a register has; and some that end within a tile of memory."""
+    wanted = [
+        Program(generation=name, shape=(T, 1024, 3000), variant="everything")
+        for name in tpu_aot.PARALLEL
+        for T in (1, 17)
+    ]
+    results = list(tpu_aot.measure_elsewhere(wanted))
+    assert [tpu_aot.problems(row) for row in results] == [[]] * len(wanted)
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from dpo_kernels.backends.pallas_tpu_dlogits import f32
-from dpo_kernels.backends.pallas_tpu_forward import bias_row
+from dpo_kernels.backends.pallas_tpu_forward import bias_row, whole_register
 from dpo_kernels.backends.pallas_tpu_matmuls import (
     Call,
     Chunk,
@@ -28,7 +28,7 @@ from dpo_kernels.backends.pallas_tpu_matmuls import (
 from dpo_kernels.interface import LogitOptions
 from dpo_kernels.loops import make_varying, result_like, varying_axes
 from dpo_kernels.tpu_backward_tiling import TpuBackwardTile
-from dpo_kernels.tpu_tiling import ROWS, round_up
+from dpo_kernels.tpu_tiling import round_up
 
 
 class Gradients(NamedTuple):
@@ -56,8 +56,7 @@ def gradients(
     The coefficients of padding rows are 0; their `hidden` may hold anything.
     """
     (T, D), V = hidden.shape, head.shape[0]
-    # Of fewer rows than a register has, memory has other tiles.
-    hidden, head = _at_least(hidden, ROWS), _at_least(head, ROWS)
+    hidden, head = whole_register(hidden), whole_register(head)
     all_t = round_up(T, tile.dhead.depth)
     columns = tile.dlogits.columns
     call = Call(options, tile, T, V, D, wanted, bias is not None)
@@ -101,10 +100,6 @@ def gradients(
         dbias = dbias.reshape(tile.cores, -1)[:, : tile.share_v].reshape(-1)[:V]
     dhidden = None if dhidden is None else dhidden[:, :T]
     return Gradients(dhidden, None if dhead is None else dhead[:V], dbias)
-
-
-def _at_least(x: Array, rows: int) -> Array:
-    return jnp.pad(x, ((0, max(0, rows - x.shape[0])), (0, 0)))
 
 
 def _kernel(valid: Any, *refs: Any, call: Call) -> None:

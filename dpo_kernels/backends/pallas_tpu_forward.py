@@ -22,6 +22,7 @@ from dpo_kernels.interface import LogitOptions, capped
 from dpo_kernels.loops import result_like
 from dpo_kernels.tpu_tiling import (
     FORWARD_SLICE_V,
+    ROWS,
     SLICE_V,
     TpuForwardTile,
     round_up,
@@ -47,6 +48,11 @@ def bias_row(bias: Float[Array, " V"], size: int) -> Float[Array, "1 size"]:
     """Float32, masked from V on: the operand of a kernel over whole blocks."""
     padding = (0, size - bias.shape[0])
     return jnp.pad(bias.astype(jnp.float32), padding, constant_values=-jnp.inf)[None]
+
+
+def whole_register(x: Array) -> Array:
+    """Padded to a register's rows: of fewer, memory has tiles that are less high."""
+    return jnp.pad(x, ((0, max(0, ROWS - x.shape[0])), (0, 0)))
 
 
 @jax.enable_x64(False)  # indices are int32
@@ -82,7 +88,7 @@ def forward(
         pl.BlockSpec((block_v, D), lambda *at: (head_block(*at), 0)),
         pl.BlockSpec((block_t, 1), lambda *at: (row_block(*at), 0)),
     ]
-    operands = [valid_rows, hidden, head, targets[:, None]]
+    operands = [valid_rows, whole_register(hidden), head, targets[:, None]]
     if bias is not None:
         rows.append(pl.BlockSpec((1, block_v), lambda *at: (0, head_block(*at))))
         operands.append(bias_row(bias, blocks_v * block_v))

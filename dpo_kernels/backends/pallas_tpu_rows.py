@@ -16,6 +16,8 @@ from jaxtyping import Array
 
 from dpo_kernels.tpu_tiling import TpuForwardTile, round_up
 
+_TILE_T = 8  # rows of a tile of HBM
+
 
 def scratch_shapes(tile: TpuForwardTile, D: int, dtype: Any) -> tuple[Any, ...]:
     """What `PackedRows` needs: the rows, what they arrive in, and word that they did.
@@ -39,7 +41,7 @@ class PackedRows:
     def __init__(
         self, hidden: Any, scratch: tuple[Any, ...], tile: TpuForwardTile, valid: Any
     ):
-        """`hidden` is in HBM; `scratch` is what `scratch_shapes` asks for."""
+        """`hidden` is in HBM, of 16 rows or more; `scratch` as in `scratch_shapes`."""
         self.hidden, self.tile, self.valid = hidden, tile, valid
         self.packed, self.arriving, self.arrived = scratch
 
@@ -96,9 +98,8 @@ class PackedRows:
         T = self.hidden.shape[0]
         if T % size:
             # An array ends with a whole tile of memory, and there is no more to copy.
-            height = min(8, max(2, pl.next_power_of_2(T)))
-            left = round_up(T, height) - start
-            size = pl.multiple_of(jnp.clip(left, 0, size), height)
+            left = round_up(T, _TILE_T) - start
+            size = pl.multiple_of(jnp.clip(left, 0, size), _TILE_T)
         return pltpu.make_async_copy(
             self.hidden.at[pl.ds(start, size)],
             self.arriving.at[slot, pl.ds(0, size)],
