@@ -30,7 +30,7 @@ class Core:
     keeps_rows: bool = False  # in another layout, while the backward's logits are; seen
     part_rows: int = 1024  # that the forward multiplies at once
     keeps_head: bool = False  # a slice of it, in another layout, in the forward; seen
-    unspilled_v: int = 0  # columns of a step in which hardly anything does; seen
+    unspilled_v: int = 0  # columns of its step in which hardly anything spills; seen
     # Numbers of the head in a block of the forward: the compiler unrolls what is done
     # with one, and takes more than in proportion.
     most_head: int = 2**24
@@ -139,33 +139,32 @@ def _heights(T: int, most: int) -> Iterator[int]:
         height //= 2
 
 
-def _cost(
-    problem: Problem, core: Core, block_t: int, block_v: int, rows_ahead: int
-) -> float:
+def _cost(problem: Problem, core: Core, tile: TpuForwardTile) -> float:
     """What a block of rows takes beside its matmul, in columns of the same time."""
-    cores = problem.device.num_cores or 1
-    steps = -(-problem.V // (block_v * cores))
+    steps = tile.blocks_of_core(problem.V)
     # Of several cores none knows when it is compiled where V ends.
-    found = steps * (_STEP_V + (block_v if cores > 1 else 0))
-    if problem.T <= block_t:
+    found = steps * (_STEP_V + (tile.block_v if tile.cores > 1 else 0))
+    if problem.T <= tile.block_t:
         return found
     # While a column of the head, or a row of hidden, is fetched.
-    columns = core.flops_per_byte * problem.itemsize / 2 / block_t
+    columns = core.flops_per_byte * problem.itemsize / 2 / tile.block_t
     # The next rows' first block of the head is fetched during the last step.
-    last_v = problem.V / cores - (steps - 1) * block_v
-    found += max(0, block_v * columns - last_v)
-    return found + max(0, block_t - rows_ahead) * columns
+    last_v = problem.V / tile.cores - (steps - 1) * tile.block_v
+    found += max(0, tile.block_v * columns - last_v)
+    rows_ahead = tile.pieces_ahead * tile.piece_t
+    return found + max(0, tile.block_t - rows_ahead) * columns
 
 
-def _besides(core: Core, block_v: int, states: int) -> int:
-    """Bytes of vector memory for a row, besides the row itself."""
-    if block_v <= core.unspilled_v:
-        spilled = 1024
-    else:
-        spilled = states * _SPILLED
+def _vmem(problem: Problem, core: Core, tile: TpuForwardTile, states: int) -> int:
+    """Bytes of vector memory that the tile takes."""
+    slice_v = min(tile.block_v, FORWARD_SLICE_V)
+    rows = tile.block_t + tile.pieces_ahead * tile.piece_t + 2 * tile.block_v
+    rows += slice_v if core.keeps_head else 0
+    spilled = 1024 if tile.block_v <= core.unspilled_v else states * _SPILLED
     # Of states and targets, two blocks each: one is on its way.
     windows = 2 * (states + 1) * _LANES_BYTES
-    return spilled + windows + 4 * min(block_v, FORWARD_SLICE_V)
+    of_row = spilled + windows + 4 * slice_v
+    return rows * problem.D * problem.itemsize + tile.block_t * of_row
 
 
 def forward_tile(problem: Problem, *, states: int = 6) -> TpuForwardTile | None:
@@ -177,29 +176,32 @@ def forward_tile(problem: Problem, *, states: int = 6) -> TpuForwardTile | None:
     core = core_of(problem.device)
     if core is None:
         return None
-    cores = problem.device.num_cores or 1
-    row = problem.D * problem.itemsize
-    for block_t in _heights(problem.T, 1024):
-        piece_t = min(block_t, PIECE_T)
-        pieces = -(-block_t // piece_t)
-        fitting = [
-            (_cost(problem, core, block_t, block_v, ahead * piece_t), ahead, block_v)
-            for block_v in (SLICE_V, *range(FORWARD_SLICE_V, 4097, FORWARD_SLICE_V))
-            for ahead in range(min(2, pieces), pieces + 1)
-            if block_v <= max(SLICE_V, core.most_head // problem.D)
-            and row * (block_t + ahead * piece_t + 2 * block_v)
-            + row * core.keeps_head * min(block_v, FORWARD_SLICE_V)
-            + block_t * _besides(core, block_v, states)
-            <= core.vmem_bytes - 2 * SPARE
-        ]
-        if fitting:
-            _, ahead, block_v = min(fitting)
-            return TpuForwardTile(
+    most_v = max(SLICE_V, core.most_head // problem.D)
+    for height in _heights(problem.T, 1024):
+        parts = max(1, height // core.part_rows)
+        block_t = round_up(height, parts * ROWS)
+        tiles = [
+            TpuForwardTile(
                 block_t=block_t,
                 block_v=block_v,
                 pieces_ahead=ahead,
-                parts=max(1, block_t // core.part_rows),
-                cores=cores,
+                parts=parts,
+                cores=problem.device.num_cores or 1,
                 vmem_bytes=core.vmem_bytes - SPARE,
+            )
+            for block_v in (SLICE_V, *range(FORWARD_SLICE_V, 4097, FORWARD_SLICE_V))
+            for ahead in range(1, -(-block_t // PIECE_T) + 1)
+            if block_v <= most_v and (ahead > 1 or block_t <= PIECE_T)
+        ]
+        most = core.vmem_bytes - 2 * SPARE
+        fitting = [one for one in tiles if _vmem(problem, core, one, states) <= most]
+        if fitting:
+            return min(
+                fitting,
+                key=lambda one: (
+                    _cost(problem, core, one),
+                    one.pieces_ahead,
+                    one.block_v,
+                ),
             )
     return None

@@ -123,6 +123,7 @@ def test_the_last_tile_of_the_forward_has_slices_of_its_own(x64, monkeypatch, V,
     [
         (70, 32, 16, 1, None, 1),
         (81, 64, 16, 3, None, 2),
+        (64, 48, 32, 2, None, 1),
         (96, 48, 32, 2, None, 1),
         (166, 48, 32, 1, 97, 1),
         (166, 96, 16, 6, 97, 2),

@@ -91,6 +91,16 @@ def test_blocks_fit_into_vector_memory_and_the_workspace(kind, T, D, ragged):
         assert held > asked.workspace_bytes / 3
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_any_number_of_rows_has_blocks(kind):
+    device = Device(platform="tpu", kind=kind[0], num_cores=kind[1])
+    for T in range(1, 1100, 16):  # blocks are multiples
+        asked = problem(T=T, D=4096, V=32000, device=device)
+        forward = tpu_tiling.forward_tile(asked)
+        assert forward is not None and forward.block_t >= min(T, 1024)
+        assert tpu_backward_tiling.backward_tile(asked) is not None
+
+
 # Rows, columns, and pieces of rows ahead; MiB that the compiler asked for, where it
 # said so, of 127.94 on v6e and 63.94 on the others.
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ class PackedRows:
         start, size = pl.multiple_of(self._start(n), 16), self.tile.piece_t
         slot = lax.rem(n, self.tile.pieces_ahead)
         T = self.hidden.shape[0]
-        if T % size:
+        if T % size or self.tile.block_t % size:
             # An array ends with a whole tile of memory, and there is no more to copy.
             left = round_up(T, _TILE_T) - start
             size = pl.multiple_of(jnp.clip(left, 0, size), _TILE_T)
