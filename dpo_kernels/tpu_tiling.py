@@ -124,6 +124,11 @@ class TpuForwardTile:
         """Of a block of rows; the last may overlap another."""
         return -(-self.block_t // self.piece_t)
 
+    @property
+    def rows_ahead(self) -> int:
+        """Rows that there is memory for besides the block."""
+        return self.pieces_ahead * self.piece_t
+
     def blocks_of_core(self, V: int) -> int:
         """Blocks of a vocabulary of V entries that a core has at most."""
         return -(-V // (self.block_v * self.cores))
@@ -151,14 +156,13 @@ def _cost(problem: Problem, core: Core, tile: TpuForwardTile) -> float:
     # The next rows' first block of the head is fetched during the last step.
     last_v = problem.V / tile.cores - (steps - 1) * tile.block_v
     found += max(0, tile.block_v * columns - last_v)
-    rows_ahead = tile.pieces_ahead * tile.piece_t
-    return found + max(0, tile.block_t - rows_ahead) * columns
+    return found + max(0, tile.block_t - tile.rows_ahead) * columns
 
 
 def _vmem(problem: Problem, core: Core, tile: TpuForwardTile, states: int) -> int:
     """Bytes of vector memory that the tile takes."""
     slice_v = min(tile.block_v, FORWARD_SLICE_V)
-    rows = tile.block_t + tile.pieces_ahead * tile.piece_t + 2 * tile.block_v
+    rows = tile.block_t + tile.rows_ahead + 2 * tile.block_v
     rows += slice_v if core.keeps_head else 0
     spilled = 1024 if tile.block_v <= core.unspilled_v else states * _SPILLED
     # Of states and targets, two blocks each: one is on its way.
@@ -180,6 +184,7 @@ def forward_tile(problem: Problem, *, states: int = 6) -> TpuForwardTile | None:
     for height in _heights(problem.T, 1024):
         parts = max(1, height // core.part_rows)
         block_t = round_up(height, parts * ROWS)
+        pieces = -(-block_t // PIECE_T)
         tiles = [
             TpuForwardTile(
                 block_t=block_t,
@@ -190,8 +195,8 @@ def forward_tile(problem: Problem, *, states: int = 6) -> TpuForwardTile | None:
                 vmem_bytes=core.vmem_bytes - SPARE,
             )
             for block_v in (SLICE_V, *range(FORWARD_SLICE_V, 4097, FORWARD_SLICE_V))
-            for ahead in range(1, -(-block_t // PIECE_T) + 1)
-            if block_v <= most_v and (ahead > 1 or block_t <= PIECE_T)
+            for ahead in range(min(2, pieces), pieces + 1)
+            if block_v <= most_v
         ]
         most = core.vmem_bytes - 2 * SPARE
         fitting = [one for one in tiles if _vmem(problem, core, one, states) <= most]

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from dpo_kernels.tpu_tiling import TpuForwardTile, round_up
+from dpo_kernels.tpu_tiling import ROWS, TpuForwardTile, round_up
 
 _TILE_T = 8  # rows of a tile of HBM
 
@@ -68,7 +68,7 @@ class PackedRows:
             @pl.when(self._is_fetched(n))
             def _() -> None:
                 self._copy(n).wait()
-                at = pl.multiple_of(self._place(k) // 2, 8)
+                at = pl.multiple_of(self._place(k) // 2, ROWS // 2)
                 rows = self.arriving[lax.rem(n, tile.pieces_ahead)]
                 pairs = pltpu.bitcast(rows, self.packed.dtype)
                 self.packed[pl.ds(at, tile.piece_t // 2)] = pairs
@@ -93,7 +93,7 @@ class PackedRows:
         return self._start(n) < self.valid
 
     def _copy(self, n: Any) -> Any:
-        start, size = pl.multiple_of(self._start(n), 16), self.tile.piece_t
+        start, size = pl.multiple_of(self._start(n), ROWS), self.tile.piece_t
         slot = lax.rem(n, self.tile.pieces_ahead)
         T = self.hidden.shape[0]
         if T % size or self.tile.block_t % size:
