@@ -40,8 +40,8 @@ format: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(PY) -m pytest bench --benchmark-enable
-	$(PY) -m bench.train_step
-	$(PY) -m bench.memory
+	$(PY) -m bench.step.train_step
+	$(PY) -m bench.op.memory
 
 # BENCH_GPU="--sections correctness" runs some of it; --rehearse needs no GPU.
 bench-gpu: $(VENV)/.gpu
@@ -49,13 +49,13 @@ bench-gpu: $(VENV)/.gpu
 
 # BENCH_TPU="--rehearse" needs no TPU.
 bench-tpu: $(VENV)/.tpu
-	JAX_PLATFORMS= $(PY) -m bench.tpu_device $(BENCH_TPU)
+	JAX_PLATFORMS= $(PY) -m bench.tpu.device $(BENCH_TPU)
 
 check-gpu-aot: $(VENV)/.test
-	$(PY) -m bench.gpu_aot
+	$(PY) -m bench.gpu.aot
 
 check-tpu-aot: $(VENV)/.test
-	$(PY) -m bench.tpu_aot
+	$(PY) -m bench.tpu.aot
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .benchmarks *.egg-info

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from bench.memory import STATS
+from bench.op.memory import STATS
 
 # Name, options: as anybody may call it, as the engine does, and with everything on.
 VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (

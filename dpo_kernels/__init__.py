@@ -1,6 +1,6 @@
 """Fused log-probabilities of target tokens for preference tuning in JAX."""
 
-from dpo_kernels.interface import TokenLogprobs
+from dpo_kernels.op.interface import TokenLogprobs
 from dpo_kernels.sequence_sums import sequence_sums
 from dpo_kernels.token_logprobs import token_logprobs
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dpo_kernels.interface import TokenLogprobs, accumulator, capped
+from dpo_kernels.op.interface import TokenLogprobs, accumulator, capped
 
 
 def token_logprobs(

@@ -8,10 +8,10 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
-from dpo_kernels.backends.sums import Problem, SumsBackend, check_name, load_backend
-from dpo_kernels.backends.sums_xla import sums_by_id
-from dpo_kernels.devices import traced_device
-from dpo_kernels.loops import make_varying, varying_axes
+from dpo_kernels.op.devices import traced_device
+from dpo_kernels.op.loops import make_varying, varying_axes
+from dpo_kernels.op.sums import Problem, SumsBackend, check_name, load_backend
+from dpo_kernels.xla.sums import sums_by_id
 
 
 def sequence_sums(

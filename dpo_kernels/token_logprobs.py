@@ -13,27 +13,24 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
-from dpo_kernels.backends import load_backend
-from dpo_kernels.backward import (
-    Inputs,
-    Job,
-    Wanted,
+from dpo_kernels.op.backends import load_backend
+from dpo_kernels.op.backward import (
     backward,
     dlogits_factor,
     row_coefficients,
 )
-from dpo_kernels.checks import check_arguments, check_vocab_parallel
-from dpo_kernels.interface import (
-    Backend,
+from dpo_kernels.op.checks import check_arguments, check_vocab_parallel
+from dpo_kernels.op.interface import (
     Kept,
     LogitOptions,
     TokenLogprobs,
     accumulator,
 )
-from dpo_kernels.kept import kept_rows
-from dpo_kernels.loops import make_varying, varying_axes
-from dpo_kernels.partials import finish, merge, no_vocabulary
-from dpo_kernels.tiling import BackwardTile, backward_tile, problem_of
+from dpo_kernels.op.job import Backend, Inputs, Job, Wanted
+from dpo_kernels.op.kept import kept_rows
+from dpo_kernels.op.loops import make_varying, varying_axes
+from dpo_kernels.op.partials import finish, merge, no_vocabulary
+from dpo_kernels.op.tiling import BackwardTile, backward_tile, problem_of
 
 AxisName = str | tuple[str, ...]
 

@@ -4,10 +4,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engine.dpo_config import DPOConfig
+    from engine.config.dpo import DPOConfig
     from engine.errors import InputError
     from engine.models import init_model, load_model
-    from engine.trainer import DPOTrainer
+    from engine.training.trainer import DPOTrainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,8 +21,8 @@ __all__ = [
 
 # Imported when first used, so that `dpo --help` and a mistyped key do not wait for jax.
 _HOMES = {
-    "DPOConfig": "engine.dpo_config",
-    "DPOTrainer": "engine.trainer",
+    "DPOConfig": "engine.config.dpo",
+    "DPOTrainer": "engine.training.trainer",
     "InputError": "engine.errors",
     "init_model": "engine.models",
     "load_model": "engine.models",

@@ -81,7 +81,7 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _run(command: str, path: str, overrides: list[str]):
-    from engine.config import load_run_config
+    from engine.config.run import load_run_config
 
     run_config = load_run_config(path, overrides)
     actions = run_config.actions if command == "run" else (command,)
@@ -90,7 +90,7 @@ def _run(command: str, path: str, overrides: list[str]):
             f"{path}: no actions; list some, such as `actions: [train]`, or use "
             "`dpo train`"
         )
-    from engine.run import train_from_config, validate_config
+    from engine.commands.train import train_from_config, validate_config
 
     for action in actions:
         if action == "train":

@@ -16,5 +16,7 @@ os.environ["HF_DATASETS_CACHE"] = f"{_caches.name}/datasets"
 
 import jax  # noqa: E402
 
+import tests.typechecker  # noqa: E402, F401, named in pyproject.toml
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

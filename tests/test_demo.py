@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 from engine import load_model
-from engine.config import load_run_config
-from engine.run import load_tokenizer
+from engine.commands.train import load_tokenizer
+from engine.config.run import load_run_config
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo"
 

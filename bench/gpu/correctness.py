@@ -12,12 +12,14 @@ import numpy as np
 
 from bench.gpu import plan
 from bench.gpu.worker import Context, Subject, why
-from dpo_kernels import sequence_sums, verify, verify_real
-from dpo_kernels.backends import BACKENDS
-from dpo_kernels.backends import sums as sums_backends
-from dpo_kernels.compilation import Compiler
-from dpo_kernels.devices import traced_device
-from dpo_kernels.verify_real import REAL_CASES, CannotCompile, CaseCheck, RealCase
+from dpo_kernels import sequence_sums
+from dpo_kernels.op import sums as sums_backends
+from dpo_kernels.op.backends import BACKENDS
+from dpo_kernels.op.compilation import Compiler
+from dpo_kernels.op.devices import traced_device
+from dpo_kernels.verify import real as verify_real
+from dpo_kernels.verify import table as verify
+from dpo_kernels.verify.real import REAL_CASES, CannotCompile, CaseCheck, RealCase
 
 MARGIN_S = 3.0  # of the time left, under which no further small shape is begun
 

@@ -15,10 +15,10 @@ from bench.gpu import plan
 from bench.gpu.timing import Call, Times, clocks, take_turns
 from bench.gpu.worker import Context, Subject, why
 from dpo_kernels import token_logprobs
-from dpo_kernels.backends import supported_backends
-from dpo_kernels.compilation import Compiler
-from dpo_kernels.devices import traced_device
-from dpo_kernels.tiling import Problem
+from dpo_kernels.op.backends import supported_backends
+from dpo_kernels.op.compilation import Compiler
+from dpo_kernels.op.devices import traced_device
+from dpo_kernels.op.tiling import Problem
 
 BETA = 0.1
 OURS = "dpo_kernels"

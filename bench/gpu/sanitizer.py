@@ -105,7 +105,7 @@ def check(context: Context, checker: str | None, tool: str, name: str) -> None:
 
 def run(context: Context) -> None:
     """Memory first, over all backends; then races."""
-    from dpo_kernels.backends import BACKENDS
+    from dpo_kernels.op.backends import BACKENDS
 
     checker = shutil.which("compute-sanitizer")
     names = [name for name in BACKENDS if name != "xla"]

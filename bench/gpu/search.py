@@ -5,7 +5,7 @@
 One field of the tile after the other: all of its values are timed in turns, beside the
 bare product, with the other fields at the best so far. Every candidate is a row of
 bench/results/gpu_tiles.json; `pct_peak` is its share of R. The winners belong in
-`dpo_kernels/gpu_tiling.py`.
+`dpo_kernels/op/gpu_tiling.py`.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from bench import rows
 from bench.gpu import plan, programs
 from bench.gpu.timing import clocks, take_turns
 from bench.gpu.worker import Subject, why
-from dpo_kernels.compilation import Compiler
+from dpo_kernels.op.compilation import Compiler
 
 RESULTS = "gpu_tiles"
 Changes = dict[str, int]
@@ -42,7 +42,7 @@ class Space:
 # In the order of what decides most.
 SPACES = {
     "mosaic_gpu": Space(
-        module="dpo_kernels.backends.mosaic_gpu",
+        module="dpo_kernels.mosaic_gpu.logprobs",
         function="mosaic_tile",
         fields={
             "cluster": (1, 2),
@@ -52,7 +52,7 @@ SPACES = {
         },
     ),
     "triton": Space(
-        module="dpo_kernels.gpu_tiling",
+        module="dpo_kernels.op.gpu_tiling",
         function="triton_tile",
         fields={
             "block_v": (128, 256),
@@ -64,7 +64,7 @@ SPACES = {
         },
     ),
     "xla": Space(
-        module="dpo_kernels.tiling",
+        module="dpo_kernels.op.tiling",
         function="xla_forward_tile",
         fields={"chunk_v": (64, 128, 256), "block_t": (16, 64)},
     ),

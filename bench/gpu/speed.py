@@ -20,8 +20,8 @@ from bench.gpu.programs import OURS, Inputs, Program, start, wait
 from bench.gpu.timing import Times
 from bench.gpu.truth import REFERENCE_SEED
 from bench.gpu.worker import Context, Subject
-from bench.peers import CHUNKED, PEERS
-from dpo_kernels.compilation import Compiler
+from bench.op.peers import CHUNKED, PEERS
+from dpo_kernels.op.compilation import Compiler
 
 ALL_ROWS, HALF = "num_valid is T", "num_valid is T/2"
 

@@ -19,11 +19,11 @@ from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from typing import Any
 
-from bench import step_candidates
 from bench.gpu import plan
 from bench.gpu.timing import clocks
 from bench.gpu.worker import Context, Subject
-from bench.step_candidates import OURS, PICK, PLAIN, PLAIN_OPTAX, Workload
+from bench.step import candidates as step_candidates
+from bench.step.candidates import OURS, PICK, PLAIN, PLAIN_OPTAX, Workload
 
 SIDES = (OURS, PLAIN, PLAIN_OPTAX)
 REAL = Workload(
@@ -54,8 +54,8 @@ def start_heads(name: str, workload: Workload) -> list[Future]:
 
     from bench.gpu import programs
     from dpo_kernels import token_logprobs
-    from dpo_kernels.compilation import Compiler
-    from engine.scoring import STATS
+    from dpo_kernels.op.compilation import Compiler
+    from engine.training.scoring import STATS
 
     def op(stats: tuple[str, ...]) -> programs.Logprobs:
         def ours(hidden: Any, head: Any, targets: Any, num_valid: Any) -> Any:

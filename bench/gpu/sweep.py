@@ -6,7 +6,7 @@ from bench.gpu import plan, programs
 from bench.gpu.programs import Inputs, Program
 from bench.gpu.speed import plain_candidates, program
 from bench.gpu.worker import Context
-from dpo_kernels.compilation import Compiler
+from dpo_kernels.op.compilation import Compiler
 
 
 def candidates(shape: plan.Shape, x: Inputs) -> Iterator[Program]:

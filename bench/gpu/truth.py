@@ -16,8 +16,8 @@ from jaxtyping import Array
 
 from bench.gpu import plan, programs, shared
 from bench.gpu.worker import Context, Subject
-from dpo_kernels.compilation import Compiler
-from dpo_kernels.verify_real import in_blocks
+from dpo_kernels.op.compilation import Compiler
+from dpo_kernels.verify.real import in_blocks
 
 REFERENCE_SEED = 1  # of the DPO loss's other model
 

@@ -3,7 +3,7 @@
 from engine.models.architecture import DecoderConfig
 from engine.models.decoder import Decoder
 from engine.models.families import parse_hf_config
-from engine.models.fresh import abstract_model, init_model
+from engine.models.init import abstract_model, init_model
 from engine.models.save import save_pretrained
 from engine.models.weights import load_model
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.models.rope import Rope
-from engine.sharding import ModelShape, Parameter, Path, Role
+from engine.parallel.sharding import ModelShape, Parameter, Path, Role
 
 SLIDING, FULL = "sliding_attention", "full_attention"  # as config.json names them
 

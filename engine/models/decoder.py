@@ -1,7 +1,6 @@
 """One decoder for every family: hidden states in, hidden states out, never logits."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,9 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from engine.errors import InputError
 from engine.models.architecture import SLIDING, DecoderConfig
-from engine.models.attention import attend
+from engine.models.attention.tiles import attend
 from engine.models.rope import rope_tables, rotate
-from engine.sharding import FSDP, TENSOR
+from engine.parallel.sharding import FSDP, TENSOR
 
 REMAT = ("none", "dots", "full")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -104,14 +103,6 @@ class Decoder(nnx.Module):
     def hf_config(self) -> dict[str, Any]:
         """`config.json` as it was read."""
         return self.config.hf_config
-
-    def save_pretrained(
-        self, directory: str | Path, *, dtype: str | None = None
-    ) -> None:
-        """Writes a directory that transformers loads; see `save.save_pretrained`."""
-        from engine.models.save import save_pretrained  # it imports this module
-
-        save_pretrained(self, directory, dtype=dtype)
 
     def head_weight(self) -> Float[Array, "V_local D"]:
         """This device's rows of the head in the compute dtype; padding comes last."""

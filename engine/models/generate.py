@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from engine.errors import InputError
 from engine.models.decoder import Decoder
-from engine.sharding import BATCH, DATA, FSDP, VOCAB, param_specs
+from engine.parallel.sharding import BATCH, DATA, FSDP, VOCAB, param_specs
 
 _LENGTH_STEP = 64  # buffers are a multiple of this long, so that few are compiled
 

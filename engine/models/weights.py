@@ -18,11 +18,8 @@ from safetensors import SafetensorError, safe_open
 from engine.errors import InputError
 from engine.models.decoder import Decoder
 from engine.models.families import DecoderConfig, parse_hf_config
-from engine.models.fresh import placed_parameters, stored_dtype
-from engine.sharding import (
-    Parameter,
-    make_mesh,
-)
+from engine.models.init import placed_parameters, stored_dtype
+from engine.parallel.sharding import Parameter, make_mesh
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]

@@ -16,7 +16,7 @@ from corpus import VOICES, voice_of
 from plot import curve, plot_curves, read_metrics
 
 from engine.cli import main as dpo
-from engine.config import ModelConfig, load_run_config
+from engine.config.run import ModelConfig, load_run_config
 from engine.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -42,9 +42,9 @@ def held_out_rows() -> list[dict]:
 
 def answers(directory: str, options: ModelConfig, rows: list[dict]) -> list[str]:
     """What the model in `directory` writes to each row's prompt, greedily."""
+    from engine.commands.train import load_tokenizer
     from engine.models import load_model
     from engine.models.generate import greedy_generate
-    from engine.run import load_tokenizer
 
     model = load_model(directory, dtype=options.dtype, remat=options.remat)
     # Its methods' annotations are wider than what they return.

@@ -1,0 +1,1 @@
+"""Time and memory of a whole DPO step on the CPU, beside plain JAX."""

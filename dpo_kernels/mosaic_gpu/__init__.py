@@ -1,0 +1,1 @@
+"""Pallas kernels for NVIDIA Hopper: TMA, wgmma, warp-specialised, persistent."""

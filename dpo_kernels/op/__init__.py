@@ -1,0 +1,1 @@
+"""What all backends share: what one must offer, the choice, the loops, the vjp."""

@@ -1,0 +1,1 @@
+"""Triton kernels through jax-triton: NVIDIA GPUs from Ampere on."""

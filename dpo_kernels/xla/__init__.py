@@ -1,0 +1,1 @@
+"""Plain JAX in pieces: runs anywhere, and is the second opinion."""

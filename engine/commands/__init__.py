@@ -1,0 +1,1 @@
+"""What `dpo X` does, a file a command."""

@@ -1,0 +1,142 @@
+"""Every option of DPO training: the `trainer:` section of a run file."""
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from dpo_kernels.op.backends import BACKENDS
+from engine.config.fields import (
+    check_choice,
+    check_positive,
+    check_types,
+    check_unused,
+    check_within,
+)
+from engine.errors import InputError
+from engine.objective.losses import LOSSES
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig:
+    """Options of `DPOTrainer`; names are EasyDeL's, and TRL's where it has none.
+
+    An option that the others make meaningless is refused, unless it is at its default.
+
+    Raises:
+        InputError: a value of the wrong type, out of range, or without effect.
+    """
+
+    trainer_type: Literal["dpo"] = "dpo"
+    model_name: str = "DPOTrainer"  # the run's name, in logs
+    save_directory: str = "dpo_checkpoints"  # metrics.jsonl and the trained model
+
+    # Loss. The reward of a completion is beta * (policy - reference) log-probability.
+    beta: float = 0.1  # strength of the pull towards the reference, > 0
+    loss_type: str = "sigmoid"  # a name in engine.objective.losses.LOSSES
+    label_smoothing: float = 0.0  # probability that a label is wrong, in [0, 0.5)
+    reference_free: bool = False  # count the reference's log-probabilities as 0
+    sync_ref_model: bool = False  # let the reference follow the policy
+    ref_model_sync_steps: int = 64  # optimizer steps between two updates of it
+    ref_model_mixup_alpha: float = 0.9  # ref <- alpha * policy + (1 - alpha) * ref
+
+    # Lengths, in tokens. None sets no limit of its own.
+    max_length: int = 512  # of prompt and completion together
+    max_prompt_length: int | None = None  # keeps the prompt's end
+    max_completion_length: int | None = None  # keeps the completion's start
+    truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"  # by max_length
+
+    # Optimizer: AdamW.
+    learning_rate: float = 1e-6  # the highest of the schedule
+    # After warm-up; linear and cosine reach 0 at the last step.
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_steps: int = 0  # optimizer steps from 0 up to learning_rate
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0  # clip to this global norm; None or 0: never
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+
+    # Batches. Sizes count pairs, over all devices.
+    total_batch_size: int = 16  # pairs of one optimizer step
+    gradient_accumulation_steps: int = 1  # microbatches that share those pairs
+    num_train_epochs: int = 3
+    max_training_steps: int | None = None  # optimizer steps at which to stop anyway
+    shuffle_train_dataset: bool = True  # False: file order
+    drop_last: bool = False  # False: fill an epoch's last batch with weightless pairs
+    seed: int = 42
+    disable_dropout: bool = True  # the decoder has none, so False is refused
+
+    # Reports.
+    log_steps: int = 10  # optimizer steps between two lines of metrics
+    eval_steps: int | None = None  # optimizer steps between two; None: at the end only
+    eval_batch_size: int | None = None  # pairs; None: as one microbatch
+    use_wandb: bool = False  # also log to Weights & Biases; needs the wandb package
+    progress_bar: bool = True
+
+    # How the scores are computed: see dpo_kernels.token_logprobs.
+    workspace_bytes: int = 256 * 2**20  # bound on its temporaries
+    implementation: str = "auto"
+
+    def __post_init__(self):
+        check_types(self)
+        check_choice("loss_type", self.loss_type, LOSSES)
+        check_choice("implementation", self.implementation, ("auto", *BACKENDS))
+        self._check_ranges()
+        self._check_combinations()
+
+    @property
+    def microbatch_size(self) -> int:
+        """Pairs that go through the model at once, over all devices."""
+        return self.total_batch_size // self.gradient_accumulation_steps
+
+    @property
+    def pairs_per_eval_batch(self) -> int:
+        """Pairs of one evaluation batch, over all devices."""
+        return self.eval_batch_size or self.microbatch_size
+
+    def _check_ranges(self):
+        for name in ("model_name", "save_directory"):
+            if not getattr(self, name):
+                raise InputError(f"{name}='' must not be empty")
+        check_positive(self, "beta", "adam_epsilon", "num_train_epochs")
+        check_positive(self, "total_batch_size", "gradient_accumulation_steps")
+        check_positive(self, "max_training_steps", "eval_steps", "eval_batch_size")
+        check_positive(self, "ref_model_sync_steps", "log_steps", "workspace_bytes")
+        check_positive(self, "max_prompt_length", "max_completion_length")
+        check_within(self, 2, math.inf, "max_length")  # one token to condition on
+        check_within(self, 0, math.inf, "learning_rate", "warmup_steps")
+        check_within(self, 0, math.inf, "weight_decay", "max_grad_norm")
+        check_within(self, 0, 1, "adam_beta1", "adam_beta2")
+        check_within(self, 0, 0.5, "label_smoothing")
+        check_within(self, 0, 2**32, "seed")
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise InputError(
+                f"ref_model_mixup_alpha={self.ref_model_mixup_alpha!r} must be above 0 "
+                "and at most 1 (1 copies the policy)"
+            )
+
+    def _check_combinations(self):
+        if self.total_batch_size % self.gradient_accumulation_steps:
+            raise InputError(
+                f"total_batch_size={self.total_batch_size} must be a multiple of "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
+            )
+        if not LOSSES[self.loss_type].label_smoothing:
+            reason = f"with loss_type {self.loss_type!r}"
+            check_unused(self, reason, "label_smoothing")
+        if self.reference_free:
+            check_unused(self, "with reference_free", "sync_ref_model")
+        if not self.sync_ref_model:
+            names = "ref_model_sync_steps", "ref_model_mixup_alpha"
+            check_unused(self, "without sync_ref_model", *names)
+        if not self.disable_dropout:
+            raise InputError(
+                "disable_dropout=False cannot be had: the models have no dropout; "
+                "remove it"
+            )
+        if self.use_wandb and importlib.util.find_spec("wandb") is None:
+            raise InputError(
+                "use_wandb=True needs the wandb package: pip install wandb, or set it "
+                "to false"
+            )

@@ -1,0 +1,159 @@
+"""A run: which model, which data, which devices, which options, and what to do."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from engine.config.dpo import DPOConfig
+from engine.config.fields import check_positive, check_types
+from engine.config.run_file import build, read_run_file
+from engine.errors import InputError
+
+Dtype = Literal["bfloat16", "float32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The policy, as it is before training: `model:`."""
+
+    name_or_path: str  # a directory (from the working directory), else a hub id
+    tokenizer: str | None = None  # likewise; None: the one beside the model
+    dtype: Dtype = "bfloat16"  # of the computation
+    param_dtype: Dtype = "float32"  # of the parameters and the optimizer's state
+    remat: Literal["none", "dots", "full"] = "full"  # what the backward recomputes
+
+    def __post_init__(self):
+        check_types(self)
+        _check_not_empty("name_or_path", self.name_or_path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """The frozen model that rewards are measured from: `reference_model:`."""
+
+    name_or_path: str  # a directory (from the working directory), else a hub id
+
+    def __post_init__(self):
+        check_types(self)
+        _check_not_empty("name_or_path", self.name_or_path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One set of preference pairs, one entry of `informs:`."""
+
+    # A hub id or folder (type hf), or files; paths are from the working directory.
+    data_files: str | tuple[str, ...]
+    # None: what the files' ending says, and hf where it says nothing.
+    type: Literal["hf", "json", "jsonl", "csv", "parquet", "arrow"] | None = None
+    split: str = "train"  # with datasets' slices: train[:90%]
+    dataset_split_name: str | None = None  # the hub data set's subset, for type hf
+    num_rows: int | None = None  # use only the first so many
+
+    def __post_init__(self):
+        check_types(self)
+        if not self.data_files or "" in tuple(self.data_files):
+            raise InputError(f"data_files={self.data_files!r} must name something")
+        if self.dataset_split_name is not None and self.type not in (None, "hf"):
+            raise InputError(
+                f"dataset_split_name={self.dataset_split_name!r} has no effect with "
+                f"type {self.type!r}; remove it"
+            )
+        check_positive(self, "num_rows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureConfig:
+    """The sources of one data set: `mixture:` and `eval_mixture:`."""
+
+    informs: tuple[SourceConfig, ...]
+    # The sources' shares of the rows; None: all rows, one source after another.
+    mixture_weights: tuple[float, ...] | None = None
+    cache_dir: str | None = None  # None: where `datasets` keeps its own
+    seed: int = 42  # of the draw between sources
+
+    def __post_init__(self):
+        check_types(self)
+        if not self.informs:
+            raise InputError("informs=[] must list at least one source")
+        if self.mixture_weights is None:
+            return
+        if len(self.mixture_weights) != len(self.informs):
+            raise InputError(
+                f"mixture_weights has {len(self.mixture_weights)} entries, but informs "
+                f"has {len(self.informs)}; give one weight for each source"
+            )
+        if min(self.mixture_weights) <= 0:
+            raise InputError(
+                f"mixture_weights={list(self.mixture_weights)} must all be greater "
+                "than 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardingConfig:
+    """Devices along each axis of the mesh: `sharding:`. One may be -1: all the rest."""
+
+    data: int = 1  # batches split, parameters copied
+    fsdp: int = -1  # batches and parameters split
+    tensor: int = 1  # each layer's work split
+
+    def __post_init__(self):
+        check_types(self)
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        for name, size in sizes.items():
+            if size < 1 and size != -1:
+                raise InputError(f"{name}={size} must be at least 1, or -1: the rest")
+        rest = [name for name, size in sizes.items() if size == -1]
+        if len(rest) > 1:
+            raise InputError(
+                f"{rest[1]}=-1 cannot be, as {rest[0]} is -1 (all the devices left) too"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run file."""
+
+    model: ModelConfig
+    mixture: MixtureConfig
+    reference_model: ReferenceConfig | None = None  # None: the policy before training
+    eval_mixture: MixtureConfig | None = None
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    trainer: DPOConfig = field(default_factory=DPOConfig)
+    # In order; `dpo train` and `dpo validate` do what they are called instead.
+    actions: tuple[Literal["train", "validate"], ...] = ()
+
+    def __post_init__(self):
+        check_types(self)
+        if self.trainer.reference_free and self.reference_model is not None:
+            raise InputError(
+                "reference_model has no effect with trainer.reference_free; remove one"
+            )
+        if self.eval_mixture is None:
+            for name, value in (
+                ("eval_steps", self.trainer.eval_steps),
+                ("eval_batch_size", self.trainer.eval_batch_size),
+            ):
+                if value is not None:
+                    raise InputError(
+                        f"trainer.{name}={value} has no effect without eval_mixture; "
+                        "remove it or give some data to evaluate"
+                    )
+
+
+def load_run_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """The run that a YAML file describes, with `dotted.key=value` changes.
+
+    Keys of overrides leave out the `config.` in front; values are read as YAML.
+
+    Raises:
+        InputError: an unreadable file, an unknown or repeated key, a value that is
+            wrong; one line naming the file (or the override) and the dotted key.
+    """
+    return build(RunConfig, read_run_file(path, overrides or []))
+
+
+def _check_not_empty(name: str, value: str):
+    if not value:
+        raise InputError(f"{name}='' must not be empty")

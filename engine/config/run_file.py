@@ -1,0 +1,232 @@
+"""YAML run files and command-line overrides, turned into checked dataclasses."""
+
+import dataclasses
+import re
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engine.config.fields import convert, did_you_mean
+from engine.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunFile:
+    """What a run file and its overrides say, not yet checked."""
+
+    path: str
+    tree: dict[str, Any]  # the keys under `config:`, and `actions`
+    overridden: frozenset[str]  # the dotted keys that the command line gave
+
+    def error(self, message: str, key: str) -> InputError:
+        """The error that says who gave the dotted `key`: the file or the override."""
+        parts = key.split(".")
+        prefixes = {".".join(parts[: i + 1]) for i in range(len(parts))}
+        where = "command line" if prefixes & self.overridden else self.path
+        return InputError(f"{where}: {message}")
+
+
+def read_run_file(path: str | Path, overrides: list[str]) -> RunFile:
+    """Reads the file and applies `dotted.key=value` to it.
+
+    Raises:
+        InputError: no such file, not YAML, not of the form `config:` and `actions:`,
+            or an override that does not parse.
+    """
+    root = _parse(path)
+    if not isinstance(root, dict):
+        said = "is empty" if root is None else f"holds a {type(root).__name__}"
+        raise InputError(f"{path}: {said}; expected the keys `config:` and `actions:`")
+    for key in root:
+        if key not in ("config", "actions"):
+            raise InputError(
+                f"{path}: unknown key {key!r}; at the top there are `config:` and "
+                "`actions:`, and everything else goes under `config:`"
+            )
+    config = root.get("config")
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: config must be a mapping with `model:`, `mixture:`")
+    if "actions" in config:
+        raise InputError(f"{path}: actions stands beside `config:`, not under it")
+    tree = dict(config)
+    if root.get("actions") is not None:
+        tree["actions"] = root["actions"]
+    keys = [_override(tree, word) for word in overrides]
+    return RunFile(path=str(path), tree=tree, overridden=frozenset(keys))
+
+
+def build[Config](cls: type[Config], run_file: RunFile) -> Config:
+    """The dataclass `cls`, with the dataclasses inside it, from the file's tree.
+
+    Raises:
+        InputError: an unknown key, a missing one, or what a dataclass refuses.
+    """
+    return _Builder(run_file, known=tuple(_keys(cls))).section(cls, run_file.tree, "")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Builder:
+    run_file: RunFile
+    known: tuple[str, ...]  # every dotted key there is, to point at misplaced ones
+
+    def section(self, cls: type, data: Any, key: str) -> Any:
+        """`data`, the mapping at the dotted `key`, as a `cls`."""
+        prefix = f"{key}." if key else ""
+        hints = typing.get_type_hints(cls)
+        if not isinstance(data, dict):
+            rule = f"must be a mapping with keys from {', '.join(hints)}"
+            raise self.run_file.error(f"{key}={data!r} {rule}", key)
+        for name in data:
+            if name not in hints:
+                near = self._nearest(name, hints, prefix)
+                message = f"unknown key {prefix}{name}{near}"
+                raise self.run_file.error(message, f"{prefix}{name}")
+        for field in dataclasses.fields(cls):
+            required = field.default is field.default_factory is dataclasses.MISSING
+            if required and data.get(field.name) is None:
+                raise self.run_file.error(f"{prefix}{field.name} is missing", key)
+        values = {
+            name: self._value(hints[name], value, f"{prefix}{name}")
+            for name, value in data.items()
+            # `trainer:` with nothing under it is a section at its defaults.
+            if value is not None or not dataclasses.is_dataclass(hints[name])
+        }
+        try:
+            return cls(**values)
+        except InputError as error:
+            raise self._placed(f"{prefix}{error}") from None
+
+    def _value(self, hint: Any, value: Any, key: str) -> Any:
+        nested, is_list = _dataclass_in(hint)
+        if nested is None or value is None:
+            try:
+                return convert(value, hint, key)
+            except InputError as error:
+                raise self._placed(str(error)) from None
+        if not is_list:
+            return self.section(nested, value, key)
+        if not isinstance(value, list):
+            message = f"{key}={value!r} must be a list of mappings"
+            raise self.run_file.error(message, key)
+        return tuple(self.section(nested, v, f"{key}.{i}") for i, v in enumerate(value))
+
+    def _placed(self, message: str) -> InputError:
+        """`message`, which starts with a dotted key, and who gave that key."""
+        return self.run_file.error(message, re.split("[= ]", message)[0])
+
+    def _nearest(self, name: Any, siblings: Mapping[str, Any], prefix: str) -> str:
+        for key in self.known:
+            if key.split(".")[-1] == name:
+                return f"; did you mean {key!r}?"
+        near = did_you_mean(str(name), siblings, prefix)
+        return near or f"; known: {', '.join(siblings)}"
+
+
+def _dataclass_in(hint: Any) -> tuple[type | None, bool]:
+    """The dataclass that a field holds, and whether it holds a tuple of them."""
+    if dataclasses.is_dataclass(hint):
+        return typing.cast(type, hint), False
+    for argument in typing.get_args(hint):
+        if dataclasses.is_dataclass(argument):
+            return typing.cast(type, argument), typing.get_origin(hint) is tuple
+    return None, False
+
+
+def _keys(cls: type, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all fields, those inside lists with index 0."""
+    for name, hint in typing.get_type_hints(cls).items():
+        yield prefix + name
+        nested, is_list = _dataclass_in(hint)
+        if nested is not None:
+            yield from _keys(nested, f"{prefix}{name}.{'0.' if is_list else ''}")
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader, but a key that is given twice in one mapping is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        problem=f"the key {key.value!r} is given twice",
+                        problem_mark=key.start_mark,
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _parse(path: str | Path) -> Any:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file; give a YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        said = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise InputError(f"{path}: cannot be read ({said}); give a YAML file") from None
+    try:
+        return _load(text)
+    except ValueError as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from None
+
+
+def _load(text: str) -> Any:
+    """Parses YAML.
+
+    Raises:
+        ValueError: with YAML's complaint and the place of it in one line.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"{error.problem}{place}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+def _override(tree: dict[str, Any], word: str) -> str:
+    """Applies one `dotted.key=value` to the tree in place; returns the key."""
+    key, equals, text = word.partition("=")
+    key = key.removeprefix("config.")
+    parts = key.split(".")
+    if not equals or "" in parts:
+        raise InputError(
+            f"command line: {word!r} is not an override; write dotted.key=value, "
+            "such as trainer.beta=0.2"
+        )
+    try:
+        value = _load(text)
+    except ValueError as error:
+        raise InputError(
+            f"command line: {key}: {text!r} is not a YAML value ({error}); put it in "
+            "quotes"
+        ) from None
+    parent: Any = tree
+    for depth, part in enumerate(parts[:-1]):
+        place = _place(parent, part, parts[:depth], key)
+        if parent[place] is None:
+            parent[place] = {}
+        parent = parent[place]
+    parent[_place(parent, parts[-1], parts[:-1], key)] = value
+    return key
+
+
+def _place(parent: Any, part: str, above: list[str], key: str) -> Any:
+    """`part` as a key or index of `parent`, where a missing key is made."""
+    if isinstance(parent, dict):
+        parent.setdefault(part, None)
+        return part
+    said = f"command line: {key}: {'.'.join(above)}"
+    if not isinstance(parent, list):
+        raise InputError(f"{said} is {parent!r}, which has no keys")
+    if not part.isdecimal() or int(part) >= len(parent):
+        raise InputError(
+            f"{said} is a list of {len(parent)}, so {part!r} must be a smaller number"
+        )
+    return int(part)

@@ -1,0 +1,1 @@
+"""From rows on disk to the batches of a run: rows, conversations, tokens, pairs."""

@@ -1,0 +1,152 @@
+"""Preference rows in memory, each knowing the source and the row that it came from."""
+
+import json
+from collections.abc import Buffer, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int64
+
+from engine.config.fields import did_you_mean
+from engine.errors import InputError
+
+FIELDS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+_HASH_ROWS = 4096  # rows hashed at a time, whatever the chunks of the table
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Rows of one origin, under the name by which errors call it."""
+
+    name: str
+    data: datasets.Dataset | Sequence[Mapping[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def take(self, indices: Int64[np.ndarray, " n"]) -> list[dict[str, Any]]:
+        """The rows at `indices`, with the columns of `FIELDS` that they have."""
+        if isinstance(self.data, datasets.Dataset):
+            columns = self.data[indices.tolist()]
+            return [
+                dict(zip(columns, row, strict=True))
+                for row in zip(*columns.values(), strict=True)
+            ]
+        rows = [self.data[i] for i in indices.tolist()]
+        return [{k: row[k] for k in FIELDS if k in row} for row in rows]
+
+    def feed(self, update: Callable[[Buffer], object]):
+        """Gives the content of every row to a hash, at about the speed of the hash."""
+        if not isinstance(self.data, datasets.Dataset):
+            for row in self.data:
+                fields = {k: row[k] for k in FIELDS if k in row}
+                update(json.dumps(fields, sort_keys=True, default=repr).encode())
+            return
+        tables: Any = self.data.with_format("arrow").iter(_HASH_ROWS)
+        for table in tables:
+            # Arrow's stream format rebases slices: equal rows of equal types give equal
+            # bytes.
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, table.schema) as stream:
+                stream.write_table(table.combine_chunks())
+            update(sink.getvalue())
+
+
+@dataclass(frozen=True, eq=False)
+class PreferenceRows:
+    """Rows of several sources in the order of use: row `rows[i]` of source `of[i]`."""
+
+    sources: tuple[Source, ...]
+    of: Int64[np.ndarray, " n"]
+    rows: Int64[np.ndarray, " n"]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def where(self, index: int) -> str:
+        """The origin of a row, for messages."""
+        source = self.sources[int(self.of[index])]
+        return f"{source.name}, row {int(self.rows[index])} (counting from 0)"
+
+    def batches(self, size: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        """(index of the first row, rows) for each `size` rows, in order."""
+        for first in range(0, len(self), size):
+            of, rows = self.of[first : first + size], self.rows[first : first + size]
+            batch: list[dict[str, Any]] = [{} for _ in rows]
+            for number in np.unique(of).tolist():
+                places = np.flatnonzero(of == number)
+                taken = self.sources[number].take(rows[places])
+                for place, row in zip(places.tolist(), taken, strict=True):
+                    batch[place] = row
+            yield first, batch
+
+    def feed(self, update: Callable[[Buffer], object]):
+        """Gives a hash what the rows hold and their order; names do not count."""
+        for source in self.sources:
+            source.feed(update)
+        update(self.of.tobytes())
+        update(self.rows.tobytes())
+
+
+def as_rows(data: Any) -> PreferenceRows:
+    """Rows given from Python: a `datasets.Dataset`, or a list of dicts.
+
+    Raises:
+        InputError: something else, no rows, or rows without the needed columns.
+    """
+    if isinstance(data, PreferenceRows):
+        return data
+    if isinstance(data, datasets.Dataset):
+        return one_after_another((checked_source("the data set", data),))
+    if not isinstance(data, list | tuple):
+        way_out = ""
+        if isinstance(data, datasets.DatasetDict):
+            way_out = f": pick one of its splits ({', '.join(map(str, data))})"
+        raise InputError(
+            f"the data set is a {type(data).__name__}; give a datasets.Dataset or a "
+            f"list of rows{way_out}"
+        )
+    for i, row in enumerate(data):
+        if not isinstance(row, Mapping):
+            raise InputError(
+                f"the data set, row {i} (counting from 0), is a {type(row).__name__}; "
+                "each row must be a dict with chosen, rejected and mostly prompt"
+            )
+    return one_after_another((checked_source("the data set", data),))
+
+
+def one_after_another(sources: tuple[Source, ...]) -> PreferenceRows:
+    """All rows of each source, in order."""
+    sizes = [len(source) for source in sources]
+    return PreferenceRows(
+        sources=sources,
+        of=np.repeat(np.arange(len(sources)), sizes),
+        rows=np.concatenate([np.arange(size) for size in sizes]),
+    )
+
+
+def checked_source(
+    name: str, data: datasets.Dataset | Sequence[Mapping[str, Any]]
+) -> Source:
+    """A source with only the columns that we read.
+
+    Raises:
+        InputError: no rows, or no column `chosen` or `rejected`.
+    """
+    if len(data) == 0:
+        raise InputError(f"{name} has no rows; give at least one preference pair")
+    if isinstance(data, datasets.Dataset):
+        columns = data.column_names
+        for field in ("chosen", "rejected"):
+            if field not in columns:
+                raise InputError(
+                    f"{name} has no column {field!r}{did_you_mean(field, columns)}; it "
+                    f"has {', '.join(columns)}, and needs chosen, rejected and "
+                    "(unless both start with it) prompt: rename its columns"
+                )
+        kept = [field for field in FIELDS if field in columns]
+        data = data.with_format(None).select_columns(kept)
+    return Source(name=name, data=data)

@@ -1,0 +1,5 @@
+"""Attention, a file an implementation."""
+
+from engine.models.attention.tiles import attend
+
+__all__ = ["attend"]

@@ -1,0 +1,1 @@
+"""What is minimised: the losses, and the reference that they measure from."""

@@ -1,0 +1,1 @@
+"""The mesh: its axes, and how every array is sharded over it."""

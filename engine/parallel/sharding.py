@@ -1,0 +1,163 @@
+"""The device mesh, its axis names, and how every array is cut over it."""
+
+import enum
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from engine.errors import InputError
+
+DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
+BATCH = (DATA, FSDP)  # rows of a batch
+VOCAB = (FSDP, TENSOR)  # rows of the embedding and of the head
+
+Path = tuple[str, ...]  # of a parameter in the module
+
+
+class Role(enum.Enum):
+    """How a parameter is cut; `parameter_spec` has the specs."""
+
+    VOCAB = "vocab"  # [V, D]
+    COLUMN = "column"  # [L, out, D], out cut over tensor
+    KV_COLUMN = "kv_column"  # the same, where the kv heads allow it
+    ROW = "row"  # [L, D, in], in cut over tensor
+    COLUMN_BIAS = "column_bias"  # [L, out]
+    KV_COLUMN_BIAS = "kv_column_bias"
+    REPLICATED = "replicated"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One parameter; a stacked one is `num_layers` tensors on disk."""
+
+    hf_name: str  # with {} for the layer where stacked
+    shape: tuple[int, ...]  # of one tensor on disk
+    role: Role
+    stacked: bool
+    norm: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape(ABC):
+    """What a mesh must know of a model to cut it."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    ffn_size: int
+
+    @abstractmethod
+    def parameters(self) -> dict[Path, Parameter]:
+        """Every parameter by its path, in the order of the model's layers."""
+
+
+def make_mesh(
+    data: int = 1,
+    fsdp: int = -1,
+    tensor: int = 1,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
+    """A mesh over `devices` (all by default); one size may be -1: what is left."""
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {DATA: data, FSDP: fsdp, TENSOR: tensor}
+    said = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    unknown = [name for name, size in sizes.items() if size == -1]
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if len(unknown) > 1 or known < 1 or min(sizes.values()) < -1:
+        raise InputError(
+            f"sharding: {said} must be positive, at most one of them -1 (what is left)"
+        )
+    if unknown:
+        sizes[unknown[0]] = len(devices) // known
+    if math.prod(sizes.values()) != len(devices):
+        raise InputError(
+            f"sharding: {said} does not fit {len(devices)} devices; the "
+            f"product must be {len(devices)}"
+        )
+    shape = tuple(sizes[axis] for axis in AXES)
+    auto = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+
+
+def check_mesh(config: ModelShape, mesh: Mesh) -> None:
+    """Raises InputError where the mesh does not divide the model."""
+    fsdp, tensor = mesh.shape[FSDP], mesh.shape[TENSOR]
+    for name, size, axis, parts in (
+        ("hidden_size", config.hidden_size, FSDP, fsdp),
+        ("num_attention_heads", config.num_heads, TENSOR, tensor),
+        ("intermediate_size", config.ffn_size, TENSOR, tensor),
+    ):
+        if size % parts:
+            raise InputError(
+                f"sharding: {axis}={parts} does not divide the model's {name}={size}; "
+                f"use a divisor of {size}"
+            )
+    kv = config.num_kv_heads
+    if kv % tensor and tensor % kv:
+        raise InputError(
+            f"sharding: {TENSOR}={tensor} must divide the model's num_key_value_heads="
+            f"{kv} or be a multiple of it"
+        )
+
+
+def padded_vocab(config: ModelShape, mesh: Mesh) -> int:
+    """Rows of the stored embedding and head: a multiple of fsdp * tensor."""
+    parts = mesh.shape[FSDP] * mesh.shape[TENSOR]
+    return -(-config.vocab_size // parts) * parts
+
+
+def stored_shape(
+    parameter: Parameter, config: ModelShape, mesh: Mesh
+) -> tuple[int, ...]:
+    """Shape in memory: layers stacked, vocabulary padded."""
+    if parameter.role is Role.VOCAB:
+        return (padded_vocab(config, mesh), *parameter.shape[1:])
+    lead = (config.num_layers,) if parameter.stacked else ()
+    return (*lead, *parameter.shape)
+
+
+def parameter_spec(parameter: Parameter, config: ModelShape, mesh: Mesh) -> P:
+    """How one parameter is cut; kv heads fewer than `tensor` stay whole on it."""
+    kv = TENSOR if config.num_kv_heads % mesh.shape[TENSOR] == 0 else None
+    return {
+        Role.VOCAB: P(VOCAB, None),
+        Role.COLUMN: P(None, TENSOR, FSDP),
+        Role.KV_COLUMN: P(None, kv, FSDP),
+        Role.ROW: P(None, FSDP, TENSOR),
+        Role.COLUMN_BIAS: P(None, TENSOR),
+        Role.KV_COLUMN_BIAS: P(None, kv),
+        Role.REPLICATED: P(),
+    }[parameter.role]
+
+
+def nest(flat: Mapping[Path, Any]) -> dict[str, Any]:
+    """The nested dict of values by path."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        branch = tree
+        for name in path[:-1]:
+            branch = branch.setdefault(name, {})
+        branch[path[-1]] = value
+    return tree
+
+
+def param_specs(config: ModelShape, mesh: Mesh) -> nnx.State[str, Any]:
+    """A PartitionSpec for each parameter, in the tree of `nnx.state(model)`."""
+    found = config.parameters().items()
+    specs = {path: parameter_spec(one, config, mesh) for path, one in found}
+    return nnx.State(nest({path: nnx.Param(spec) for path, spec in specs.items()}))
+
+
+def param_shardings(config: ModelShape, mesh: Mesh) -> nnx.State[str, Any]:
+    """A NamedSharding for each parameter, in the same tree."""
+    specs = param_specs(config, mesh)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)

@@ -1,0 +1,147 @@
+"""The command line: what it calls, what it prints, and its exit codes."""
+
+import subprocess
+import sys
+import types
+
+import pytest
+
+import engine
+from engine.cli import main
+from engine.errors import InputError
+
+RUN = """\
+config:
+  model: {name_or_path: m}
+  mixture: {informs: [{data_files: pairs.jsonl}]}
+actions: [validate, train]
+"""
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN)
+    return str(path)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Stands in for the work itself, and lists what was asked of it."""
+    calls = []
+    run = types.ModuleType("engine.commands.train")
+    vars(run).update(
+        train_from_config=lambda run: calls.append(("train", run.trainer.beta)),
+        validate_config=lambda run: calls.append(("validate", run.trainer.beta)),
+    )
+    monkeypatch.setitem(sys.modules, "engine.commands.train", run)
+    return calls
+
+
+def test_train_and_validate(run_file, calls):
+    assert main(["train", run_file, "trainer.beta=0.2"]) == 0
+    assert main(["validate", run_file]) == 0
+    assert calls == [("train", 0.2), ("validate", 0.1)]
+
+
+@pytest.mark.parametrize(
+    "words", [["run"], ["run", "--config"], ["--config"]], ids=" ".join
+)
+def test_run_does_the_actions_in_order(run_file, calls, words):
+    assert main([*words, run_file, "trainer.beta=0.3"]) == 0
+    assert calls == [("validate", 0.3), ("train", 0.3)]
+
+
+def test_config_with_an_equals_sign(run_file, calls):
+    assert main([f"--config={run_file}"]) == 0
+    assert len(calls) == 2
+
+
+def test_verify_reads_its_own_arguments(monkeypatch):
+    verify = types.ModuleType("dpo_kernels.verify")
+    vars(verify)["main"] = lambda argv: len(argv)
+    monkeypatch.setitem(sys.modules, "dpo_kernels.verify", verify)
+    assert main(["verify", "--quick", "x", "y"]) == 3
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (["trian"], "invalid choice: 'trian'"),
+        (["train"], "no run file; write `dpo train run.yaml`"),
+        (["train", "--bad", "x"], "unrecognized arguments: --bad"),
+        (["train", "none.yaml"], "none.yaml: there is no such file"),
+        (["train", "{run}", "trainer.bta=1"], "did you mean 'trainer.beta'?"),
+        (["run", "{run}", "actions=[]"], "no actions"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(run_file, capsys, argv, expected):
+    assert main([word.format(run=run_file) for word in argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("dpo: error: ") and err.count("\n") == 1
+    assert expected in err
+
+
+def test_bad_input_found_while_running(run_file, calls, capsys, monkeypatch):
+    def refuse(run):
+        raise InputError("pairs.jsonl: row 3: no column\n'chosen'")
+
+    monkeypatch.setattr(
+        sys.modules["engine.commands.train"], "train_from_config", refuse
+    )
+    assert main(["train", run_file]) == 2
+    expected = "dpo: error: pairs.jsonl: row 3: no column 'chosen'\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_interrupt_is_one_line_and_exit_code_130(run_file, calls, capsys, monkeypatch):
+    def interrupt(run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        sys.modules["engine.commands.train"], "train_from_config", interrupt
+    )
+    assert main(["train", run_file]) == 130
+    assert capsys.readouterr().err == "dpo: interrupted\n"
+
+
+def test_our_own_mistakes_keep_their_traceback(run_file, calls, monkeypatch):
+    def fail(run):
+        raise ValueError("not the user's fault")
+
+    monkeypatch.setattr(sys.modules["engine.commands.train"], "train_from_config", fail)
+    with pytest.raises(ValueError, match="not the user's fault"):
+        main(["train", run_file])
+
+
+def test_help_and_version(capsys):
+    assert main([]) == 0
+    assert "dpo train run.yaml" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"dpo {engine.__version__}\n"
+
+
+def test_module_runs_and_help_imports_no_jax():
+    script = (
+        "import runpy, sys; sys.argv = ['dpo', '--help']\n"
+        "try: runpy.run_module('engine', run_name='__main__')\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "heavy = {'jax', 'numpy', 'yaml', 'datasets', 'transformers'}\n"
+        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: dpo")
+
+
+def test_package_exports():
+    assert engine.InputError is InputError
+    for name in engine.__all__:
+        assert hasattr(engine, name)
+    with pytest.raises(AttributeError, match="no attribute 'DPOTrianer'"):
+        _ = engine.DPOTrianer  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,245 @@
+"""The Hopper kernels in Pallas's interpreter, which also looks for races."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_kernels import token_logprobs
+from dpo_kernels.mosaic_gpu import logprobs as mosaic_gpu
+from dpo_kernels.op.backends import load_backend
+from dpo_kernels.op.devices import Device
+from dpo_kernels.op.gpu_tiling import MosaicTile, mosaic_tile
+from dpo_kernels.op.interface import STATS, LogitOptions, kept_scale
+from dpo_kernels.op.tiling import Problem
+from dpo_kernels.verify import table as verify
+
+CASES = {case.name: case for case in verify.CASES}
+ALIGNED, RAGGED = (256, 128, 1024, 2**28), (129, 64, 1000, 2**28)
+SEVERAL_CHUNKS = (300, 64, 1000, 2**19)
+
+
+@pytest.fixture(autouse=True)
+def _interpreted(capfd):
+    """Four streaming multiprocessors: two clusters, more tiles than they have room."""
+    with mosaic_gpu.interpreted(num_cores=4, detect_races=True):
+        yield
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("shape", "case", "dtype"),
+    [
+        (ALIGNED, "plain", "bfloat16"),
+        (ALIGNED, "all", "float16"),
+        (RAGGED, "stats", "bfloat16"),
+        (RAGGED, "bias", "bfloat16"),
+        (RAGGED, "softcap", "bfloat16"),
+        (RAGGED, "empty", "bfloat16"),
+        (SEVERAL_CHUNKS, "padded", "float16"),
+        (SEVERAL_CHUNKS, "all", "bfloat16"),
+        ((3, 64, 8, 2**28), "all", "bfloat16"),
+        ((1, 64, 8, 2**28), "plain", "float16"),
+    ],
+)
+def test_errors_are_within_the_bound_that_plain_jax_sets(shape, case, dtype):
+    # Not `with jax.enable_x64(True)`: the interpreter's threads have to see it, too.
+    jax.config.update("jax_enable_x64", True)
+    try:
+        row = verify.verify_case("mosaic_gpu", dtype, shape, CASES[case])
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert row.passed, row
+
+
+def arrays(T, D, V, dtype=jnp.bfloat16, seed=0):
+    rng = np.random.default_rng(seed)
+    hidden, head = rng.normal(size=(T, D)), rng.normal(size=(V, D)) / D**0.5
+    targets = rng.integers(0, V, size=T)
+    return (
+        jnp.asarray(hidden, dtype),
+        jnp.asarray(head, dtype),
+        jnp.asarray(targets, jnp.int32),
+    )
+
+
+def logits_of(hidden, head):
+    return np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T
+
+
+# Two tiles of a cluster are 256 rows: the edges of a row, a tile and a cluster.
+@pytest.mark.parametrize("num_valid", [0, 1, 64, 128, 129, 256, 257, 300])
+def test_rows_past_num_valid_are_not_looked_at(num_valid):
+    hidden, head, targets = arrays(300, 64, 520)
+    padded = hidden.at[num_valid:].set(jnp.nan)
+    out = token_logprobs(
+        padded,
+        head,
+        targets.at[num_valid:].set(-1),
+        num_valid=num_valid,
+        implementation="mosaic_gpu",
+    )
+    z = logits_of(hidden, head)
+    lse = np.log(np.exp(z).sum(axis=1))
+    logprob = z[np.arange(300), np.asarray(targets)] - lse
+    valid = np.arange(300) < num_valid
+    np.testing.assert_allclose(out.lse, np.where(valid, lse, 0), rtol=0, atol=2e-6)
+    np.testing.assert_allclose(
+        out.logprob, np.where(valid, logprob, 0), rtol=0, atol=4e-6
+    )
+
+
+def test_clusters_of_padding_rows_are_skipped():
+    """The interpreter fills what no kernel writes with NaN."""
+    hidden, head, targets = arrays(600, 64, 264)
+    partials, _ = mosaic_gpu.forward_partials(
+        hidden,
+        head,
+        targets,
+        None,
+        jnp.int32(257),
+        options=LogitOptions(),
+        workspace_bytes=0,
+        keep_v=0,
+    )
+    untouched = np.isnan(np.asarray(partials.max)).all(axis=0)
+    np.testing.assert_array_equal(untouched, np.arange(600) >= 512)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    ("keep_v", "softcap"), [(256, None), (300, 2.0), (512, None), (600, 2.0)]
+)
+def test_kept_exponentials(dtype, keep_v, softcap):
+    hidden, head, targets = arrays(70, 64, 600, dtype)
+    bias = jnp.asarray(np.random.default_rng(1).normal(size=600), jnp.float32)
+    bias = bias.at[3::7].set(-jnp.inf)
+    if keep_v == 600:
+        bias = bias.at[256:512].set(-jnp.inf)  # a whole block
+    options = LogitOptions(softcap=softcap, scale=0.8, stats=STATS)
+    partials, kept = mosaic_gpu.forward_partials(
+        hidden,
+        head,
+        targets,
+        bias,
+        None,
+        options=options,
+        workspace_bytes=2**28,
+        keep_v=keep_v,
+    )
+    assert kept is not None and kept.exp.shape == (70, keep_v)
+    x = 0.8 * logits_of(hidden, head) + np.asarray(bias, np.float64)
+    cap = x if softcap is None else softcap * np.tanh(x / softcap)
+    slope = 1 if softcap is None else 1 - np.tanh(x / softcap) ** 2
+    exists = np.isfinite(np.asarray(bias))
+    for block, shift in enumerate(np.asarray(kept.shift, np.float64)):
+        v = slice(block * kept.block_v, min(keep_v, (block + 1) * kept.block_v))
+        top = np.where(exists, cap, -np.inf)[:, block * 256 : (block + 1) * 256]
+        top = np.where(np.isfinite(top).any(axis=1), top.max(axis=1), 0)
+        np.testing.assert_allclose(shift, top, rtol=0, atol=1e-5)
+        exact = np.where(exists, slope * np.exp(cap - shift[:, None]), 0)[:, v]
+        ours = np.asarray(kept.exp[:, v], np.float64) / kept_scale(jnp.dtype(dtype))
+        eps = float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(ours, exact, rtol=0.51 * eps + 1e-5, atol=1e-9)
+    assert partials.num_logits is not None
+    counted = [exists[:256].sum(), exists[256:512].sum(), exists[512:].sum()]
+    np.testing.assert_array_equal(partials.num_logits[:, 0], counted)
+
+
+def test_a_block_of_which_nothing_exists():
+    hidden, head, targets = arrays(40, 64, 520)
+    bias = jnp.zeros((520,), jnp.float32).at[:256].set(-jnp.inf)
+    # One target is among what does not exist: not even its own entry gets a gradient.
+    targets = (256 + targets % 264).at[0].set(5)
+
+    def loss(hidden, head):
+        out = token_logprobs(
+            hidden, head, targets, bias=bias, implementation="mosaic_gpu"
+        )
+        return out.logprob.sum(), out.lse
+
+    (_, lse), (dhidden, dhead) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
+        hidden, head
+    )
+    z = logits_of(hidden, head)[:, 256:]
+    np.testing.assert_allclose(lse, np.log(np.exp(z).sum(axis=1)), rtol=0, atol=2e-6)
+    np.testing.assert_array_equal(dhead[:256], 0)
+    assert bool(jnp.isfinite(dhidden).all())
+
+
+def test_a_negative_scale():
+    hidden, head, targets = arrays(40, 64, 264)
+    out = token_logprobs(hidden, head, targets, scale=-1.5, implementation="mosaic_gpu")
+    lse = np.log(np.exp(-1.5 * logits_of(hidden, head)).sum(axis=1))
+    np.testing.assert_allclose(out.lse, lse, rtol=0, atol=4e-6)
+
+
+def test_every_walk_over_the_tiles_gives_the_same_bits(monkeypatch):
+    """Rows and vocabulary entries that no walk may leave out or do twice."""
+    hidden, head, targets = arrays(600, 64, 520)
+    results = []
+    for tile in (
+        MosaicTile(),
+        MosaicTile(cluster=1, group_t=1),
+        MosaicTile(group_t=2, stages=2),
+    ):
+        monkeypatch.setattr(mosaic_gpu, "mosaic_tile", lambda _, tile=tile: tile)
+        results.append(
+            token_logprobs(hidden, head, targets, implementation="mosaic_gpu")
+        )
+    for other in results[1:]:
+        np.testing.assert_array_equal(results[0].lse, other.lse)
+        np.testing.assert_array_equal(results[0].logprob, other.logprob)
+
+
+def problem(**changes) -> Problem:
+    h200 = Device(platform="gpu", kind="NVIDIA H200", num_cores=132, capability=(9, 0))
+    values = {"T": 8, "D": 64, "V": 64, "dtype": jnp.dtype(jnp.bfloat16)}
+    values |= {"workspace_bytes": 2**28, "device": h200, "ragged": False}
+    return Problem(**(values | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"D": 96}, "needs a hidden size that 64 divides; this is D=96"),
+        ({"V": 50257}, "needs a vocabulary (slice) that 8 divides; this is V=50257"),
+        (
+            {"dtype": jnp.dtype(jnp.float32)},
+            "needs bfloat16 or float16 inputs; these are float32",
+        ),
+        (
+            {"device": Device(platform="gpu", kind="NVIDIA A100", capability=(8, 0))},
+            "needs Hopper's tensor cores (compute capability 9.0, as the H100 and H200 "
+            "have); this is NVIDIA A100 (compute capability 8.0)",
+        ),
+    ],
+)
+def test_what_it_cannot_do_it_says(changes, reason):
+    assert mosaic_gpu.unsupported(problem()) is None
+    assert mosaic_gpu.unsupported(problem(**changes)) == reason
+
+
+def test_a_problem_it_does_not_cover_names_what_does():
+    hidden, head, targets = arrays(8, 96, 64)
+    with pytest.raises(NotImplementedError, match="D=96; use .*xla or auto$"):
+        token_logprobs(hidden, head, targets, implementation="mosaic_gpu")
+
+
+def test_groups_of_rows_stay_in_the_cache():
+    assert mosaic_tile(problem(T=4096, D=4096, V=128256)).group_t == 8
+    assert mosaic_tile(problem(T=16384, D=8192, V=128256)).group_t == 4
+    assert mosaic_tile(problem(T=4096, D=262144, V=128256)).group_t == 1
+
+
+@pytest.mark.parametrize(
+    "changes", [{"block_t": 64}, {"block_v": 100}, {"block_d": 32}, {"cluster": 3}]
+)
+def test_tiles_that_the_hardware_cannot_take_are_refused(changes):
+    with pytest.raises(ValueError):
+        MosaicTile(**changes)
+
+
+def test_auto_takes_it_where_it_can():
+    assert load_backend("auto", problem()).__name__.endswith("mosaic_gpu")  # pyright: ignore[reportAttributeAccessIssue]
+    assert not load_backend("auto", problem(D=96)).__name__.endswith("mosaic_gpu")  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,321 @@
+"""The TPU kernels in Pallas's interpreter, which also looks for races.
+
+Memory that nothing has written holds NaN there, and so does what a block has past the
+end of its array.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from dpo_kernels import token_logprobs
+from dpo_kernels.op.interface import STATS
+from dpo_kernels.pallas_tpu import backward_tiling as tpu_backward_tiling
+from dpo_kernels.pallas_tpu import logprobs as pallas_tpu
+from dpo_kernels.pallas_tpu import matmuls as pallas_tpu_matmuls
+from dpo_kernels.pallas_tpu import tiling as tpu_tiling
+from dpo_kernels.pallas_tpu.backward_tiling import Matmul, TpuBackwardTile
+from dpo_kernels.pallas_tpu.tiling import TpuForwardTile
+from dpo_kernels.verify import table as verify
+
+CASES = {case.name: case for case in verify.CASES}
+ALIGNED, RAGGED = (32, 128, 512, 2**28), (70, 128, 700, 2**28)
+VMEM = 100 * 2**20
+FORWARD = TpuForwardTile(
+    block_t=32, block_v=256, pieces_ahead=1, parts=2, vmem_bytes=VMEM
+)
+# Several blocks of each kind; the second of two chunks, or of two cores, ends early.
+BACKWARD = TpuBackwardTile(
+    dlogits=Matmul(rows=16, columns=256, depth=128),
+    dhidden=Matmul(rows=16, columns=128, depth=256),
+    dhead=Matmul(rows=256, columns=128, depth=32),
+    share_v=768,
+    chunk_v=512,
+    hidden_buffers=2,
+    cores=1,
+    vmem_bytes=VMEM,
+)
+TWO_CORES = replace(BACKWARD, cores=2, share_v=512, chunk_v=256)
+# Blocks that are as large as the arrays or larger, and sums that are one step's.
+LARGE = replace(
+    BACKWARD,
+    dlogits=Matmul(rows=64, columns=512, depth=128),
+    dhidden=Matmul(rows=32, columns=256, depth=512),
+    dhead=Matmul(rows=512, columns=128, depth=192),
+    share_v=1024,
+    chunk_v=1024,
+    hidden_buffers=1,
+)
+
+
+@pytest.fixture(params=[1, 2], ids=["one core", "two cores"])
+def cores(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _interpreted(request, capfd):
+    names = request.fixturenames
+    count = request.getfixturevalue("cores") if "cores" in names else 1
+    with pallas_tpu.interpreted("TPU v5p", cores=count, detect_races=True):
+        yield
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several blocks of rows and of the vocabulary, and a last one cut short."""
+
+    def forward_tile(problem, **_):
+        return replace(FORWARD, cores=problem.device.num_cores)
+
+    def use(backward: TpuBackwardTile = BACKWARD) -> None:
+        monkeypatch.setattr(tpu_tiling, "forward_tile", forward_tile)
+        monkeypatch.setattr(tpu_backward_tiling, "backward_tile", lambda _: backward)
+
+    use()
+    return use
+
+
+@pytest.fixture
+def x64():
+    # Not `with jax.enable_x64(True)`: the interpreter's threads have to see it, too.
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+def check(shape, case):
+    row = verify.verify_case("pallas_tpu", "bfloat16", shape, CASES[case])
+    assert row.passed, row
+
+
+@pytest.mark.parametrize(
+    ("shape", "case"),
+    [
+        (ALIGNED, "plain"),
+        (RAGGED, "all"),
+        ((1, 128, 1, 2**28), "plain"),
+        ((3, 128, 7, 2**28), "all"),
+    ],
+)
+def test_errors_are_within_the_bound_that_plain_jax_sets(x64, shape, case):
+    check(shape, case)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_many_tiles(x64, small_tiles, case):
+    check(RAGGED, case)
+
+
+# Of the last tile one slice and a narrower one; one and a whole one; less than one.
+@pytest.mark.parametrize("V", [1700, 2048, 1100])
+def test_the_last_tile_of_the_forward_has_slices_of_its_own(x64, monkeypatch, V, cores):
+    tile = replace(FORWARD, block_v=1024, cores=cores)
+    monkeypatch.setattr(tpu_tiling, "forward_tile", lambda *_, **__: tile)
+    check((70, 128, V, 2**28), "all")
+
+
+# Of 48 rows in pieces of 32, the second repeats half of the first.
+@pytest.mark.parametrize(
+    ("T", "block_t", "piece_t", "pieces_ahead", "num_valid", "cores"),
+    [
+        (70, 32, 16, 1, None, 1),
+        (81, 64, 16, 3, None, 2),
+        (64, 48, 32, 2, None, 1),
+        (96, 48, 32, 2, None, 1),
+        (166, 48, 32, 1, 97, 1),
+        (166, 96, 16, 6, 97, 2),
+        (166, 96, 16, 4, 0, 1),
+    ],
+)
+def test_rows_arrive_in_pieces(
+    monkeypatch, T, block_t, piece_t, pieces_ahead, num_valid, cores
+):
+    monkeypatch.setattr(tpu_tiling, "PIECE_T", piece_t)
+    changes = {"block_t": block_t, "pieces_ahead": pieces_ahead, "cores": cores}
+    tile = replace(FORWARD, parts=1, **changes)
+    monkeypatch.setattr(tpu_tiling, "forward_tile", lambda *_, **__: tile)
+    hidden, head, targets = arrays(T, 700)
+    valid = T if num_valid is None else num_valid
+    out = token_logprobs(
+        hidden.at[valid:].set(jnp.nan),
+        *(head, targets),
+        num_valid=num_valid,
+        implementation="pallas_tpu",
+    )
+    lse, logprob, *_ = reference(hidden, head, targets, valid)
+    np.testing.assert_allclose(out.lse, lse, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(out.logprob, logprob, rtol=0, atol=4e-6)
+
+
+def test_blocks_that_end_after_several_pieces(x64, small_tiles, monkeypatch):
+    small_tiles(LARGE)
+    monkeypatch.setattr(pallas_tpu_matmuls, "PIECE", 16)
+    monkeypatch.setattr(pallas_tpu_matmuls, "PIECE_V", 256)
+    check(RAGGED, "all")
+
+
+@pytest.mark.parametrize("case", ["padded", "all"])
+def test_blocks_that_nothing_fills(x64, small_tiles, case):
+    small_tiles(LARGE)
+    check(RAGGED, case)
+
+
+def test_cores_share_the_vocabulary(x64, small_tiles, cores):
+    """Of three blocks the second of two cores has one."""
+    small_tiles(TWO_CORES if cores == 2 else BACKWARD)
+    check(RAGGED, "all")
+
+
+def test_a_core_without_a_vocabulary(x64, small_tiles, cores):
+    small_tiles(replace(TWO_CORES, share_v=1024) if cores == 2 else BACKWARD)
+    check(RAGGED, "bias")
+
+
+def arrays(T, V, D=128, seed=0):
+    rng = np.random.default_rng(seed)
+    hidden, head = rng.normal(size=(T, D)), rng.normal(size=(V, D)) / D**0.5
+    targets = rng.integers(0, V, size=T)
+    return (
+        jnp.asarray(hidden, jnp.bfloat16),
+        jnp.asarray(head, jnp.bfloat16),
+        jnp.asarray(targets, jnp.int32),
+    )
+
+
+def reference(hidden, head, targets, valid):
+    """lse, logprob, and their sum's gradient, in float64."""
+    h, w = np.asarray(hidden, np.float64)[:valid], np.asarray(head, np.float64)
+    z = h @ w.T
+    lse = np.log(np.exp(z).sum(axis=1))
+    hit = np.arange(len(w))[None] == np.asarray(targets)[:valid, None]
+    dz = hit - np.exp(z - lse[:, None])
+    pad = len(hidden) - valid
+    logprob = z[hit] - lse
+    dhidden = np.pad(dz @ w, ((0, pad), (0, 0)))
+    return np.pad(lse, (0, pad)), np.pad(logprob, (0, pad)), dhidden, dz.T @ h
+
+
+# Blocks of 16 rows; for the gradient of the head sums over 32, or 192.
+@pytest.mark.parametrize(
+    ("tile", "num_valid"),
+    [(BACKWARD, 0), (BACKWARD, 1), (BACKWARD, 97), (BACKWARD, 128), (BACKWARD, 166)]
+    + [(LARGE, 0), (LARGE, 64), (LARGE, 65)],
+    ids=lambda x: str(x) if isinstance(x, int) else f"{x.dlogits.rows} rows",
+)
+def test_rows_past_num_valid_are_not_looked_at(small_tiles, tile, num_valid):
+    small_tiles(tile)
+    hidden, head, targets = arrays(166, 300)
+    padded = hidden.at[num_valid:].set(jnp.nan)
+    marked = targets.at[num_valid:].set(-1)
+
+    def loss(hidden, head):
+        out = token_logprobs(
+            hidden, head, marked, num_valid=num_valid, implementation="pallas_tpu"
+        )
+        return out.logprob.sum(), out
+
+    (_, out), (dhidden, dhead) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
+        padded, head
+    )
+    lse, logprob, want_hidden, want_head = reference(hidden, head, targets, num_valid)
+    np.testing.assert_allclose(out.lse, lse, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(out.logprob, logprob, rtol=0, atol=4e-6)
+    # Two roundings to bfloat16, of 2**-9 of what is rounded.
+    for ours, want in ((dhidden, want_hidden), (dhead, want_head)):
+        limit = 2**-8 * max(1e-6, np.abs(want).max())
+        np.testing.assert_allclose(np.asarray(ours, np.float64), want, 2**-7, limit)
+    assert not np.asarray(dhidden)[num_valid:].any()
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 2], ids=["hidden", "head", "bias"])
+def test_one_gradient_alone(small_tiles, wanted):
+    hidden, head, targets = arrays(40, 300)
+    bias = jnp.linspace(-1, 1, 300)
+
+    def loss(implementation, *inputs):
+        hidden, head, bias = inputs
+        out = token_logprobs(
+            hidden, head, targets, bias=bias, implementation=implementation
+        )
+        return (out.logprob * jnp.linspace(-1, 2, 40)).sum()
+
+    def gradient(implementation, argument):
+        grad = jax.grad(loss, argument)
+        return grad(implementation, hidden, head, bias)
+
+    both = jax.grad(loss, (1, 2, 3))("pallas_tpu", hidden, head, bias)[wanted]
+    alone = gradient("pallas_tpu", wanted + 1)
+    plain = np.asarray(gradient("xla", wanted + 1), np.float64)
+    limit = 2**-7 * np.abs(plain).max()
+    for ours in (alone, both):
+        np.testing.assert_allclose(np.asarray(ours, np.float64), plain, 2**-7, limit)
+
+
+def test_a_block_of_which_nothing_exists(small_tiles):
+    hidden, head, targets = arrays(40, 600)
+    bias = jnp.zeros((600,), jnp.float32).at[:256].set(-jnp.inf)
+    # One target is among what does not exist: not even its own entry gets a gradient.
+    targets = (256 + targets % 344).at[0].set(5)
+
+    def loss(hidden, head):
+        out = token_logprobs(
+            *(hidden, head, targets),
+            bias=bias,
+            stats=STATS,
+            implementation="pallas_tpu",
+        )
+        return out.logprob.sum(), out
+
+    (_, out), (dhidden, dhead) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
+        hidden, head
+    )
+    z = (np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T)[:, 256:]
+    np.testing.assert_allclose(
+        out.lse, np.log(np.exp(z).sum(axis=1)), rtol=0, atol=2e-6
+    )
+    np.testing.assert_allclose(out.mean_logit, z.mean(axis=1), rtol=0, atol=2e-6)
+    assert float(out.logprob[0]) == -np.inf and not bool(out.top1[0])
+    np.testing.assert_array_equal(dhead[:256], 0)
+    assert bool(jnp.isfinite(dhidden).all())
+
+
+def test_the_vocabulary_over_devices(small_tiles):
+    hidden, head, targets = arrays(40, 600)
+    mesh = Mesh(np.array(jax.devices()[:2]), ("vocab",))
+
+    def local(hidden, head, targets):
+        return token_logprobs(
+            hidden, head, targets, axis_name="vocab", implementation="pallas_tpu"
+        ).logprob
+
+    sharded = jax.shard_map(
+        local, mesh=mesh, in_specs=(P(), P("vocab"), P()), out_specs=P()
+    )
+    value_and_grad = jax.value_and_grad(
+        lambda h, w: sharded(h, w, targets).sum(), (0, 1)
+    )
+    value, (dhidden, dhead) = jax.jit(value_and_grad)(hidden, head)
+    _, logprob, want_hidden, want_head = reference(hidden, head, targets, 40)
+    np.testing.assert_allclose(value, logprob.sum(), rtol=1e-6)
+    for ours, want in ((dhidden, want_hidden), (dhead, want_head)):
+        limit = 2**-8 * np.abs(want).max()
+        np.testing.assert_allclose(np.asarray(ours, np.float64), want, 2**-7, limit)
+
+
+def test_a_workspace_that_is_too_small_is_refused():
+    hidden, head, targets = arrays(40, 300)
+
+    def loss(hidden):
+        options = {"workspace_bytes": 20_000, "implementation": "pallas_tpu"}
+        return token_logprobs(hidden, head, targets, **options).logprob.sum()
+
+    # 48 rows of 256 logits of two bytes each.
+    with pytest.raises(ValueError, match="=20000 is too small .* give at least 24576"):
+        jax.grad(loss)(hidden)
