@@ -241,5 +241,5 @@ def test_tiles_that_the_hardware_cannot_take_are_refused(changes):
 
 
 def test_auto_takes_it_where_it_can():
-    assert load_backend("auto", problem()).__name__.endswith("mosaic_gpu")  # pyright: ignore[reportAttributeAccessIssue]
-    assert not load_backend("auto", problem(D=96)).__name__.endswith("mosaic_gpu")  # pyright: ignore[reportAttributeAccessIssue]
+    assert load_backend("auto", problem()).__name__.endswith("mosaic_gpu.logprobs")  # pyright: ignore[reportAttributeAccessIssue]
+    assert not load_backend("auto", problem(D=96)).__name__.endswith("mosaic_gpu.logprobs")  # pyright: ignore[reportAttributeAccessIssue]
