@@ -2,9 +2,12 @@
 
 import os
 import tempfile
+from pathlib import Path
+
+from tests import environment
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = environment.xla_flags(os.environ.get("XLA_FLAGS", ""))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -15,8 +18,21 @@ os.environ["DPO_CACHE"] = f"{_caches.name}/dpo"
 os.environ["HF_DATASETS_CACHE"] = f"{_caches.name}/datasets"
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 import tests.typechecker  # noqa: E402, F401, named in pyproject.toml
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Of this process alone: what compiles for absent devices cannot read it back, and what
+# dumps a compiler's files has to compile.
+_compiled = environment.compilation_cache(Path(__file__).parent.parent)
+jax.config.update("jax_compilation_cache_dir", str(_compiled))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers leave the folder alone: one process trims it, before they start."""
+    if not hasattr(config, "workerinput"):
+        environment.trim(_compiled)
