@@ -2,6 +2,7 @@
 
 import pytest
 
+from bench import compiled
 from bench.gpu import aot as gpu_aot
 
 GOOD = {"kernel": "token_logprobs_forward", "spill_bytes": 0, "shared_bytes": 1}
@@ -9,7 +10,7 @@ GOOD |= {"wgmma": 4, "registers": 168}
 
 
 def test_a_call_compiles_within_the_promise():
-    results = gpu_aot.measure_elsewhere(quick=True)
+    results = compiled.rows_of("gpu")
     assert [row["implementation"] for row in results] == ["mosaic_gpu", "triton"]
     assert [gpu_aot.problems(row) for row in results] == [[], []]
     names = [kernel["kernel"] for kernel in results[0]["kernels"]]

@@ -5,38 +5,22 @@ import sys
 
 import pytest
 
-from bench import rows
+from bench import compiled, rows
 from bench.tpu import aot as tpu_aot
 from bench.tpu.aot import PARALLEL, Program
+from bench.tpu.chips import CHIPS
 
-SHAPE = (4096, 1024, 151936)  # D and V of Qwen3 0.6B, which compiles fast
 GOOD = {"temp_bytes": 1, "bound_bytes": 1}
 GOOD |= {"kernels": ["token_logprobs_backward", "token_logprobs_forward"]}
 
 
-def test_the_op_compiles_within_the_promise_on_every_generation():
-    """With everything on; as the engine calls it over four chips, vocabulary cut."""
-    wanted = [
-        Program(generation=name, shape=SHAPE, variant="everything")
-        for name in tpu_aot.PARALLEL
-    ]
-    devices = tpu_aot.PARALLEL["7x"]
-    wanted.append(Program(generation="7x", shape=SHAPE, devices=devices))
-    results = list(tpu_aot.measure_elsewhere(wanted))
-    found = [(row["device"], row["devices"], tpu_aot.problems(row)) for row in results]
-    single = [(f"TPU {x}, ahead of time", 1, []) for x in ("v5e", "v5p", "v6e", "7x")]
-    assert found == [*single, ("TPU 7x, ahead of time", devices, [])]
-
-
-def test_few_rows_compile_on_every_generation():
-    """Fewer than a register has; and some that end within a tile of memory."""
-    wanted = [
-        Program(generation=name, shape=(T, 1024, 3000), variant="everything")
-        for name in tpu_aot.PARALLEL
-        for T in (1, 17)
-    ]
-    results = list(tpu_aot.measure_elsewhere(wanted))
-    assert [tpu_aot.problems(row) for row in results] == [[]] * len(wanted)
+def test_every_program_compiles_within_the_promise():
+    """With everything on, few rows too; over four chips as the engine calls it."""
+    results = compiled.rows_of("tpu")
+    found = {(row["device"], row["devices"], row["T"]) for row in results}
+    single = {(f"TPU {x}, ahead of time", 1, T) for x in CHIPS for T in (4096, 17, 1)}
+    assert found == {*single, ("TPU 7x, ahead of time", PARALLEL["7x"], 4096)}
+    assert [tpu_aot.problems(row) for row in results] == [[]] * len(results)
 
 
 @pytest.mark.parametrize(
