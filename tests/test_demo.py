@@ -7,12 +7,9 @@ from pathlib import Path
 from engine import load_model
 from engine.commands.train import load_tokenizer
 from engine.config.run import load_run_config
+from tests.json_lines import read_lines
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo"
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_the_pairs_are_those_of_the_script():

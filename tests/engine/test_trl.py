@@ -10,14 +10,12 @@ from transformers import AutoTokenizer
 
 from engine import DPOConfig, DPOTrainer, load_model
 from engine.parallel.sharding import make_mesh
+from tests.json_lines import read_lines
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "trl"
 # TRL's own runs differ by 1e-5 of this measure between kernels: see fixtures/README.md.
 TOLERANCE = 2e-4
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+pytestmark = pytest.mark.numerics
 
 
 def train(case: Path, directory: Path, **changes) -> list[dict]:

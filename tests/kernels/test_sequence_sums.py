@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -97,14 +96,10 @@ INTEGERS, FLOATS = jnp.zeros(2, jnp.int32), jnp.zeros(2)
         ((INTEGERS, 1, {"implementation": "cuda"}), "unknown; use one of: auto, mos"),
     ],
 )
-def test_bad_arguments_are_named(arguments, message):
+def test_bad_arguments_are_named(unchecked, arguments, message):
     named = arguments[-1] if arguments and isinstance(arguments[-1], dict) else {}
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        with pytest.raises(ValueError, match=message) as error:
-            sequence_sums(FLOATS, *arguments[: len(arguments) - bool(named)], **named)
-        assert "\n" not in str(error.value)
-        with pytest.raises(ValueError, match="values is int32.2.; it must be a float"):
-            sequence_sums(INTEGERS, offsets=INTEGERS)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+    with pytest.raises(ValueError, match=message) as error:
+        sequence_sums(FLOATS, *arguments[: len(arguments) - bool(named)], **named)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="values is int32.2.; it must be a float"):
+        sequence_sums(INTEGERS, offsets=INTEGERS)

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from jax.test_util import check_grads
@@ -21,24 +20,30 @@ RAGGED = (300, 64, 1003)
 SMALL_WORKSPACE = 2**19  # several chunks of the vocabulary, several blocks of rows
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def small(*args, **kwargs):
     return token_logprobs(*args, workspace_bytes=SMALL_WORKSPACE, **kwargs)
 
 
-@pytest.mark.parametrize("dtype", verify.DTYPES)
-@pytest.mark.parametrize("shape", verify.SHAPES, ids=str)
+# One shape is enough for each instruction set: ragged, with several blocks. For SSE4.2,
+# jaxlib 0.11.2 compiles no float16: it does not find the functions that convert it.
+GRID = [
+    pytest.param(
+        *(shape, dtype),
+        marks=[pytest.mark.numerics] * (shape[:3] == RAGGED and dtype != "float16"),
+    )
+    for shape in verify.SHAPES
+    for dtype in verify.DTYPES
+]
+
+
+@pytest.mark.parametrize("shape, dtype", GRID)
 @pytest.mark.parametrize("case", (CASES[1], ALL), ids=lambda case: case.name)
 def test_errors_are_within_the_bound_that_plain_jax_sets(x64, dtype, shape, case):
     row = verify.verify_case("xla", dtype, shape, case)
     assert row.passed, str(row)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("case", CASES[2:4], ids=lambda case: case.name)
 def test_each_option_alone(x64, case):
     assert verify.verify_case("xla", "float32", verify.SHAPES[2], case).passed
@@ -267,18 +272,13 @@ GOOD = {
         ({"workspace_bytes": 100}, "workspace_bytes=100 is too small"),
     ],
 )
-def test_bad_arguments_are_named(bad, message):
-    # The caller's check, not the types that pytest alone enforces.
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        args: dict[str, Any] = {
-            k: jnp.asarray(v) if isinstance(v, np.ndarray) else v
-            for k, v in (GOOD | bad).items()
-        }
-        with pytest.raises(ValueError, match=message):
-            token_logprobs(**args)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+def test_bad_arguments_are_named(unchecked, bad, message):
+    args: dict[str, Any] = {
+        k: jnp.asarray(v) if isinstance(v, np.ndarray) else v
+        for k, v in (GOOD | bad).items()
+    }
+    with pytest.raises(ValueError, match=message):
+        token_logprobs(**args)
 
 
 def test_the_reference_agrees_with_a_loop_in_numpy():

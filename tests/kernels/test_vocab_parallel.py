@@ -36,6 +36,7 @@ def vocab_parallel(op, mesh, axis_name, inputs):
     return evaluate(whole, inputs, str(inputs.arrays["hidden"].dtype))
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize(
     "sizes, axis_name", [((1, 4, 1), "fsdp"), ((2, 2, 2), ("fsdp", "tensor"))]
 )

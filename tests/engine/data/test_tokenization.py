@@ -9,6 +9,7 @@ from engine.data.pairs import tokenize_pairs
 from engine.data.tokenization import PairTokens
 from engine.errors import InputError
 from tests.engine.tiny_tokenizers import BOS, EOS, ids, make
+from tests.json_lines import read_lines
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 
@@ -39,17 +40,14 @@ def messages(*contents: str) -> list[dict]:
     return [{"role": roles[i % 2], "content": c} for i, c in enumerate(contents)]
 
 
-def read_lines(*paths: Path) -> list[list[dict]]:
-    return [[json.loads(x) for x in path.read_text().splitlines()] for path in paths]
-
-
 # ---------------------------------------------------------------- agreement with TRL
 
 
 @pytest.mark.parametrize("name", ["text", "chat"])
 def test_training_fixtures_have_trl_tokens(name):
     directory = FIXTURES / "trl" / name
-    rows, expected = read_lines(directory / "data.jsonl", directory / "tokens.jsonl")
+    rows = read_lines(directory / "data.jsonl")
+    expected = read_lines(directory / "tokens.jsonl")
     limit = json.loads((directory / "settings.json").read_text())["max_length"]
     tokenizer = AutoTokenizer.from_pretrained(directory / "model")
     pairs = tokenize(rows, tokenizer, limit)

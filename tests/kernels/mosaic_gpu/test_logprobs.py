@@ -13,6 +13,7 @@ from dpo_kernels.op.gpu_tiling import MosaicTile, mosaic_tile
 from dpo_kernels.op.interface import STATS, LogitOptions, kept_scale
 from dpo_kernels.op.tiling import Problem
 from dpo_kernels.verify import table as verify
+from tests.kernels.inputs import arrays, logits_of
 
 CASES = {case.name: case for case in verify.CASES}
 ALIGNED, RAGGED = (256, 128, 1024, 2**28), (129, 64, 1000, 2**28)
@@ -42,29 +43,9 @@ def _interpreted(capfd):
         ((1, 64, 8, 2**28), "plain", "float16"),
     ],
 )
-def test_errors_are_within_the_bound_that_plain_jax_sets(shape, case, dtype):
-    # Not `with jax.enable_x64(True)`: the interpreter's threads have to see it, too.
-    jax.config.update("jax_enable_x64", True)
-    try:
-        row = verify.verify_case("mosaic_gpu", dtype, shape, CASES[case])
-    finally:
-        jax.config.update("jax_enable_x64", False)
+def test_errors_are_within_the_bound_that_plain_jax_sets(x64, shape, case, dtype):
+    row = verify.verify_case("mosaic_gpu", dtype, shape, CASES[case])
     assert row.passed, row
-
-
-def arrays(T, D, V, dtype=jnp.bfloat16, seed=0):
-    rng = np.random.default_rng(seed)
-    hidden, head = rng.normal(size=(T, D)), rng.normal(size=(V, D)) / D**0.5
-    targets = rng.integers(0, V, size=T)
-    return (
-        jnp.asarray(hidden, dtype),
-        jnp.asarray(head, dtype),
-        jnp.asarray(targets, jnp.int32),
-    )
-
-
-def logits_of(hidden, head):
-    return np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T
 
 
 # Two tiles of a cluster are 256 rows: the edges of a row, a tile and a cluster.
@@ -241,5 +222,5 @@ def test_tiles_that_the_hardware_cannot_take_are_refused(changes):
 
 
 def test_auto_takes_it_where_it_can():
-    assert load_backend("auto", problem()).__name__.endswith("mosaic_gpu.logprobs")  # pyright: ignore[reportAttributeAccessIssue]
-    assert not load_backend("auto", problem(D=96)).__name__.endswith("mosaic_gpu.logprobs")  # pyright: ignore[reportAttributeAccessIssue]
+    assert load_backend("auto", problem()) is mosaic_gpu
+    assert load_backend("auto", problem(D=96)) is not mosaic_gpu

@@ -17,6 +17,7 @@ def device(kind: str) -> Device:
     return Device(platform="tpu", kind=kind, num_cores=1)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("kind", ROUGH)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_log_is_within_1e_6_however_rough_the_default_is(monkeypatch, kind, sign):

@@ -22,6 +22,7 @@ from dpo_kernels.pallas_tpu import tiling as tpu_tiling
 from dpo_kernels.pallas_tpu.backward_tiling import Matmul, TpuBackwardTile
 from dpo_kernels.pallas_tpu.tiling import TpuForwardTile
 from dpo_kernels.verify import table as verify
+from tests.kernels.inputs import arrays, logits_of, logprobs
 
 CASES = {case.name: case for case in verify.CASES}
 ALIGNED, RAGGED = (32, 128, 512, 2**28), (70, 128, 700, 2**28)
@@ -82,14 +83,6 @@ def small_tiles(monkeypatch):
     return use
 
 
-@pytest.fixture
-def x64():
-    # Not `with jax.enable_x64(True)`: the interpreter's threads have to see it, too.
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
-
-
 def check(shape, case):
     row = verify.verify_case("pallas_tpu", "bfloat16", shape, CASES[case])
     assert row.passed, row
@@ -141,7 +134,7 @@ def test_rows_arrive_in_pieces(
     changes = {"block_t": block_t, "pieces_ahead": pieces_ahead, "cores": cores}
     tile = replace(FORWARD, parts=1, **changes)
     monkeypatch.setattr(tpu_tiling, "forward_tile", lambda *_, **__: tile)
-    hidden, head, targets = arrays(T, 700)
+    hidden, head, targets = arrays(T, 128, 700)
     valid = T if num_valid is None else num_valid
     out = token_logprobs(
         hidden.at[valid:].set(jnp.nan),
@@ -149,7 +142,7 @@ def test_rows_arrive_in_pieces(
         num_valid=num_valid,
         implementation="pallas_tpu",
     )
-    lse, logprob, *_ = reference(hidden, head, targets, valid)
+    lse, logprob, *_ = logprobs(hidden, head, targets, valid)
     np.testing.assert_allclose(out.lse, lse, rtol=0, atol=2e-6)
     np.testing.assert_allclose(out.logprob, logprob, rtol=0, atol=4e-6)
 
@@ -178,30 +171,6 @@ def test_a_core_without_a_vocabulary(x64, small_tiles, cores):
     check(RAGGED, "bias")
 
 
-def arrays(T, V, D=128, seed=0):
-    rng = np.random.default_rng(seed)
-    hidden, head = rng.normal(size=(T, D)), rng.normal(size=(V, D)) / D**0.5
-    targets = rng.integers(0, V, size=T)
-    return (
-        jnp.asarray(hidden, jnp.bfloat16),
-        jnp.asarray(head, jnp.bfloat16),
-        jnp.asarray(targets, jnp.int32),
-    )
-
-
-def reference(hidden, head, targets, valid):
-    """lse, logprob, and their sum's gradient, in float64."""
-    h, w = np.asarray(hidden, np.float64)[:valid], np.asarray(head, np.float64)
-    z = h @ w.T
-    lse = np.log(np.exp(z).sum(axis=1))
-    hit = np.arange(len(w))[None] == np.asarray(targets)[:valid, None]
-    dz = hit - np.exp(z - lse[:, None])
-    pad = len(hidden) - valid
-    logprob = z[hit] - lse
-    dhidden = np.pad(dz @ w, ((0, pad), (0, 0)))
-    return np.pad(lse, (0, pad)), np.pad(logprob, (0, pad)), dhidden, dz.T @ h
-
-
 # Blocks of 16 rows; for the gradient of the head sums over 32, or 192.
 @pytest.mark.parametrize(
     ("tile", "num_valid"),
@@ -211,7 +180,7 @@ def reference(hidden, head, targets, valid):
 )
 def test_rows_past_num_valid_are_not_looked_at(small_tiles, tile, num_valid):
     small_tiles(tile)
-    hidden, head, targets = arrays(166, 300)
+    hidden, head, targets = arrays(166, 128, 300)
     padded = hidden.at[num_valid:].set(jnp.nan)
     marked = targets.at[num_valid:].set(-1)
 
@@ -224,7 +193,7 @@ def test_rows_past_num_valid_are_not_looked_at(small_tiles, tile, num_valid):
     (_, out), (dhidden, dhead) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
         padded, head
     )
-    lse, logprob, want_hidden, want_head = reference(hidden, head, targets, num_valid)
+    lse, logprob, want_hidden, want_head = logprobs(hidden, head, targets, num_valid)
     np.testing.assert_allclose(out.lse, lse, rtol=0, atol=2e-6)
     np.testing.assert_allclose(out.logprob, logprob, rtol=0, atol=4e-6)
     # Two roundings to bfloat16, of 2**-9 of what is rounded.
@@ -236,7 +205,7 @@ def test_rows_past_num_valid_are_not_looked_at(small_tiles, tile, num_valid):
 
 @pytest.mark.parametrize("wanted", [0, 1, 2], ids=["hidden", "head", "bias"])
 def test_one_gradient_alone(small_tiles, wanted):
-    hidden, head, targets = arrays(40, 300)
+    hidden, head, targets = arrays(40, 128, 300)
     bias = jnp.linspace(-1, 1, 300)
 
     def loss(implementation, *inputs):
@@ -259,7 +228,7 @@ def test_one_gradient_alone(small_tiles, wanted):
 
 
 def test_a_block_of_which_nothing_exists(small_tiles):
-    hidden, head, targets = arrays(40, 600)
+    hidden, head, targets = arrays(40, 128, 600)
     bias = jnp.zeros((600,), jnp.float32).at[:256].set(-jnp.inf)
     # One target is among what does not exist: not even its own entry gets a gradient.
     targets = (256 + targets % 344).at[0].set(5)
@@ -276,7 +245,7 @@ def test_a_block_of_which_nothing_exists(small_tiles):
     (_, out), (dhidden, dhead) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
         hidden, head
     )
-    z = (np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T)[:, 256:]
+    z = logits_of(hidden, head)[:, 256:]
     np.testing.assert_allclose(
         out.lse, np.log(np.exp(z).sum(axis=1)), rtol=0, atol=2e-6
     )
@@ -287,7 +256,7 @@ def test_a_block_of_which_nothing_exists(small_tiles):
 
 
 def test_the_vocabulary_over_devices(small_tiles):
-    hidden, head, targets = arrays(40, 600)
+    hidden, head, targets = arrays(40, 128, 600)
     mesh = Mesh(np.array(jax.devices()[:2]), ("vocab",))
 
     def local(hidden, head, targets):
@@ -302,7 +271,7 @@ def test_the_vocabulary_over_devices(small_tiles):
         lambda h, w: sharded(h, w, targets).sum(), (0, 1)
     )
     value, (dhidden, dhead) = jax.jit(value_and_grad)(hidden, head)
-    _, logprob, want_hidden, want_head = reference(hidden, head, targets, 40)
+    _, logprob, want_hidden, want_head = logprobs(hidden, head, targets, 40)
     np.testing.assert_allclose(value, logprob.sum(), rtol=1e-6)
     for ours, want in ((dhidden, want_hidden), (dhead, want_head)):
         limit = 2**-8 * np.abs(want).max()
@@ -310,7 +279,7 @@ def test_the_vocabulary_over_devices(small_tiles):
 
 
 def test_a_workspace_that_is_too_small_is_refused():
-    hidden, head, targets = arrays(40, 300)
+    hidden, head, targets = arrays(40, 128, 300)
 
     def loss(hidden):
         options = {"workspace_bytes": 20_000, "implementation": "pallas_tpu"}

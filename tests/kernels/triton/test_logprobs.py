@@ -24,6 +24,7 @@ from dpo_kernels.verify import table as verify
 pytest.importorskip("jax_triton", reason="needs the extra cuda13 and the CUDA plugin")
 
 from bench.gpu import triton_resources as gpu_triton_resources  # noqa: E402
+from tests.kernels.inputs import arrays, logits_of  # noqa: E402
 from tests.kernels.triton import interpreter as triton_interpreter  # noqa: E402
 
 CASES = {case.name: case for case in verify.CASES}
@@ -67,21 +68,15 @@ def launched(monkeypatch):
         (TINY, "plain", "float32"),
     ],
 )
-def test_errors_are_within_the_bound_that_plain_jax_sets(shape, case, dtype, launched):
+def test_errors_are_within_the_bound_that_plain_jax_sets(
+    x64, shape, case, dtype, launched
+):
     sizes, kept = shape
-    with jax.enable_x64(True):
-        row = verify.verify_case("triton", dtype, sizes, CASES[case])
+    row = verify.verify_case("triton", dtype, sizes, CASES[case])
     assert row.passed, row
     keep_v = launched["partials_kernel"][0]["KEEP_V"]
     assert kept == ("all" if keep_v == sizes[2] else "some" if keep_v else "none")
     assert bool(launched["dlogits_kernel"]) == (kept != "all")
-
-
-def arrays(T, D, V, dtype=jnp.float32, seed=0):
-    rng = np.random.default_rng(seed)
-    hidden, head = rng.normal(size=(T, D)), rng.normal(size=(V, D)) / D**0.5
-    targets = jnp.asarray(rng.integers(0, V, size=T), jnp.int32)
-    return jnp.asarray(hidden, dtype), jnp.asarray(head, dtype), targets
 
 
 def forward(hidden, head, targets, bias=None, num_valid=None, keep_v=0, **options):
@@ -99,7 +94,7 @@ def forward(hidden, head, targets, bias=None, num_valid=None, keep_v=0, **option
 
 @pytest.mark.parametrize("num_valid", [0, 1, 31, 32, 33, 64, 66, 67, 1000, -5])
 def test_only_blocks_with_a_valid_row_are_computed(num_valid):
-    hidden, head, targets = arrays(67, 19, 203)
+    hidden, head, targets = arrays(67, 19, 203, jnp.float32)
     hidden = hidden.at[num_valid if num_valid > 0 else 0 :].set(jnp.nan)
     got, _ = forward(hidden, head, targets, num_valid=num_valid, stats=STATS)
     valid = min(max(num_valid, 0), 67)
@@ -129,7 +124,7 @@ def test_kept_exponentials(keep_v, softcap, dtype):
     _, kept = forward(hidden, head, targets, bias, keep_v=keep_v, softcap=softcap)
     assert kept is not None and kept.block_v == 64 and kept.exp.shape == (67, keep_v)
     assert kept.exp.dtype == dtype and kept.shift.shape == (-(-keep_v // 64), 67)
-    x = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T
+    x = logits_of(hidden, head)
     tanh = np.tanh(x / softcap) if softcap else np.zeros_like(x)
     z = softcap * tanh if softcap else x
     # All of the second block is masked: its shift must be 0, not -inf.
@@ -148,7 +143,7 @@ def test_kept_exponentials(keep_v, softcap, dtype):
 
 def test_nothing_is_kept_beyond_keep_v():
     """Past its row's end lies the next row, where no address is out of bounds."""
-    hidden, head, targets = arrays(33, 16, 150)
+    hidden, head, targets = arrays(33, 16, 150, jnp.float32)
     first = forward(hidden, head, targets, keep_v=70, softcap=2.0)[1]
     every = forward(hidden, head, targets, keep_v=150, softcap=2.0)[1]
     assert first is not None and every is not None
@@ -157,7 +152,7 @@ def test_nothing_is_kept_beyond_keep_v():
 
 @pytest.mark.parametrize("target", [-(2**31), -1, 64, 2**31 - 1])
 def test_a_target_elsewhere_has_no_logit(target):
-    hidden, head, _ = arrays(5, 16, 40)
+    hidden, head, _ = arrays(5, 16, 40, jnp.float32)
     got, _ = forward(hidden, head, jnp.full((5,), target, jnp.int32))
     assert (got.target_logit == -jnp.inf).all()
 
@@ -165,7 +160,7 @@ def test_a_target_elsewhere_has_no_logit(target):
 @pytest.mark.parametrize("target", [0, 63, 64, 99])
 def test_a_target_at_the_edge_of_a_block_is_found(target):
     """Alone in its block: another row's target would have the block searched, too."""
-    hidden, head, _ = arrays(5, 16, 100)
+    hidden, head, _ = arrays(5, 16, 100, jnp.float32)
     targets = jnp.full((5,), -1, jnp.int32).at[2].set(target)
     got, _ = forward(hidden, head, targets)
     found = np.asarray(got.target_logit.max(axis=0))
@@ -185,7 +180,7 @@ def test_tanh_keeps_its_digits():
 
 def test_huge_logits_of_rows_past_the_end_do_not_reach_the_bias():
     """A tile's rows past T repeat the last row: exp of its logit overflows."""
-    hidden, head, targets = arrays(33, 16, 40)
+    hidden, head, targets = arrays(33, 16, 40, jnp.float32)
     hidden = hidden.at[32].mul(1e4)
     lse = jax.nn.logsumexp(hidden @ head.T, axis=1)
     dx, dbias = triton.dlogits(
@@ -198,7 +193,7 @@ def test_huge_logits_of_rows_past_the_end_do_not_reach_the_bias():
 
 
 def test_a_target_without_probability_has_no_gradient():
-    hidden, head, _ = arrays(5, 16, 40)
+    hidden, head, _ = arrays(5, 16, 40, jnp.float32)
     bias = jnp.zeros(40).at[7].set(-jnp.inf)
     ones = jnp.ones(5)
     dx, dbias = triton.dlogits(

@@ -1,0 +1,37 @@
+"""Seeded inputs of the kernels, and what they give in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def arrays(
+    T: int, D: int, V: int, dtype=jnp.bfloat16
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """hidden, head and targets; logits of standard deviation about 1."""
+    rng = np.random.default_rng(0)
+    hidden, head = rng.normal(size=(T, D)), rng.normal(size=(V, D)) / D**0.5
+    targets = jnp.asarray(rng.integers(0, V, size=T), jnp.int32)
+    return jnp.asarray(hidden, dtype), jnp.asarray(head, dtype), targets
+
+
+def logits_of(hidden: jax.Array, head: jax.Array) -> np.ndarray:
+    """In float64."""
+    return np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T
+
+
+def logprobs(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, valid: int
+) -> tuple[np.ndarray, ...]:
+    """lse, logprob, and the gradient of the latter's sum, in float64.
+
+    All zero from row `valid` on, whatever is in it.
+    """
+    h, w = np.asarray(hidden, np.float64)[:valid], np.asarray(head, np.float64)
+    z = logits_of(hidden[:valid], head)
+    lse = np.log(np.exp(z).sum(axis=1))
+    hit = np.arange(len(w))[None] == np.asarray(targets)[:valid, None]
+    dz = hit - np.exp(z - lse[:, None])
+    pad = len(hidden) - valid
+    dhidden = np.pad(dz @ w, ((0, pad), (0, 0)))
+    return np.pad(lse, (0, pad)), np.pad(z[hit] - lse, (0, pad)), dhidden, dz.T @ h
