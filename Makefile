@@ -1,7 +1,11 @@
 # Each target does its own set-up: git, make and a Python 3.12 or newer are enough.
 #   make demo    train the bundled model on the bundled pairs, and look at the result
-#   make test    what a change has to pass: lint, then the tests
+#   make test    what a change has to pass: lint, then all tests
 #   make lint    ruff and pyright alone
+#   make test-engine    the part of the tests that is not about kernels
+#   make test-kernels   the part that is: dpo_kernels and bench
+#   make test-isa       the numerical tests, compiled for older processors
+#   make record-compiled  compile changed kernels for absent devices, and record it
 #   make bench   the benchmarks on the CPU
 #   make check-gpu-aot  compile every GPU kernel for an H200, with or without a GPU
 #   make check-tpu-aot  compile the TPU kernels for v5e, v5p, v6e and 7x, without a TPU
@@ -10,8 +14,8 @@
 #   make clean   remove the environment and every cache
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench check-gpu-aot check-tpu-aot \
-	bench-gpu bench-tpu clean
+.PHONY: help demo test lint test-engine test-kernels test-isa record-compiled format \
+	bench check-gpu-aot check-tpu-aot bench-gpu bench-tpu clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -26,8 +30,29 @@ help:
 demo: $(VENV)/.run
 	$(PY) examples/demo/run.py
 
-test: lint
-	$(PY) -m pytest -q -n 2
+# A worker a core, and about 1.5 GB a worker. Each starts with neighbouring tests, which
+# share what they set up, and takes from the others what these have not begun.
+WORKERS ?= auto
+PYTEST := $(PY) -m pytest -q -n $(WORKERS) --maxprocesses=8 --dist=worksteal
+# XLA rounds otherwise on each of these; other machines than x86 have one way only.
+ISAS := $(if $(filter x86_64 amd64,$(shell uname -m)),SSE4_2 AVX2)
+
+test: lint test-engine test-kernels test-isa
+
+test-engine: $(VENV)/.test
+	$(PYTEST) --ignore=tests/kernels --ignore=tests/bench
+
+test-kernels: $(VENV)/.test
+	$(PYTEST) tests/kernels tests/bench
+
+test-isa: $(VENV)/.test
+	@for isa in $(ISAS); do \
+	echo "== the numerical tests, compiled for $$isa"; \
+	XLA_FLAGS="$$XLA_FLAGS --xla_cpu_max_isa=$$isa" $(PYTEST) -m numerics || exit 1; \
+	done
+
+record-compiled: $(VENV)/.test
+	$(PY) -m bench.compiled
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
