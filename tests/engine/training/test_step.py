@@ -110,6 +110,7 @@ def assert_same(got, want, rtol=2e-5):
         np.testing.assert_allclose(a[kept], b[kept], rtol=1e-3, atol=2e-4)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_meshes_agree(sizes, one_device):
     assert_same(run(sizes), one_device)
@@ -134,6 +135,7 @@ def test_filler_pairs_weigh_nothing():
     assert_same(run((2, 4, 1), pairs=pairs, steps=1), want)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
 def test_margins_start_at_exactly_zero_in_bfloat16(sizes, remat):
