@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from engine.config.dpo import DPOConfig
     from engine.errors import InputError
     from engine.models import init_model, load_model
-    from engine.training.trainer import DPOTrainer
+    from engine.training.dpo_trainer import DPOTrainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
 # Imported when first used, so that `dpo --help` and a mistyped key do not wait for jax.
 _HOMES = {
     "DPOConfig": "engine.config.dpo",
-    "DPOTrainer": "engine.training.trainer",
+    "DPOTrainer": "engine.training.dpo_trainer",
     "InputError": "engine.errors",
     "init_model": "engine.models",
     "load_model": "engine.models",

@@ -1,6 +1,7 @@
 """The command line: `dpo train`, `dpo validate`, `dpo run`, `dpo verify`."""
 
 import argparse
+import importlib
 import logging
 import os
 import sys
@@ -90,13 +91,8 @@ def _run(command: str, path: str, overrides: list[str]):
             f"{path}: no actions; list some, such as `actions: [train]`, or use "
             "`dpo train`"
         )
-    from engine.commands.train import train_from_config, validate_config
-
     for action in actions:
-        if action == "train":
-            train_from_config(run_config)
-        else:
-            validate_config(run_config)
+        importlib.import_module(f"engine.commands.{action}").main(run_config)
 
 
 def _parser() -> argparse.ArgumentParser:

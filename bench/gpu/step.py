@@ -51,11 +51,11 @@ def head_shape(name: str, workload: Workload) -> plan.Shape:
 def start_heads(name: str, workload: Workload) -> list[Future]:
     """The policy's head with its gradients, and the reference's, being compiled."""
     import jax
+    from engine.training.scoring import STATS
 
     from bench.gpu import programs
     from dpo_kernels import token_logprobs
     from dpo_kernels.op.compilation import Compiler
-    from engine.training.scoring import STATS
 
     def op(stats: tuple[str, ...]) -> programs.Logprobs:
         def ours(hidden: Any, head: Any, targets: Any, num_valid: Any) -> Any:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from engine.training.preparation import step_options
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
@@ -24,7 +25,6 @@ from engine.objective.losses import LOSSES, LossOptions, PairLogps
 from engine.parallel.sharding import BATCH, make_mesh, param_specs
 from engine.training.metrics import means
 from engine.training.optimizer import make_optimizer
-from engine.training.preparation import step_options
 from engine.training.step import TrainState, init_state, make_train_step, put_batch
 
 OURS, PLAIN, PLAIN_OPTAX = "dpo_kernels", "plain JAX, log_softmax", "plain JAX, optax"

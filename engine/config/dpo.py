@@ -122,9 +122,9 @@ class DPOConfig:
                 f"total_batch_size={self.total_batch_size} must be a multiple of "
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
             )
-        if not LOSSES[self.loss_type].label_smoothing:
-            reason = f"with loss_type {self.loss_type!r}"
-            check_unused(self, reason, "label_smoothing")
+        every = frozenset[str]().union(*(loss.options for loss in LOSSES.values()))
+        reason = f"with loss_type {self.loss_type!r}"
+        check_unused(self, reason, *sorted(every - LOSSES[self.loss_type].options))
         if self.reference_free:
             check_unused(self, "with reference_free", "sync_ref_model")
         if not self.sync_ref_model:

@@ -1,16 +1,20 @@
-"""Batches of static shapes: a pure function of data, settings, epoch and index."""
+"""Batches of static shapes: a pure function of data, settings and step.
 
-import math
+`Order` says which pairs make up a batch, `Padded` how they are laid out in rows, and
+`BatchPlan` puts both together for a run.
+"""
+
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int64
 
-from engine.data.batch import Batch
 from engine.data.tokenization import PairTokens, ragged_arange
 from engine.errors import InputError
+from engine.parallel.batch import Batch, ModelRows, Pairs, ScoredTokens
 
 _MAX_BUCKETS = 4  # static lengths, and so compilations
 _LENGTH_UNIT = 8  # lengths are multiples of it
@@ -18,36 +22,67 @@ _SCORED_UNIT = 128  # capacities for scored tokens are multiples of it
 _MAX_CANDIDATES = 128  # lengths among which the buckets are chosen
 _WORTHWHILE = 0.95  # another bucket must save a twentieth of all padded tokens
 
+Shape = tuple[int, int]  # length S of a row, capacity T of a shard for scored tokens
 
-class BatchPlan:
-    """Which pairs make up each batch of each epoch, and the few shapes that they take.
 
-    Nothing depends on what was asked for before, so that training can resume anywhere.
-    `shapes` lists every (length S, capacity T for scored tokens) that may occur; a
-    batch takes the first that it fits into. Where two have one S, the second is for
-    batches so unlikely that they hardly ever come.
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """Which pairs make up each batch of each epoch.
+
+    Raises:
+        InputError: pairs that do not make up a single batch.
+    """
+
+    num_pairs: int
+    pairs_per_batch: int
+    shuffle: bool = False  # a new order each epoch, from `seed`; else the data's own
+    seed: int = 0
+    # Leave out the pairs that do not fill a batch, instead of filling it up with
+    # padding pairs.
+    drop_last: bool = False
+
+    def __post_init__(self):
+        if self.batches_per_epoch == 0:
+            raise InputError(
+                f"{self.num_pairs} pairs do not fill one batch of "
+                f"{self.pairs_per_batch}, and drop_last drops it; use smaller batches, "
+                "more data or drop_last: false"
+            )
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """How many batches an epoch has."""
+        whole, rest = divmod(self.num_pairs, self.pairs_per_batch)
+        return whole + bool(rest and not self.drop_last)
+
+    @property
+    def pairs_per_epoch(self) -> int:
+        """How many pairs an epoch uses."""
+        return min(self.num_pairs, self.batches_per_epoch * self.pairs_per_batch)
+
+    def epoch(self, number: int) -> Int64[np.ndarray, "batches pairs"]:
+        """The pairs of each batch of an epoch (0, 1, ...); -1 where there are none."""
+        order = np.arange(self.num_pairs)
+        if self.shuffle:
+            rng = np.random.default_rng((self.seed, number))
+            order = rng.permutation(self.num_pairs)
+        members = np.full(self.batches_per_epoch * self.pairs_per_batch, -1)
+        members[: self.pairs_per_epoch] = order[: self.pairs_per_epoch]
+        return members.reshape(self.batches_per_epoch, self.pairs_per_batch)
+
+
+class Padded:
+    """One sequence a row, padded on the right to one of a few lengths.
 
     Args:
-        pairs_per_batch: A*B, over all shards and microbatches.
         accumulation: A, microbatches in a batch.
         shards: N, devices over which the pairs of a microbatch are split.
-        shuffle: a new order each epoch, from `seed`; else the data's own order.
-        drop_last: leave out the pairs that do not fill a batch, instead of filling
-            the batch up with pairs of weight 0.
     Raises:
-        InputError: pairs that cannot be split so, or do not make up a single batch.
+        InputError: batches that cannot be split so.
     """
 
     def __init__(
-        self,
-        pairs: PairTokens,
-        *,
-        pairs_per_batch: int,
-        accumulation: int = 1,
-        shards: int = 1,
-        shuffle: bool = False,
-        seed: int = 0,
-        drop_last: bool = False,
+        self, pairs: PairTokens, pairs_per_batch: int, accumulation: int, shards: int
     ):
         if pairs_per_batch < 1 or pairs_per_batch % (accumulation * shards):
             raise InputError(
@@ -55,105 +90,99 @@ class BatchPlan:
                 f"devices (data * fsdp) times {accumulation} accumulation steps; make "
                 f"it a multiple of {accumulation * shards}"
             )
-        self.pairs = pairs
+        self._pairs = pairs
+        self.grid = accumulation, shards, pairs_per_batch // (accumulation * shards)
         self._lengths = pairs.lengths.reshape(-1, 2).max(axis=1)  # the longer side's
         self._scored = pairs.num_scored.reshape(-1, 2).sum(axis=1)
-        self._grid = (accumulation, pairs_per_batch // accumulation)
-        self._shards = shards
-        self._shuffle = shuffle
-        self._seed = seed
-        whole, rest = divmod(len(pairs), pairs_per_batch)
-        self.batches_per_epoch = whole + bool(rest and not drop_last)
-        if self.batches_per_epoch == 0:
-            raise InputError(
-                f"{len(pairs)} pairs do not fill one batch of {pairs_per_batch}, and "
-                "drop_last drops it; use smaller batches, more data or drop_last: false"
-            )
-        self.shapes = self._choose_shapes()
 
-    def order(self, epoch: int) -> Int64[np.ndarray, " pairs"]:
-        """The pairs in the order of use in an epoch (0, 1, ...)."""
-        if not self._shuffle:
-            return np.arange(len(self.pairs))
-        return np.random.default_rng((self._seed, epoch)).permutation(len(self.pairs))
+    def needs(
+        self, members: Int64[np.ndarray, "batches pairs"]
+    ) -> tuple[Int64[np.ndarray, " batches"], Int64[np.ndarray, " batches"]]:
+        """The least S and T that each batch fits into."""
+        real = members >= 0
+        longest = np.where(real, self._lengths[members], 0).max(axis=1)
+        scored = np.where(real, self._scored[members], 0)
+        per_shard = scored.reshape(len(members), -1, self.grid[2]).sum(axis=2)
+        return longest, per_shard.max(axis=1)
 
-    def batches(self, epoch: int, first: int = 0) -> Iterator[tuple[Batch, int]]:
-        """Each batch of an epoch from number `first` on, with its number of tokens.
+    def shapes(
+        self,
+        longest: Int64[np.ndarray, " batches"],
+        most: Int64[np.ndarray, " batches"],
+    ) -> tuple[Shape, ...]:
+        """The few shapes that batches with these needs are given, ascending.
+
+        A batch takes the first that it fits into; each is the first for some batch.
+        """
+        unit = _LENGTH_UNIT
+        unit *= -(-int(longest.max()) // (unit * _MAX_CANDIDATES))
+        rounded = -(-longest // unit) * unit
+        candidates, counts = np.unique(rounded, return_counts=True)
+        buckets = choose_buckets(candidates, np.cumsum(counts) / len(longest))
+        capacities = (int(most[longest <= bucket].max()) for bucket in buckets)
+        return tuple(
+            (bucket, -(-capacity // _SCORED_UNIT) * _SCORED_UNIT)
+            for bucket, capacity in zip(buckets, capacities, strict=True)
+        )
+
+    def build(
+        self, members: Int64[np.ndarray, " pairs"], shape: Shape
+    ) -> tuple[Batch, int]:
+        """The batch of these pairs, and its number of tokens: see `assemble`."""
+        A, N, P = self.grid
+        return assemble(self._pairs, members.reshape(A, N, P), shape)
+
+
+class BatchPlan:
+    """The batches of a run, and the few shapes that they take.
+
+    Nothing depends on what was asked for before, so that a run can resume anywhere.
+
+    Args:
+        steps: how many batches the run has, over all epochs; None: one epoch.
+        layout: how pairs are laid out, for the same number of pairs a batch.
+    """
+
+    def __init__(self, order: Order, layout: Padded, steps: int | None = None):
+        self.order = order
+        self.layout = layout
+        self.steps = order.batches_per_epoch if steps is None else steps
+        needs = [layout.needs(self._members(epoch)) for epoch in self._epochs()]
+        longest, most = (np.concatenate(x) for x in zip(*needs, strict=True))
+        self.shapes = layout.shapes(longest, most)
+
+    def _epochs(self) -> range:
+        # Without shuffling every epoch has the same batches.
+        epochs = -(-self.steps // self.order.batches_per_epoch)
+        return range(epochs if self.order.shuffle else 1)
+
+    def _members(self, epoch: int) -> Int64[np.ndarray, "batches pairs"]:
+        """The pairs of those of an epoch's batches that the run comes to."""
+        left = self.steps - epoch * self.order.batches_per_epoch
+        return self.order.epoch(epoch)[:left]
+
+    def batches(self, first: int = 0) -> Iterator[tuple[Batch, int]]:
+        """Each batch from number `first` of the run on, with its number of tokens.
 
         The tokens are those of real pairs, prompts included, padding left out.
         """
-        order = self.order(epoch)
-        for index in range(first, self.batches_per_epoch):
-            yield self._build(self._members(order, index))
+        epoch, index = divmod(first, self.order.batches_per_epoch)
+        while epoch * self.order.batches_per_epoch < self.steps:
+            for members in self._members(epoch)[index:]:
+                yield self._build(members)
+            epoch, index = epoch + 1, 0
 
-    def batch(self, epoch: int, index: int) -> tuple[Batch, int]:
-        """Batch `index` of an epoch, and its number of tokens, as `batches` has it."""
-        if not 0 <= index < self.batches_per_epoch:
-            raise IndexError(
-                f"{index=} must be at least 0 and below {self.batches_per_epoch}"
-            )
-        return self._build(self._members(self.order(epoch), index))
+    def epochs_done(self, steps: int, microbatch: int) -> float:
+        """Epochs after so many steps, counted in microbatches of so many pairs."""
+        order = self.order
+        epoch, index = divmod(steps - 1, order.batches_per_epoch)
+        done = min((index + 1) * order.pairs_per_batch, order.pairs_per_epoch)
+        return epoch + -(-done // microbatch) / -(-order.pairs_per_epoch // microbatch)
 
-    def _members(
-        self, order: Int64[np.ndarray, " pairs"], index: int
-    ) -> Int64[np.ndarray, "A B"]:
-        """The pairs of a batch; -1 where there are no more."""
-        size = self._grid[0] * self._grid[1]
-        members = np.full(size, -1)
-        taken = order[index * size : (index + 1) * size]
-        members[: len(taken)] = taken
-        return members.reshape(self._grid)
-
-    def _build(self, members: Int64[np.ndarray, "A B"]) -> tuple[Batch, int]:
-        real = members >= 0
-        longest = self._lengths[members[real]].max()
-        scored = np.where(real, self._scored[members], 0)
-        most = scored.reshape(-1, self._pairs_per_shard()).sum(axis=1).max()
-        length, capacity = next(
-            (s, t) for s, t in self.shapes if longest <= s and most <= t
-        )
-        return assemble(self.pairs, members, length, capacity, self._shards)
-
-    def _choose_shapes(self) -> tuple[tuple[int, int], ...]:
-        """See `shapes`."""
-        lengths = self._lengths
-        unit = _LENGTH_UNIT
-        unit *= -(-int(lengths.max()) // (unit * _MAX_CANDIDATES))
-        size = self._grid[0] * self._grid[1]
-        if self._shuffle:
-            rounded = -(-lengths // unit) * unit
-            candidates, counts = np.unique(rounded, return_counts=True)
-            # How likely no one of a batch's pairs, drawn at random, is longer.
-            below = (np.cumsum(counts) / len(lengths)) ** min(size, len(lengths))
-            buckets = choose_buckets(candidates, below)
-            return self._round((b, t) for b in buckets for t in self._drawn(b))
-        # The batches are known, as every epoch has the same.
-        used = min(len(lengths), self.batches_per_epoch * size)
-        in_batches = np.zeros((2, self.batches_per_epoch * size), np.int64)
-        in_batches[:, :used] = lengths[:used], self._scored[:used]
-        longest = in_batches[0].reshape(-1, size).max(axis=1)
-        per_shard = in_batches[1].reshape(len(longest), -1, self._pairs_per_shard())
-        most = per_shard.sum(axis=2).max(axis=1)
-        candidates, counts = np.unique(-(-longest // unit) * unit, return_counts=True)
-        buckets = choose_buckets(candidates, np.cumsum(counts) / len(longest))
-        return self._round((b, int(most[longest <= b].max())) for b in buckets)
-
-    def _drawn(self, length: int) -> tuple[int, int]:
-        """Scored tokens of a shard with pairs up to `length`: likely, at most."""
-        scored = np.sort(self._scored[self._lengths <= length])
-        rest = self._pairs_per_shard() - 1
-        most = int(scored[-rest - 1 :].sum())
-        # The largest pair, and the rest five standard deviations above their mean.
-        likely = scored[-1] + rest * scored.mean() + 5 * rest**0.5 * scored.std()
-        return min(math.ceil(likely), most), most
-
-    def _pairs_per_shard(self) -> int:
-        return self._grid[1] // self._shards
-
-    def _round(self, shapes: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-        """Rounds capacities up, and drops what is then there twice."""
-        unit = _SCORED_UNIT
-        return tuple(dict.fromkeys((s, -(-t // unit) * unit) for s, t in shapes))
+    def _build(self, members: Int64[np.ndarray, " pairs"]) -> tuple[Batch, int]:
+        longest, most = self.layout.needs(members[None])
+        shape = next((s, t) for s, t in self.shapes if longest[0] <= s and most[0] <= t)
+        return self.layout.build(members, shape)
 
 
 def choose_buckets(
@@ -185,56 +214,56 @@ def choose_buckets(
 
 
 def assemble(
-    pairs: PairTokens,
-    members: Int64[np.ndarray, "A B"],
-    length: int,
-    capacity: int,
-    shards: int,
+    pairs: PairTokens, members: Int64[np.ndarray, "A N P"], shape: Shape
 ) -> tuple[Batch, int]:
-    """The batch of the pairs `members` (-1: a filler), and its number of tokens.
+    """The batch of the pairs `members` (-1: a padding pair), and its number of tokens.
 
-    Args:
-        length: S, at least each sequence's length.
-        capacity: T, at least the scored tokens of each shard's microbatch.
+    `shape` is (S, T): at least each sequence's length, and the scored tokens of each
+    shard's microbatch.
     """
-    A, B = members.shape
-    N, Bl = shards, B // shards
+    (A, N, P), (S, T) = members.shape, shape
     real = members >= 0
-    sequence_A2B = 2 * members[:, None, :] + np.arange(2)[:, None]
-    start = np.where(real[:, None], pairs.offsets[sequence_A2B], 0)
-    size = np.where(real[:, None], pairs.offsets[sequence_A2B + 1], 0) - start
-    skip = np.where(real[:, None], pairs.score_start[sequence_A2B], 0)
+    # A shard's sequences: the chosen ones, then the rejected ones.
+    sequence_ANQ = np.concatenate([2 * members, 2 * members + 1], axis=2)
+    real_ANQ = np.concatenate([real, real], axis=2)
+    start = np.where(real_ANQ, pairs.offsets[sequence_ANQ], 0)
+    size = np.where(real_ANQ, pairs.offsets[sequence_ANQ + 1], 0) - start
+    skip = np.where(real_ANQ, pairs.score_start[sequence_ANQ], 0)
+    count = size - skip
+    assert count.sum(axis=2).max() <= T and size.max() <= S
 
-    tokens = np.zeros(A * 2 * B * length, np.int32)
-    size_R = size.ravel()
-    rows_R = np.arange(A * 2 * B) * length
-    source = ragged_arange(start.ravel(), size_R)
-    tokens[ragged_arange(rows_R, size_R)] = pairs.tokens[source]
+    tokens = np.zeros(A * N * 2 * P * S, np.int32)
+    rows = np.arange(size.size) * S
+    source = ragged_arange(start.ravel(), size.ravel())
+    tokens[ragged_arange(rows, size.ravel())] = pairs.tokens[source]
 
-    def by_shard(x_A2B: np.ndarray) -> np.ndarray:
-        """[A * N, 2 * Bl]: a shard's sequences in a row, the chosen ones first."""
-        x = x_A2B.reshape(A, 2, N, Bl)  # Bl is innermost
-        return x.transpose(0, 2, 1, 3).reshape(A * N, 2 * Bl)
-
-    start, skip = by_shard(start), by_shard(skip)
-    count = by_shard(size) - skip
-    assert count.sum(axis=1).max() <= capacity and size.max() <= length
-    local = np.broadcast_to(np.arange(2 * Bl), count.shape)
-    # Filled from the left, row by row: where each sequence's scored tokens go.
-    place = np.cumsum(count, axis=1) - count + np.arange(A * N)[:, None] * capacity
-    count_R = count.ravel()
-    place = ragged_arange(place.ravel(), count_R)
-    positions, targets = np.zeros((2, A * N * capacity), np.int32)
-    positions[place] = ragged_arange((local * length + skip - 1).ravel(), count_R)
-    targets[place] = pairs.tokens[ragged_arange((start + skip).ravel(), count_R)]
+    # Filled from the left, sequence after sequence: where each one's tokens go.
+    shard = np.arange(A * N).reshape(A, N, 1)
+    place = np.cumsum(count, axis=2) - count + shard * T
+    place = ragged_arange(place.ravel(), count.ravel())
+    positions, targets = np.zeros((2, A * N * T), np.int32)
+    before = np.arange(2 * P) * S + skip - 1
+    positions[place] = ragged_arange(before.ravel(), count.ravel())
+    targets[place] = pairs.tokens[ragged_arange((start + skip).ravel(), count.ravel())]
     batch = Batch(
-        tokens=tokens.reshape(A, 2, B, length),
-        positions=positions.reshape(A, N, capacity),
-        targets=targets.reshape(A, N, capacity),
-        num_scored=count.reshape(A, N, 2 * Bl).astype(np.int32),
-        weights=real.astype(np.float32),
+        rows=ModelRows(tokens=tokens.reshape(A, N * 2 * P, S)),
+        scored=ScoredTokens(
+            positions=positions.reshape(A, N, T),
+            targets=targets.reshape(A, N, T),
+            counts=count.astype(np.int32),
+        ),
+        pairs=Pairs(weights=real.astype(np.float32)),
     )
+    check_distinct(batch.scored)
     return batch, int(size.sum())
+
+
+def check_distinct(scored: ScoredTokens) -> None:
+    """That no hidden state is scored twice: its gradient would come from one only."""
+    steps = np.diff(scored.positions, axis=2)
+    count = scored.counts.sum(axis=2, keepdims=True)
+    used = np.arange(1, scored.positions.shape[2]) < count
+    assert (steps[used] > 0).all(), "a hidden state is scored twice"
 
 
 def prefetch[T](items: Iterator[T], depth: int = 2) -> Iterator[T]:

@@ -10,18 +10,14 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from engine.data import cache as token_cache
-from engine.data.batches import Batch, BatchPlan, prefetch
 from engine.data.rows import PreferenceRows, as_rows
 from engine.data.sources import load_mixture
 from engine.data.tokenization import Limits, PairTokens, encode_pairs
 
 __all__ = [
-    "Batch",
-    "BatchPlan",
     "PairTokens",
     "PreferenceRows",
     "load_mixture",
-    "prefetch",
     "tokenize_pairs",
 ]
 

@@ -15,7 +15,7 @@ from engine.errors import InputError
 from engine.models.architecture import SLIDING, DecoderConfig
 from engine.models.attention.tiles import attend
 from engine.models.rope import rope_tables, rotate
-from engine.parallel.sharding import FSDP, TENSOR
+from engine.parallel.sharding import FSDP, TENSOR, variable_type
 
 REMAT = ("none", "dots", "full")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -92,12 +92,16 @@ class Decoder(nnx.Module):
         self.mesh = mesh
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
-        self.embed = nnx.Param(arrays["embed",])
-        layers = {path[1]: a for path, a in arrays.items() if path[0] == "layers"}
-        self.layers = nnx.Dict({name: nnx.Param(a) for name, a in layers.items()})
-        self.final_norm = nnx.Param(arrays["final_norm",])
+        variables = {
+            path: variable_type(parameter)(arrays[path])
+            for path, parameter in config.parameters().items()
+        }
+        layers = {path[1]: x for path, x in variables.items() if path[0] == "layers"}
+        self.layers = nnx.Dict(layers)
+        self.embed = variables["embed",]
+        self.final_norm = variables["final_norm",]
         if not config.tie_word_embeddings:
-            self.head = nnx.Param(arrays["head",])
+            self.head = variables["head",]
 
     @property
     def hf_config(self) -> dict[str, Any]:

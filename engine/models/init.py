@@ -19,6 +19,7 @@ from engine.parallel.sharding import (
     check_mesh,
     make_mesh,
     parameter_spec,
+    place,
     stored_shape,
 )
 
@@ -29,7 +30,7 @@ def placed_parameters(
     """(path, parameter, shape in memory, sharding) of each; checks the mesh first."""
     check_mesh(config, mesh)
     for path, one in config.parameters().items():
-        sharding = NamedSharding(mesh, parameter_spec(one, config, mesh))
+        sharding = place(parameter_spec(one, config, mesh), mesh)
         yield path, one, stored_shape(one, config, mesh), sharding
 
 

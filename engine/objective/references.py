@@ -1,76 +1,119 @@
-"""Where the reference's log-probabilities come from: a frozen model, or nowhere."""
+"""Where the reference's log-probabilities come from: a model, or nowhere."""
+
+import functools
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
 
 from engine.errors import InputError
-from engine.models import Decoder
+from engine.models import Decoder, DecoderConfig
+from engine.objective.scoring import (
+    GroupTokens,
+    ScoringOptions,
+    SequenceLogps,
+    score_completions,
+)
+from engine.parallel.batch import Batch
+from engine.parallel.sharding import param_specs
 
 
-def make_reference(
-    policy: Decoder,
-    given: Decoder | None,
-    *,
-    reference_free: bool = False,
-    synced: bool = False,
-) -> Decoder | None:
-    """The model that rewards are measured from; None when reference-free.
+@runtime_checkable
+class Reference(Protocol):
+    """What rewards are measured from.
 
-    It owns its arrays: the policy's are donated to the training step. They are kept in
-    the compute dtype, since every use starts with that cast, unless the reference
-    follows the policy: small updates would be lost in bfloat16.
-
-    Raises:
-        InputError: a given model that cannot be compared with the policy.
+    `operands` are arrays that the compiled step is given at every call, and does not
+    use up; `specs` has a PartitionSpec for each.
     """
-    if reference_free:
-        if given is not None:
-            raise InputError(
-                "reference_model has no effect with reference_free=True; remove one"
-            )
-        return None
-    source = policy if given is None else given
-    if given is not None:
-        _check_comparable(policy, given, synced)
-    graphdef, params = nnx.split(source, nnx.Param)
 
-    def own(x: jax.Array) -> jax.Array:
-        if synced or x.dtype == source.dtype:
-            return jnp.copy(x)
-        return x.astype(source.dtype)
+    operands: Any
+    specs: Any
 
-    return nnx.merge(graphdef, jax.tree.map(own, params))
+    def logps(
+        self,
+        operands: Any,
+        policy: SequenceLogps,
+        microbatch: Batch,
+        group: GroupTokens,
+        options: ScoringOptions,
+    ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+        """Summed log-probabilities of the chosen and the rejected, inside shard_map."""
+        ...
+
+    def update(self, params: Any, step: int) -> None:
+        """Called after each optimizer step, with the policy's parameters."""
+        ...
 
 
-def _check_comparable(policy: Decoder, reference: Decoder, synced: bool) -> None:
-    if reference.mesh != policy.mesh:
-        raise InputError(
-            f"reference_model lies on the mesh {reference.mesh.shape} and model on "
-            f"{policy.mesh.shape}; load both with the same mesh"
+class NoReference:
+    """Counts the reference's log-probabilities as 0."""
+
+    operands: Any = ()
+    specs: Any = ()
+
+    def logps(
+        self,
+        operands: Any,
+        policy: SequenceLogps,
+        microbatch: Batch,
+        group: GroupTokens,
+        options: ScoringOptions,
+    ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+        """Zeros."""
+        del operands, microbatch, group, options
+        return jnp.zeros_like(policy.chosen), jnp.zeros_like(policy.rejected)
+
+    def update(self, params: Any, step: int) -> None:
+        """Nothing."""
+
+
+class FrozenModel:
+    """A model that stays as it is; `decoder`'s arrays become the operands."""
+
+    def __init__(self, decoder: Decoder):
+        self._graphdef, self.operands = nnx.split(decoder)
+        self.specs = param_specs(decoder.config, decoder.mesh)
+
+    def logps(
+        self,
+        operands: Any,
+        policy: SequenceLogps,
+        microbatch: Batch,
+        group: GroupTokens,
+        options: ScoringOptions,
+    ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+        """The model's, without a gradient."""
+        del policy
+        model = nnx.merge(self._graphdef, operands)
+        found = score_completions(model, microbatch, group, options)
+        return lax.stop_gradient(found.chosen), lax.stop_gradient(found.rejected)
+
+    def update(self, params: Any, step: int) -> None:
+        """Nothing."""
+
+
+class SyncedModel(FrozenModel):
+    """A model that moves towards the policy every `every` optimizer steps."""
+
+    def __init__(self, decoder: Decoder, *, every: int, alpha: float):
+        super().__init__(decoder)
+        self._every = every
+        self._mix = jax.jit(
+            functools.partial(mix_parameters, alpha=alpha),
+            donate_argnums=0,
+            out_shardings=jax.tree.map(lambda x: x.sharding, self.operands),
         )
-    ours, theirs = policy.config.vocab_size, reference.config.vocab_size
-    if ours != theirs:
-        raise InputError(
-            f"reference_model has a vocabulary of {theirs} and model one of {ours}; "
-            "both must use the same tokenizer: give another reference_model"
-        )
-    if not synced:
-        return
-    shapes = [
-        {path: one.shape for path, one in model.config.parameters().items()}
-        for model in (policy, reference)
-    ]
-    if policy.config.num_layers != reference.config.num_layers or (
-        shapes[0] != shapes[1]
-    ):
-        raise InputError(
-            "sync_ref_model=True mixes model into reference_model, so both must have "
-            "the same architecture; give another reference_model, or none"
-        )
+
+    def update(self, params: Any, step: int) -> None:
+        """Mix the policy in where it is time; the old arrays are used up."""
+        if step % self._every == 0:
+            self.operands = self._mix(self.operands, params)
 
 
-def sync_reference[Params](ref_params: Params, params: Params, alpha: float) -> Params:
+def mix_parameters[Params](ref_params: Params, params: Params, alpha: float) -> Params:
     """alpha * policy + (1 - alpha) * reference, in the reference's dtype."""
 
     def mix(ref: jax.Array, policy: jax.Array) -> jax.Array:
@@ -79,3 +122,52 @@ def sync_reference[Params](ref_params: Params, params: Params, alpha: float) -> 
         return mixed.astype(ref.dtype)
 
     return jax.tree.map(mix, ref_params, params)
+
+
+def model_for_reference(
+    policy: Decoder, given: Decoder | None, *, synced: bool
+) -> Decoder:
+    """A decoder of which the reference may own the arrays.
+
+    The policy's own are copied, as the training step uses them up; a given model's are
+    taken over. They are in the compute dtype, since every use starts with that cast,
+    unless the reference follows the policy: small updates would be lost in bfloat16.
+    """
+    source = policy if given is None else given
+    copied = given is None or given is policy
+
+    def own(x: jax.Array) -> jax.Array:
+        if not synced and x.dtype != source.dtype:
+            return x.astype(source.dtype)
+        return jnp.copy(x) if copied else x
+
+    graphdef, params = nnx.split(source)
+    return nnx.merge(graphdef, jax.tree.map(own, params))
+
+
+def check_comparable(
+    policy: DecoderConfig, reference: DecoderConfig, *, synced: bool
+) -> None:
+    """Refuse a reference that cannot be compared with the policy.
+
+    Raises:
+        InputError: of another vocabulary; or, where it is synced, of other shapes.
+    """
+    if policy.vocab_size != reference.vocab_size:
+        raise InputError(
+            f"reference_model has a vocabulary of {reference.vocab_size} and model one "
+            f"of {policy.vocab_size}; both must use the same tokenizer: give another "
+            "reference_model"
+        )
+    if synced and not _same_shapes(policy, reference):
+        raise InputError(
+            "sync_ref_model=True mixes model into reference_model, so both must have "
+            "the same architecture; give another reference_model, or none"
+        )
+
+
+def _same_shapes(one: DecoderConfig, other: DecoderConfig) -> bool:
+    def shapes(config: DecoderConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
+        return {path: x.shape for path, x in config.parameters().items()}
+
+    return one.num_layers == other.num_layers and shapes(one) == shapes(other)

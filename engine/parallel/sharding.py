@@ -1,4 +1,4 @@
-"""The device mesh, its axis names, and how every array is cut over it."""
+"""The device mesh, its axis names, and how every array is sharded over it."""
 
 import enum
 import math
@@ -22,12 +22,12 @@ Path = tuple[str, ...]  # of a parameter in the module
 
 
 class Role(enum.Enum):
-    """How a parameter is cut; `parameter_spec` has the specs."""
+    """Along which axes a parameter is sharded; `parameter_spec` has the specs."""
 
     VOCAB = "vocab"  # [V, D]
-    COLUMN = "column"  # [L, out, D], out cut over tensor
+    COLUMN = "column"  # [L, out, D], out sharded over tensor
     KV_COLUMN = "kv_column"  # the same, where the kv heads allow it
-    ROW = "row"  # [L, D, in], in cut over tensor
+    ROW = "row"  # [L, D, in], in sharded over tensor
     COLUMN_BIAS = "column_bias"  # [L, out]
     KV_COLUMN_BIAS = "kv_column_bias"
     REPLICATED = "replicated"
@@ -42,11 +42,12 @@ class Parameter:
     role: Role
     stacked: bool
     norm: bool = False
+    trainable: bool = True  # else no gradient, no optimizer state
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape(ABC):
-    """What a mesh must know of a model to cut it."""
+    """What a mesh must know of a model to shard it."""
 
     vocab_size: int
     hidden_size: int
@@ -126,7 +127,7 @@ def stored_shape(
 
 
 def parameter_spec(parameter: Parameter, config: ModelShape, mesh: Mesh) -> P:
-    """How one parameter is cut; kv heads fewer than `tensor` stay whole on it."""
+    """The spec of one parameter; kv heads fewer than `tensor` stay whole on it."""
     kv = TENSOR if config.num_kv_heads % mesh.shape[TENSOR] == 0 else None
     return {
         Role.VOCAB: P(VOCAB, None),
@@ -150,14 +151,43 @@ def nest(flat: Mapping[Path, Any]) -> dict[str, Any]:
     return tree
 
 
+class Frozen(nnx.Variable):
+    """A parameter that is not trained."""
+
+
+def variable_type(parameter: Parameter) -> type[nnx.Variable]:
+    """What a parameter is in a module: `nnx.Param` where it is trained."""
+    return nnx.Param if parameter.trainable else Frozen
+
+
+def place(spec: P, mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that goes into a compiled step or comes out of one.
+
+    Axes of length 1 are left out, as JAX leaves them out of what comes out: an array
+    that had them would be of another type, and the step would be compiled again for it.
+    """
+
+    def kept(entry: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        axes = (entry,) if isinstance(entry, str) else entry or ()
+        axes = tuple(axis for axis in axes if mesh.shape[axis] > 1)
+        return axes[0] if len(axes) == 1 else axes or None
+
+    entries = [kept(entry) for entry in spec]
+    while entries and entries[-1] is None:
+        entries.pop()
+    return NamedSharding(mesh, P(*entries))
+
+
 def param_specs(config: ModelShape, mesh: Mesh) -> nnx.State[str, Any]:
     """A PartitionSpec for each parameter, in the tree of `nnx.state(model)`."""
-    found = config.parameters().items()
-    specs = {path: parameter_spec(one, config, mesh) for path, one in found}
-    return nnx.State(nest({path: nnx.Param(spec) for path, spec in specs.items()}))
+    specs = {
+        path: variable_type(parameter)(parameter_spec(parameter, config, mesh))
+        for path, parameter in config.parameters().items()
+    }
+    return nnx.State(nest(specs))
 
 
 def param_shardings(config: ModelShape, mesh: Mesh) -> nnx.State[str, Any]:
     """A NamedSharding for each parameter, in the same tree."""
     specs = param_specs(config, mesh)
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    return jax.tree.map(lambda spec: place(spec, mesh), specs)

@@ -1,108 +1,106 @@
-"""From the step's sums to TRL's metrics, and to one JSON object a line."""
+"""The table of metrics: what is summed inside the step, and the means made of it.
 
-import json
-import logging
-import math
-import os
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+Names and definitions are TRL's; rewards are in nats times beta, logps and entropy in
+nats. A new metric is a row of `METRICS`, or of the `metrics` that a loss returns.
+"""
 
-import numpy as np
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
-logger = logging.getLogger(__name__)
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
 
-FILE_NAME = "metrics.jsonl"
+from dpo_kernels import TokenLogprobs
+from engine.objective.losses import LossOptions, LossOut, PairLogps
+from engine.objective.scoring import GroupTokens, token_weights
 
-_PAIR_MEANS = {
-    "loss": "loss",
-    "rewards/chosen": "chosen_rewards",
-    "rewards/rejected": "rejected_rewards",
-    "rewards/accuracies": "accuracies",
-    "logps/chosen": "chosen_logps",
-    "logps/rejected": "rejected_logps",
+STATS = ("entropy", "mean_logit", "top1")  # of the op, that the table needs
+
+Over = Literal["pairs", "tokens", "chosen", "rejected"]
+
+
+class Observed(NamedTuple):
+    """What a metric may be made of: the pairs and tokens of an fsdp group."""
+
+    logps: PairLogps
+    loss: LossOut
+    tokens: TokenLogprobs
+    options: LossOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A mean over real pairs, or over scored tokens: all, or of one side."""
+
+    over: Over
+    value: Callable[[Observed], Array | None]  # one a pair, or one a token
+
+
+def _reward(observed: Observed, logps: Array, ref_logps: Array) -> Array:
+    return observed.options.beta * (logps - ref_logps)
+
+
+METRICS = {
+    "loss": Metric(over="pairs", value=lambda x: x.loss.per_pair),
+    "rewards/chosen": Metric(
+        over="pairs",
+        value=lambda x: _reward(x, x.logps.chosen, x.logps.ref_chosen),
+    ),
+    "rewards/rejected": Metric(
+        over="pairs",
+        value=lambda x: _reward(x, x.logps.rejected, x.logps.ref_rejected),
+    ),
+    "rewards/margins": Metric(
+        over="pairs", value=lambda x: x.options.beta * x.logps.margin
+    ),
+    "rewards/accuracies": Metric(over="pairs", value=lambda x: x.logps.margin > 0),
+    "logps/chosen": Metric(over="pairs", value=lambda x: x.logps.chosen),
+    "logps/rejected": Metric(over="pairs", value=lambda x: x.logps.rejected),
+    "logits/chosen": Metric(over="chosen", value=lambda x: x.tokens.mean_logit),
+    "logits/rejected": Metric(over="rejected", value=lambda x: x.tokens.mean_logit),
+    "entropy": Metric(over="tokens", value=lambda x: x.tokens.entropy),
+    "mean_token_accuracy": Metric(over="chosen", value=lambda x: x.tokens.top1),
 }
-_TOKEN_MEANS = {
-    "logits/chosen": ("logits_chosen", "scored_chosen"),
-    "logits/rejected": ("logits_rejected", "scored_rejected"),
-    "entropy": ("entropy", "scored"),
-    "mean_token_accuracy": ("top1_chosen", "scored_chosen"),
-}
 
 
-def means(sums: Mapping[str, float]) -> dict[str, float]:
-    """TRL's metrics over the pairs, and the scored tokens, that `sums` add up.
+class Sums(NamedTuple):
+    """Weighted sums over pairs or tokens, and the sums of the weights; float32."""
 
-    Names and definitions are TRL's; rewards are in nats times beta, logps and entropy
-    in nats. A mean over no tokens is 0.
-    """
-    found = {name: sums[key] / sums["pairs"] for name, key in _PAIR_MEANS.items()}
-    found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
-    for name, (key, count) in _TOKEN_MEANS.items():
-        found[name] = sums[key] / sums[count] if sums[count] else 0.0
-    return found
+    sums: dict[str, dict[str, Float[Array, ""]]]  # by what they are over, then by name
+    weights: dict[str, Float[Array, ""]]  # by what they are over
 
 
-class Window:
-    """The steps since the last line of metrics; a line averages over them, as TRL does.
-
-    The gradient's norm and whatever is not averaged are the last step's.
-    """
-
-    def __init__(self):
-        """Starts empty."""
-        self._clear()
-
-    def _clear(self) -> None:
-        self.steps: list[dict[str, float]] = []
-        self.seconds = self.tokens = self.scored = self.last_norm = 0.0
-
-    def add(self, sums: Mapping[str, float], seconds: float, tokens: int) -> None:
-        """One optimizer step: its sums, its duration, its unpadded tokens."""
-        self.steps.append(means(sums))
-        self.last_norm = sums["grad_norm"]
-        self.seconds += seconds
-        self.tokens += tokens
-        self.scored += sums["scored"]
-
-    def close(self) -> dict[str, float]:
-        """The line's metrics; the window is empty again."""
-        names = self.steps[0]
-        line = {n: float(np.mean([step[n] for step in self.steps])) for n in names}
-        line |= {
-            "grad_norm": self.last_norm,
-            "perf/step_seconds": self.seconds / len(self.steps),
-            "perf/tokens_per_second": self.tokens / max(self.seconds, 1e-9),
-            "perf/scored_fraction": self.scored / max(self.tokens, 1),
-        }
-        self._clear()
-        return line
+def metric_sums(observed: Observed, group: GroupTokens) -> Sums:
+    """What an fsdp group adds to the sums."""
+    observed = jax.tree.map(lax.stop_gradient, observed)
+    chosen_T, rejected_T = token_weights(group)
+    weights = {
+        "pairs": group.pair_weights,
+        "tokens": chosen_T + rejected_T,
+        "chosen": chosen_T,
+        "rejected": rejected_T,
+    }
+    table = METRICS | {
+        name: Metric(over="pairs", value=lambda _, values=values: values)
+        for name, values in observed.loss.metrics.items()
+    }
+    sums: dict[str, dict[str, Array]] = {over: {} for over in weights}
+    for name, metric in table.items():
+        values = metric.value(observed)
+        assert values is not None, f"{name} needs a statistic that is not in STATS"
+        sums[metric.over][name] = (
+            weights[metric.over] * values.astype(jnp.float32)
+        ).sum()
+    return Sums(sums=sums, weights={over: x.sum() for over, x in weights.items()})
 
 
-class MetricsFile:
-    """`metrics.jsonl` in the save directory: full precision, one object a line.
-
-    A file that is there already belongs to an earlier run: it is kept under another
-    name, `metrics.1.jsonl` and so on.
-    """
-
-    def __init__(self, directory: Path):
-        """Creates the directory; the file itself with its first line."""
-        directory.mkdir(parents=True, exist_ok=True)
-        self.path = directory / FILE_NAME
-        if self.path.exists():
-            number = 1
-            while (old := self.path.with_suffix(f".{number}.jsonl")).exists():
-                number += 1
-            os.rename(self.path, old)
-            logger.info("kept the metrics of an earlier run as %s", old)
-
-    def write(self, line: Mapping[str, Any]) -> None:
-        """Append one line, and flush it: a crash loses nothing that was written."""
-        # NaN is no JSON: what is not finite is null.
-        finite = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in line.items()
-        }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
+def means(sums: Sums) -> dict[str, float]:
+    """The metrics, of sums that are on the host. A mean over no tokens is 0."""
+    return {
+        name: float(value) / float(sums.weights[over]) if sums.weights[over] else 0.0
+        for over, values in sums.sums.items()
+        for name, value in values.items()
+    }

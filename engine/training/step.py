@@ -1,5 +1,6 @@
-"""The train and the eval step, each one jit(shard_map(...))."""
+"""The train and the eval step, each one jit(shard_map(...)), compiled ahead."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -8,40 +9,39 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax import lax
-from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from engine.data.batch import Batch, batch_specs
 from engine.models import Decoder
-from engine.objective.losses import Loss, LossOptions, PairLogps
-from engine.parallel.sharding import BATCH, DATA, FSDP, param_specs
-from engine.training.scoring import (
-    STATS,
-    TOKEN_SUMS,
-    Completions,
-    ScoringOptions,
-    score_completions,
-    scored_rows,
-    token_sums,
-)
+from engine.objective.losses import Loss
+from engine.objective.references import Reference
+from engine.objective.scoring import ScoringOptions
+from engine.parallel.batch import Batch, batch_specs
+from engine.parallel.collectives import global_norm
+from engine.parallel.sharding import param_specs, place
+from engine.training.gradients import Objective, Params
+from engine.training.metrics import Sums
+from engine.training.optimizer import add_updates, float32_copy
 
-Params = nnx.State[str, Any]
-Sums = dict[str, Float[Array, ""]]
-SUMS = (
-    *("loss", "chosen_rewards", "rejected_rewards", "accuracies"),
-    *("chosen_logps", "rejected_logps", "pairs"),
-    *TOKEN_SUMS,
-)
+logger = logging.getLogger(__name__)
 
 
 class TrainState(NamedTuple):
     """What an optimizer step changes. The step donates it: the old one is gone."""
 
     step: Int[Array, ""]  # optimizer steps done
-    params: Params
+    params: Params  # the trainable ones
     opt_state: optax.OptState
+
+
+class StepOut(NamedTuple):
+    """What an optimizer step tells."""
+
+    sums: Sums  # over the global batch, of the parameters before the update
+    grad_norm: Float[Array, ""]  # before clipping
+    learning_rate: Float[Array, ""]  # of this update
+    # Whether the loss, the gradient and the parameters after the update are finite.
+    finite: Bool[Array, ""]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,146 +49,27 @@ class StepOptions:
     """The static part of a step."""
 
     loss: Loss
-    loss_options: LossOptions
     scoring: ScoringOptions
     max_grad_norm: float | None = None
 
 
 # Without this the compiler may keep more digits than bfloat16 has wherever it fuses,
-# and fuses the policy's forward otherwise than the reference's: margins would start
-# near 0, not at 0.
+# and fuses the policy's forward otherwise than the reference's: their difference would
+# start further from 0 than rounding explains.
 _COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 
 
-def _pair_sums(logps: PairLogps, weights_B: Array, options: StepOptions) -> Sums:
-    """Weighted sums over the pairs of this fsdp group."""
-    beta = options.loss_options.beta
-    chosen = beta * (logps.chosen - logps.ref_chosen)
-    rejected = beta * (logps.rejected - logps.ref_rejected)
-    per_pair = {
-        "loss": options.loss.pairwise(logps, options.loss_options),
-        "chosen_rewards": chosen,
-        "rejected_rewards": rejected,
-        "accuracies": (chosen > rejected).astype(jnp.float32),
-        "chosen_logps": logps.chosen,
-        "rejected_logps": logps.rejected,
-    }
-    # A filler pair scores no token, and whatever its loss is, it weighs nothing.
-    return {name: (weights_B * x).sum() for name, x in per_pair.items()} | {
-        "pairs": weights_B.sum()
-    }
+def split_model(model: Decoder) -> tuple[nnx.GraphDef, Params, Params]:
+    """A model's graph, its trainable parameters and the others."""
+    graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
+    return graphdef, params, frozen
 
 
-def _batch_sums(
-    model: Decoder, reference: Decoder | None, microbatch: Batch, options: StepOptions
-) -> Sums:
-    """Every sum that the loss and the metrics are made of; `loss` is differentiable."""
-    rows = scored_rows(microbatch)
-    weights_B = lax.all_gather(microbatch.weights, FSDP, tiled=True, to="invarying")
-    policy = score_completions(model, microbatch, rows, options.scoring, stats=STATS)
-    ref_chosen = ref_rejected = jnp.zeros_like(policy.chosen)
-    if reference is not None:
-        ref: Completions = jax.tree.map(
-            lax.stop_gradient,
-            score_completions(reference, microbatch, rows, options.scoring),
-        )
-        ref_chosen, ref_rejected = ref.chosen, ref.rejected
-    logps = PairLogps(
-        chosen=policy.chosen,
-        rejected=policy.rejected,
-        ref_chosen=ref_chosen,
-        ref_rejected=ref_rejected,
-        chosen_length=policy.chosen_length,
-        rejected_length=policy.rejected_length,
-    )
-    sums = token_sums(policy, rows, weights_B)
-    return _pair_sums(logps, weights_B, options) | sums
-
-
-def _microbatch(batch: Batch, index: Any) -> Batch:
-    return jax.tree.map(lambda x: x[index], batch)
-
-
-def _zeros_like(x: Array) -> Array:
-    """Zeros of the same type, the axes that it varies over included."""
-    axes = tuple(sorted(jax.typeof(x).manual_axis_type.varying))
-    zeros = jnp.zeros(x.shape, x.dtype)
-    return lax.pcast(zeros, axes, to="varying") if axes else zeros
-
-
-def _over_data(params: Params, specs: Params) -> Params:
-    """Parameters typed as varying over the batch axes.
-
-    Their gradients then stay this device's own until `_summed` adds them up: once a
-    step, not once a microbatch, and for a layer after its reduce-scatter.
-    """
-
-    def vary(x: Array, spec: P) -> Array:
-        missing = tuple(axis for axis in BATCH if axis not in _axes(spec))
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(vary, params, specs)
-
-
-def _summed(grads: Params, specs: Params) -> Params:
-    return jax.tree.map(
-        lambda x, spec: lax.psum(x, tuple(a for a in BATCH if a not in _axes(spec))),
-        grads,
-        specs,
-    )
-
-
-def _axes(spec: P) -> tuple[str, ...]:
-    found: list[str] = []
-    for entry in spec:
-        found += (entry,) if isinstance(entry, str) else entry or ()
-    return tuple(found)
-
-
-def _global_norm(grads: Params, specs: Params) -> Float[Array, ""]:
-    """The norm over the whole mesh, each element counted once."""
-    total = jnp.zeros(())
-    for x, spec in zip(jax.tree.leaves(grads), jax.tree.leaves(specs), strict=True):
-        squares = jnp.sum(jnp.square(x.astype(jnp.float32)))
-        total += lax.psum(squares, _axes(spec)) if _axes(spec) else squares
-    return jnp.sqrt(total)
-
-
-def _gradients(
-    graphdef: nnx.GraphDef,
-    params: Params,
-    reference: Decoder | None,
-    batch: Batch,
-    options: StepOptions,
-    specs: Params,
-) -> tuple[Params, Sums]:
-    """Gradients of the mean loss of the whole global batch, and its sums."""
-    pairs = lax.psum(batch.weights.sum(), BATCH)
-    params = _over_data(params, specs)
-
-    def loss(params: Params, microbatch: Batch) -> tuple[Array, Sums]:
-        model = nnx.merge(graphdef, params)
-        sums = _batch_sums(model, reference, microbatch, options)
-        return sums["loss"] / pairs, sums
-
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
-    if batch.weights.shape[0] == 1:
-        (_, sums), grads = value_and_grad(params, _microbatch(batch, 0))
-        return _summed(grads, specs), _total(sums)
-
-    def accumulate(carry: tuple[Params, Sums], microbatch: Batch):
-        (_, sums), grads = value_and_grad(params, microbatch)
-        return jax.tree.map(jnp.add, carry, (grads, sums)), None
-
-    zero_sums = {name: lax.pcast(jnp.zeros(()), DATA, to="varying") for name in SUMS}
-    zeros = (jax.tree.map(_zeros_like, params), zero_sums)
-    (grads, sums), _ = lax.scan(accumulate, zeros, batch)
-    return _summed(grads, specs), _total(sums)
-
-
-def _total(sums: Sums) -> Sums:
-    """Over data: along the other axes every device holds the same sums."""
-    return jax.tree.map(lambda x: lax.psum(x, DATA), sums)
+def split_specs(model: Decoder) -> tuple[Params, Params]:
+    """A PartitionSpec for each trainable parameter, and for each of the others."""
+    specs = param_specs(model.config, model.mesh)
+    trainable, frozen = nnx.split_state(specs, nnx.Param, ...)
+    return trainable, frozen
 
 
 def opt_state_specs(optimizer: optax.GradientTransformation, params, specs) -> Any:
@@ -203,86 +84,117 @@ def opt_state_specs(optimizer: optax.GradientTransformation, params, specs) -> A
     )
 
 
-def init_state(model: Decoder, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; it owns copies of the model's parameters."""
-    mesh, specs = model.mesh, param_specs(model.config, model.mesh)
-    params: Params = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
-    shardings = jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec),
-        opt_state_specs(optimizer, params, specs),
+def state_specs(model: Decoder, optimizer: optax.GradientTransformation) -> TrainState:
+    """A PartitionSpec in the place of each array of the state."""
+    specs = split_specs(model)[0]
+    step: Any = P()
+    opt_specs = opt_state_specs(optimizer, split_model(model)[1], specs)
+    return TrainState(step=step, params=specs, opt_state=opt_specs)
+
+
+def abstract_state(
+    model: Decoder, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state, to compile for or to restore into."""
+
+    def initial(params: Params) -> TrainState:
+        opt_state = optimizer.init(float32_copy(params))
+        return TrainState(jnp.int32(0), params, opt_state)
+
+    shapes = jax.eval_shape(initial, split_model(model)[1])
+    return jax.tree.map(
+        lambda x, spec: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=place(spec, model.mesh)
+        ),
+        shapes,
+        state_specs(model, optimizer),
     )
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
-    step = jax.device_put(jnp.int32(0), NamedSharding(mesh, P()))
-    return TrainState(step=step, params=params, opt_state=opt_state)
+
+
+def init_state(model: Decoder, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step. It takes the model's arrays over.
+
+    The first step uses them up: until they are replaced, `model` is empty then.
+    """
+    params = split_model(model)[1]
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer))
+    init = jax.jit(
+        lambda params: optimizer.init(float32_copy(params)),
+        out_shardings=shardings.opt_state,
+    )
+    step = jax.device_put(jnp.int32(0), shardings.step)
+    return TrainState(step=step, params=params, opt_state=init(params))
 
 
 def make_train_step(
     model: Decoder,
-    reference: Decoder | None,
+    reference: Reference,
     optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
     options: StepOptions,
-) -> Callable[[TrainState, Params | None, Batch], tuple[TrainState, Sums]]:
-    """The compiled step: (state, reference's parameters, batch) -> (state, sums).
+) -> Callable[..., tuple[TrainState, StepOut]]:
+    """The jitted step.
 
-    The sums are those of `_batch_sums` over the whole global batch and `grad_norm`,
-    before clipping. A reference of None scores as zeros (reference-free).
+    (state, frozen parameters, reference's operands, batch, LossOptions) ->
+    (state, StepOut). A reference's operands and frozen parameters stay as they are.
     """
-    specs = param_specs(model.config, model.mesh)
-    graphdef, params = nnx.split(model, nnx.Param)
-    ref_graphdef = None if reference is None else nnx.split(reference, nnx.Param)[0]
+    graphdef = split_model(model)[0]
+    specs, frozen_specs = split_specs(model)
+    objective = Objective(
+        loss=options.loss,
+        reference=reference,
+        scoring=options.scoring,
+        graphdef=graphdef,
+    )
 
-    def step(state: TrainState, ref_params: Params | None, batch: Batch):
-        ref = None if ref_graphdef is None else nnx.merge(ref_graphdef, ref_params)
-        grads, sums = _gradients(graphdef, state.params, ref, batch, options, specs)
-        norm = _global_norm(grads, specs)
+    def step(state: TrainState, frozen: Params, ref: Any, batch: Batch, numbers: Any):
+        grads, sums = objective.gradients(
+            state.params, frozen, ref, batch, numbers, specs
+        )
+        norm = global_norm(grads, specs)
         if options.max_grad_norm:
             factor = jnp.minimum(1.0, options.max_grad_norm / (norm + 1e-6))
-            grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
+            grads = jax.tree.map(lambda g: g * factor, grads)
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an int
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        new_params: Any = optax.apply_updates(state.params, updates)
-        new_state = TrainState(state.step + 1, new_params, opt_state)
-        return new_state, sums | {"grad_norm": norm}
+            updates, opt_state = optimizer.update(
+                grads, state.opt_state, float32_copy(state.params)
+            )
+        params = add_updates(state.params, updates, state.step)
+        new_norm = global_norm(params, specs)
+        finite = jnp.isfinite(sums.sums["pairs"]["loss"] + norm + new_norm)
+        rate = jnp.asarray(schedule(state.step), jnp.float32)
+        out = StepOut(sums, norm, rate, finite)
+        return TrainState(state.step + 1, params, opt_state), out
 
-    step_spec: Any = P()
-    opt_specs = opt_state_specs(optimizer, params, specs)
-    state_specs = TrainState(step=step_spec, params=specs, opt_state=opt_specs)
+    specs_in = state_specs(model, optimizer)
     sharded = jax.shard_map(
         step,
         mesh=model.mesh,
-        in_specs=(state_specs, _reference_specs(reference), batch_specs()),
-        out_specs=(state_specs, P()),
+        in_specs=(specs_in, frozen_specs, reference.specs, batch_specs(), P()),
+        out_specs=(specs_in, P()),
     )
     return jax.jit(sharded, donate_argnums=0, compiler_options=_COMPILER_OPTIONS)
 
 
 def make_eval_step(
-    model: Decoder, reference: Decoder | None, options: StepOptions
-) -> Callable[[Params, Params | None, Batch], Sums]:
-    """The compiled evaluation: (parameters, reference's parameters, batch) -> sums."""
-    specs = param_specs(model.config, model.mesh)
-    graphdef = nnx.split(model, nnx.Param)[0]
-    ref_graphdef = None if reference is None else nnx.split(reference, nnx.Param)[0]
+    model: Decoder, reference: Reference, options: StepOptions
+) -> Callable[..., Sums]:
+    """The jitted evaluation.
 
-    def step(params: Params, ref_params: Params | None, batch: Batch) -> Sums:
-        ref = None if ref_graphdef is None else nnx.merge(ref_graphdef, ref_params)
-        model = nnx.merge(graphdef, params)
-        return _total(_batch_sums(model, ref, _microbatch(batch, 0), options))
-
+    (trainable, frozen parameters, reference's operands, batch, LossOptions) -> sums
+    over the global batch.
+    """
+    objective = Objective(
+        loss=options.loss,
+        reference=reference,
+        scoring=options.scoring,
+        graphdef=split_model(model)[0],
+    )
+    specs, frozen_specs = split_specs(model)
     sharded = jax.shard_map(
-        step,
+        objective.evaluate,
         mesh=model.mesh,
-        in_specs=(specs, _reference_specs(reference), batch_specs()),
+        in_specs=(specs, frozen_specs, reference.specs, batch_specs(), P()),
         out_specs=P(),
     )
     return jax.jit(sharded, compiler_options=_COMPILER_OPTIONS)
-
-
-def _reference_specs(reference: Decoder | None) -> Any:
-    return None if reference is None else param_specs(reference.config, reference.mesh)
-
-
-def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """The host's arrays on the devices."""
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), batch_specs())
-    return jax.device_put(batch, shardings)

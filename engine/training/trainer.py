@@ -1,209 +1,173 @@
-"""The loop: dispatch a step, read the one before, evaluate, save."""
+"""A prepared run and its weights: train, evaluate, save."""
 
-import dataclasses
-import functools
-import importlib
-import itertools
 import logging
-import math
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from jax.sharding import PartitionSpec as P
 
 from engine.config.dpo import DPOConfig
-from engine.data.pairs import Batch, prefetch
+from engine.data.batches import BatchPlan
 from engine.errors import InputError
-from engine.models import Decoder, load_model, save_pretrained
-from engine.objective.references import make_reference, sync_reference
-from engine.training.metrics import MetricsFile, Window, means
+from engine.models import Decoder, save_pretrained
+from engine.objective.references import (
+    FrozenModel,
+    NoReference,
+    Reference,
+    SyncedModel,
+    model_for_reference,
+)
+from engine.parallel.batch import Batch, abstract_batch
+from engine.parallel.sharding import place
+from engine.training.compilation import (
+    Compiled,
+    Request,
+    compile_all,
+    keep_programs,
+)
+from engine.training.evaluation import check_finite, evaluate
+from engine.training.events import Listener, Listeners
+from engine.training.listeners import MetricsFile, Terminal, WandB
+from engine.training.loop import Loop, Progress
+from engine.training.metrics import Sums
 from engine.training.optimizer import learning_rate_schedule, make_optimizer
-from engine.training.preparation import (
-    PreferenceData,
-    check_vocabulary,
-    check_workspace,
-    plan_evaluation,
-    plan_training,
-    prepare_pairs,
+from engine.training.prepare import (
+    Prepared,
+    loss_options,
     step_options,
-    total_steps,
 )
 from engine.training.step import (
-    Sums,
+    StepOut,
+    abstract_state,
     init_state,
     make_eval_step,
     make_train_step,
-    put_batch,
+    split_model,
 )
 
 logger = logging.getLogger(__name__)
 
 
-class DPOTrainer:
-    """Preference-tunes a model on pairs of completions.
+class Trainer:
+    """A run that has passed every check, with its weights.
 
     Args:
-        model: what `load_model` returns, or a directory or hub id to load. Training
-            uses up its arrays; when `train` returns it holds the trained ones.
-        reference_model: what rewards are measured from; None is `model` as it is now.
-        arguments: every option.
-        train_dataset: rows with prompt, chosen and rejected, as text or as messages;
-            a `datasets.Dataset`, a list of dicts, or what `prepare_pairs` returns.
-        eval_dataset: likewise, held out.
-        processing_class: the tokenizer.
-    Raises:
-        InputError: data, options, model and mesh that do not fit together.
+        run: what `prepare` returns.
+        model: its arrays become the trainer's, and it is unusable while `train` runs;
+            when that returns it holds the trained ones.
+        reference_model: likewise, for good; None is `model` as it is now.
+        listeners: are told of every step and every line of metrics, after the file.
     """
 
     def __init__(
         self,
-        *,
-        model: Decoder | str | Path,
-        reference_model: Decoder | str | Path | None = None,
-        arguments: DPOConfig | None = None,
-        train_dataset: PreferenceData,
-        eval_dataset: PreferenceData | None = None,
-        processing_class: PreTrainedTokenizerBase,
+        run: Prepared,
+        model: Decoder,
+        reference_model: Decoder | None,
+        listeners: tuple[Listener, ...] = (),
     ):
-        """Tokenises the data and makes the state; nothing is written yet."""
-        self.arguments = arguments = arguments or DPOConfig()
-        self.tokenizer = processing_class
-        pairs = prepare_pairs(arguments, train_dataset, processing_class)
-        eval_pairs = None
-        if eval_dataset is not None:
-            eval_pairs = prepare_pairs(arguments, eval_dataset, processing_class)
-        elif arguments.eval_steps is not None:
-            raise InputError(
-                f"eval_steps={arguments.eval_steps} has no effect without an "
-                "eval_dataset; remove it or give some data to evaluate"
-            )
-        self.model = model if isinstance(model, Decoder) else load_model(model)
-        if isinstance(reference_model, str | Path):
-            reference_model = load_model(reference_model, mesh=self.model.mesh)
-        config, mesh = self.model.config, self.model.mesh
-        check_vocabulary(config, processing_class, pairs, eval_pairs)
-        check_workspace(arguments, config, self.model.dtype)
-        self.plan = plan_training(arguments, pairs, mesh)
-        self.eval_plan = None
-        if eval_pairs is not None:
-            self.eval_plan = plan_evaluation(arguments, eval_pairs, mesh)
-        self.total_steps = total_steps(arguments, self.plan)
-        self.reference = make_reference(
-            self.model,
-            reference_model,
-            reference_free=arguments.reference_free,
-            synced=arguments.sync_ref_model,
+        keep_programs()
+        self.run = run
+        self._listeners = listeners
+        self._given = model
+        arguments = run.arguments
+        self._reference = make_reference(model, reference_model, arguments)
+        self._graphdef, _, self._frozen = split_model(model)
+        total = run.plan.steps
+        self._optimizer = make_optimizer(arguments, model.config, total)
+        self.state = init_state(model, self._optimizer)
+        self.progress = Progress()
+        whole = place(P(), model.mesh)
+        self._numbers = jax.tree.map(
+            lambda x: jax.device_put(jnp.float32(x), whole), loss_options(arguments)
         )
-        self._ref_params = (
-            None if self.reference is None else nnx.state(self.reference, nnx.Param)
-        )
-        self._schedule = learning_rate_schedule(arguments, self.total_steps)
-        optimizer = make_optimizer(arguments, config, self.total_steps)
-        options = step_options(arguments)
-        self._train_step = make_train_step(
-            self.model, self.reference, optimizer, options
-        )
-        self._eval_step = make_eval_step(self.model, self.reference, options)
-        self._sync = jax.jit(
-            functools.partial(sync_reference, alpha=arguments.ref_model_mixup_alpha),
-            donate_argnums=0,
-        )
-        self.state = init_state(self.model, optimizer)
-        self.num_tokens = 0
+        self._steps: tuple[Compiled, Compiled | None] | None = None
+
+    @property
+    def arguments(self) -> DPOConfig:
+        """Every option."""
+        return self.run.arguments
+
+    @property
+    def plan(self) -> BatchPlan:
+        """The batches of the run."""
+        return self.run.plan
+
+    @property
+    def num_tokens(self) -> int:
+        """Unpadded tokens that have gone through the policy."""
+        return self.progress.tokens
+
+    @property
+    def model(self) -> Decoder:
+        """The policy as it is now. The next training step uses its arrays up."""
+        return nnx.merge(self._graphdef, self.state.params, self._frozen)
 
     def train(self) -> dict[str, float]:
         """Run every step, write metrics and the trained model; the last metrics.
 
         Raises:
-            InputError: the loss is no longer a finite number.
+            InputError: something is no longer a finite number; or training is over.
         """
-        directory = Path(self.arguments.save_directory)
-        self._log = _Log(self.arguments, directory, self.total_steps)
-        try:
-            self._run_steps()
-        finally:
-            self._log.close()
-            nnx.update(self.model, self.state.params)
-        self.save_model(directory)
-        return self._log.latest
-
-    def _run_steps(self) -> None:
-        arguments, mesh = self.arguments, self.model.mesh
-        window, pending = Window(), None
-        steps = itertools.islice(self._epochs(), self.total_steps)
-        clock = time.perf_counter()
-        for step, (epoch, batch, num_tokens) in enumerate(steps, start=1):
-            self.state, sums = self._train_step(
-                self.state, self._ref_params, put_batch(batch, mesh)
-            )
-            # Read only now, while the new step runs: the log never waits for it.
-            if pending is not None:
-                clock = self._record(window, *pending, clock)
-            pending = (step, epoch, sums, num_tokens)
-            if arguments.sync_ref_model and step % arguments.ref_model_sync_steps == 0:
-                self._ref_params = self._sync(self._ref_params, self.state.params)
-            last = step == self.total_steps
-            due = arguments.eval_steps and step % arguments.eval_steps == 0
-            if last or (due and self.eval_plan is not None):
-                self._record(window, *pending, clock)
-                pending = None
-                if last and window.steps:
-                    self._write(window, step, epoch)
-                if self.eval_plan is not None:
-                    self._log.write({"step": step, "epoch": epoch} | self.evaluate())
-                clock = time.perf_counter()
-
-    def _epochs(self) -> Iterator[tuple[float, Batch, int]]:
-        """(epoch, batch, tokens) of each step; epochs count microbatches, like TRL."""
-        size = self.arguments.microbatch_size
-        pairs = len(self.plan.pairs)
-        pairs = min(
-            pairs, self.plan.batches_per_epoch * self.arguments.total_batch_size
-        )
-        for index in range(self.arguments.num_train_epochs):
-            done = 0
-            for batch, tokens in prefetch(self.plan.batches(index)):
-                done += int(batch.weights.sum())
-                yield index + -(-done // size) / -(-pairs // size), batch, tokens
-
-    def _record(
-        self,
-        window: Window,
-        step: int,
-        epoch: float,
-        sums: Sums,
-        num_tokens: int,
-        clock: float,
-    ) -> float:
-        """Wait for a step, and write its line if it is time; the time it was done."""
-        host_sums = {name: float(x) for name, x in jax.device_get(sums).items()}
-        now = time.perf_counter()
-        self.num_tokens += num_tokens
-        window.add(host_sums, now - clock, num_tokens)
-        self._log.advance(window)
-        if not math.isfinite(host_sums["loss"]):
-            self._write(window, step, epoch)
+        if self.progress.step >= self.run.plan.steps:
             raise InputError(
-                f"step {step}: the loss is {host_sums['loss']}; lower learning_rate, "
-                f"or look at the data; the metrics so far are in {self._log.file.path}"
+                f"all {self.run.plan.steps} steps of this trainer are done; make a new "
+                "trainer of its model to go on"
             )
-        if step % self.arguments.log_steps == 0:
-            self._write(window, step, epoch)
-        return now
+        directory = Path(self.arguments.save_directory)
+        train_step, _ = self._compiled()
+        listener = Listeners((*self._default_listeners(directory), *self._listeners))
 
-    def _write(self, window: Window, step: int, epoch: float) -> None:
-        line = {
-            "step": step,
-            "epoch": epoch,
-            "learning_rate": float(self._schedule(step - 1)),
-            "num_tokens": self.num_tokens,
-        }
-        self._log.write(line | window.close())
+        def dispatch(batch: Batch, step: int) -> StepOut:
+            self.state, out = train_step(
+                self.state,
+                self._frozen,
+                self._reference.operands,
+                batch,
+                self._numbers,
+            )
+            self._reference.update(self.state.params, step)
+            return out
+
+        loop = Loop(
+            self.arguments,
+            self.run.plan,
+            self.run.mesh,
+            dispatch=dispatch,
+            evaluations={
+                prefix: self._evaluation(prefix) for prefix in self.run.eval_plans
+            },
+            listener=listener,
+            progress=self.progress,
+        )
+        with _told(listener, self.run.plan.steps, self.progress.step):
+            try:
+                loop.run()
+            finally:
+                self.progress = loop.progress
+                nnx.update(self._given, self.state.params)
+        self.save_model(directory)
+        return loop.latest
+
+    def _default_listeners(self, directory: Path) -> Iterator[Listener]:
+        arguments = self.arguments
+        yield MetricsFile(directory)
+        yield Terminal(arguments.model_name, arguments.progress_bar)
+        if arguments.use_wandb:
+            yield WandB(arguments, directory)
+
+    def _evaluation(self, prefix: str) -> Callable[[], dict[str, float]]:
+        def run() -> dict[str, float]:
+            found = self._evaluate(prefix)
+            check_finite(found, prefix, int(self.state.step))
+            return found
+
+        return run
 
     def evaluate(self) -> dict[str, float]:
         """TRL's metrics over the whole of `eval_dataset`, each name after `eval_`.
@@ -211,85 +175,105 @@ class DPOTrainer:
         Raises:
             InputError: the trainer was made without an `eval_dataset`.
         """
-        if self.eval_plan is None:
+        if not self.run.eval_plans:
             raise InputError("evaluate() needs an eval_dataset; give the trainer one")
-        began = time.perf_counter()
-        totals: dict[str, float] = {}
-        for batch, _ in prefetch(self.eval_plan.batches(0)):
-            sums = self._eval_step(
-                self.state.params, self._ref_params, put_batch(batch, self.model.mesh)
+        found: dict[str, float] = {}
+        for prefix in self.run.eval_plans:
+            found |= self._evaluate(prefix)
+            found[f"{prefix}num_tokens"] = self.num_tokens
+        return found
+
+    def _evaluate(self, prefix: str) -> dict[str, float]:
+        _, eval_step = self._compiled()
+        assert eval_step is not None
+
+        def score(batch: Batch) -> Sums:
+            return eval_step(
+                self.state.params,
+                self._frozen,
+                self._reference.operands,
+                batch,
+                self._numbers,
             )
-            for name, x in jax.device_get(sums).items():
-                totals[name] = totals.get(name, 0.0) + float(x)
-        found = means(totals) | {"num_tokens": self.num_tokens}
-        found["perf/seconds"] = time.perf_counter() - began
-        return {f"eval_{name}": value for name, value in found.items()}
+
+        found = evaluate(score, self.run.eval_plans[prefix], self.run.mesh)
+        return {f"{prefix}{name}": value for name, value in found.items()}
+
+    def _compiled(self) -> tuple[Compiled, Compiled | None]:
+        """The train and the eval step, compiled for every shape of the run."""
+        if self._steps is None:
+            self._steps = self._compile()
+        return self._steps
+
+    def _compile(self) -> tuple[Compiled, Compiled | None]:
+        run, model = self.run, self.model
+        options = step_options(run.arguments)
+        schedule = learning_rate_schedule(run.arguments, run.plan.steps)
+        state = abstract_state(model, self._optimizer)
+        rest = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+            (self._frozen, self._reference.operands, self._numbers),
+        )
+        frozen, operands, numbers = rest
+
+        def arguments_of(plans: Any, first: Any) -> dict[tuple[int, int], tuple]:
+            return {
+                shape: (
+                    first,
+                    frozen,
+                    operands,
+                    abstract_batch(shape, plan.layout.grid, run.mesh),
+                    numbers,
+                )
+                for plan in plans
+                for shape in plan.shapes
+            }
+
+        train_step = make_train_step(
+            model, self._reference, self._optimizer, schedule, options
+        )
+        requests: list[Request] = [(train_step, 3, arguments_of([run.plan], state))]
+        if run.eval_plans:
+            eval_step = make_eval_step(model, self._reference, options)
+            requests.append(
+                (eval_step, 3, arguments_of(run.eval_plans.values(), state.params))
+            )
+        train, *evaluation = compile_all(requests)
+        return train, evaluation[0] if evaluation else None
 
     def save_model(self, directory: str | Path) -> None:
         """Write the model and its tokenizer in Hugging Face form."""
-        nnx.update(self.model, self.state.params)
         save_pretrained(self.model, directory)
-        self.tokenizer.save_pretrained(directory)
+        self.run.tokenizer.save_pretrained(directory)
         logger.info("saved the model and its tokenizer in %s", directory)
 
 
-class _Log:
-    """Metrics go to the file, to the progress bar or the terminal, and to wandb."""
+def make_reference(
+    policy: Decoder, given: Decoder | None, arguments: DPOConfig
+) -> Reference:
+    """Where the reference's log-probabilities come from."""
+    if arguments.reference_free:
+        return NoReference()
+    synced = arguments.sync_ref_model
+    model = model_for_reference(policy, given, synced=synced)
+    if not synced:
+        return FrozenModel(model)
+    return SyncedModel(
+        model,
+        every=arguments.ref_model_sync_steps,
+        alpha=arguments.ref_model_mixup_alpha,
+    )
 
-    def __init__(self, arguments: DPOConfig, directory: Path, total_steps: int):
-        self.file = MetricsFile(directory)
-        self.latest: dict[str, float] = {}
-        # disable=None: no bar where the output is no terminal; a line a record then.
-        self.bar = tqdm(
-            total=total_steps,
-            desc=arguments.model_name,
-            unit="step",
-            disable=None if arguments.progress_bar else True,
-        )
-        self.wandb = None
-        if arguments.use_wandb:
-            # No dependency of ours: DPOConfig has checked that it is installed.
-            self.wandb = importlib.import_module("wandb").init(
-                name=arguments.model_name,
-                dir=str(directory),
-                config=dataclasses.asdict(arguments),
-            )
 
-    def advance(self, window: Window) -> None:
-        """One step is done: move the bar."""
-        self.bar.update(1)
-        newest = window.steps[-1]
-        self.bar.set_postfix_str(
-            f"loss {newest['loss']:.4f}, margin {newest['rewards/margins']:.3f}, "
-            f"accuracy {newest['rewards/accuracies']:.2f}, "
-            f"{window.tokens / max(window.seconds, 1e-9):,.0f} tokens/s",
-            refresh=False,
-        )
-
-    def write(self, line: dict[str, Any]) -> None:
-        """One line of metrics, to everyone who listens."""
-        self.latest |= line
-        self.file.write(line)
-        if self.wandb is not None:
-            self.wandb.log(line, step=line["step"])
-        prefix = "eval_" if "eval_loss" in line else ""
-        shown = [
-            f"{name} {line[prefix + key]:.4f}"
-            for name, key in (
-                ("loss", "loss"),
-                ("margin", "rewards/margins"),
-                ("accuracy", "rewards/accuracies"),
-            )
-        ]
-        kind = "eval " if prefix else ""
-        text = f"{kind}step {line['step']}: {', '.join(shown)}"
-        if prefix and not self.bar.disable:
-            self.bar.write(text)
-        elif self.bar.disable:
-            logger.info(text)
-
-    def close(self) -> None:
-        """End the bar and the wandb run."""
-        self.bar.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+@contextmanager
+def _told(listener: Listener, total_steps: int, done: int) -> Iterator[None]:
+    """Tells a listener of a run's beginning and end."""
+    error: BaseException | None = None
+    try:
+        listener.started(total_steps, done)
+        yield
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        listener.ended(error)

@@ -42,9 +42,9 @@ def held_out_rows() -> list[dict]:
 
 def answers(directory: str, options: ModelConfig, rows: list[dict]) -> list[str]:
     """What the model in `directory` writes to each row's prompt, greedily."""
-    from engine.commands.train import load_tokenizer
     from engine.models import load_model
     from engine.models.generate import greedy_generate
+    from engine.models.tokenizer import load_tokenizer
 
     model = load_model(directory, dtype=options.dtype, remat=options.remat)
     # Its methods' annotations are wider than what they return.

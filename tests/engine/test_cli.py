@@ -29,12 +29,12 @@ def run_file(tmp_path):
 def calls(monkeypatch):
     """Stands in for the work itself, and lists what was asked of it."""
     calls = []
-    run = types.ModuleType("engine.commands.train")
-    vars(run).update(
-        train_from_config=lambda run: calls.append(("train", run.trainer.beta)),
-        validate_config=lambda run: calls.append(("validate", run.trainer.beta)),
-    )
-    monkeypatch.setitem(sys.modules, "engine.commands.train", run)
+    for name in ("train", "validate"):
+        command = types.ModuleType(f"engine.commands.{name}")
+        vars(command)["main"] = lambda run, name=name: calls.append(
+            (name, run.trainer.beta)
+        )
+        monkeypatch.setitem(sys.modules, command.__name__, command)
     return calls
 
 
@@ -87,9 +87,7 @@ def test_bad_input_found_while_running(run_file, calls, capsys, monkeypatch):
     def refuse(run):
         raise InputError("pairs.jsonl: row 3: no column\n'chosen'")
 
-    monkeypatch.setattr(
-        sys.modules["engine.commands.train"], "train_from_config", refuse
-    )
+    monkeypatch.setattr(sys.modules["engine.commands.train"], "main", refuse)
     assert main(["train", run_file]) == 2
     expected = "dpo: error: pairs.jsonl: row 3: no column 'chosen'\n"
     assert capsys.readouterr().err == expected
@@ -99,9 +97,7 @@ def test_interrupt_is_one_line_and_exit_code_130(run_file, calls, capsys, monkey
     def interrupt(run):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(
-        sys.modules["engine.commands.train"], "train_from_config", interrupt
-    )
+    monkeypatch.setattr(sys.modules["engine.commands.train"], "main", interrupt)
     assert main(["train", run_file]) == 130
     assert capsys.readouterr().err == "dpo: interrupted\n"
 
@@ -110,7 +106,7 @@ def test_our_own_mistakes_keep_their_traceback(run_file, calls, monkeypatch):
     def fail(run):
         raise ValueError("not the user's fault")
 
-    monkeypatch.setattr(sys.modules["engine.commands.train"], "train_from_config", fail)
+    monkeypatch.setattr(sys.modules["engine.commands.train"], "main", fail)
     with pytest.raises(ValueError, match="not the user's fault"):
         main(["train", run_file])
 

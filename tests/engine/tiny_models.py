@@ -4,10 +4,9 @@ import zlib
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from engine.models import Decoder, parse_hf_config
-from engine.parallel.sharding import make_mesh, parameter_spec, stored_shape
+from engine.parallel.sharding import make_mesh, parameter_spec, place, stored_shape
 
 TINY = {
     "vocab_size": 101,  # no mesh divides it
@@ -45,7 +44,7 @@ def tiny_model(config, mesh, **options):
         rng = np.random.default_rng(zlib.crc32(".".join(path).encode()))
         drawn = 0.2 * rng.standard_normal(true, np.float32)
         whole = np.pad(drawn, [(0, n - m) for n, m in zip(shape, true, strict=True)])
-        sharding = NamedSharding(mesh, parameter_spec(one, config, mesh))
+        sharding = place(parameter_spec(one, config, mesh), mesh)
         arrays[path] = jax.device_put(whole, sharding)
     return Decoder(config, arrays, mesh=mesh, **{"dtype": "float32"} | options)
 

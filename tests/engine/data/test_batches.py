@@ -1,12 +1,22 @@
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 
-from engine.data.batches import Batch, BatchPlan, assemble, choose_buckets, prefetch
+from engine.data.batches import (
+    BatchPlan,
+    Order,
+    Padded,
+    assemble,
+    check_distinct,
+    choose_buckets,
+    prefetch,
+)
 from engine.data.tokenization import PairTokens
 from engine.errors import InputError
+from engine.parallel.batch import Batch, ModelRows, Pairs, ScoredTokens
 
 
 def make_pairs(number: int, seed: int = 0, longest: int = 60) -> PairTokens:
@@ -22,68 +32,89 @@ def make_pairs(number: int, seed: int = 0, longest: int = 60) -> PairTokens:
     )
 
 
-def expected_batch(pairs, members, length, capacity, shards):
+def plan_of(pairs, size, *, steps=None, accumulation=1, shards=1, **order) -> BatchPlan:
+    order = Order(num_pairs=len(pairs), pairs_per_batch=size, **order)
+    return BatchPlan(order, Padded(pairs, size, accumulation, shards), steps)
+
+
+def expected_batch(pairs, members, shape):
     """The contract, said once more, one number at a time."""
-    A, B = members.shape
-    Bl = B // shards
-    tokens = np.zeros((A, 2, B, length), int)
-    positions = np.zeros((A, shards, capacity), int)
-    targets = np.zeros((A, shards, capacity), int)
-    num_scored = np.zeros((A, shards, 2 * Bl), int)
-    for a, n, side, b in np.ndindex(A, shards, 2, Bl):
-        pair = members[a, n * Bl + b]
+    (A, N, P), (S, T) = members.shape, shape
+    tokens = np.zeros((A, N * 2 * P, S), int)
+    positions = np.zeros((A, N, T), int)
+    targets = np.zeros((A, N, T), int)
+    counts = np.zeros((A, N, 2 * P), int)
+    for a, n, side, p in np.ndindex(A, N, 2, P):
+        pair = members[a, n, p]
         if pair < 0:
             continue
-        i = 2 * pair + side
-        row = pairs.tokens[pairs.offsets[i] : pairs.offsets[i + 1]]
-        tokens[a, side, n * Bl + b, : len(row)] = row
-        for t in range(pairs.score_start[i], len(row)):
-            k = num_scored[a, n].sum()
-            positions[a, n, k] = (side * Bl + b) * length + t - 1
-            targets[a, n, k] = row[t]
-            num_scored[a, n, side * Bl + b] += 1
-    weights = (members >= 0).astype(float)
-    return Batch(tokens, positions, targets, num_scored, weights)
+        i, q = 2 * pair + side, side * P + p
+        sequence = pairs.tokens[pairs.offsets[i] : pairs.offsets[i + 1]]
+        tokens[a, n * 2 * P + q, : len(sequence)] = sequence
+        for t in range(pairs.score_start[i], len(sequence)):
+            k = counts[a, n].sum()
+            positions[a, n, k] = q * S + t - 1
+            targets[a, n, k] = sequence[t]
+            counts[a, n, q] += 1
+    return Batch(
+        ModelRows(tokens),
+        ScoredTokens(positions, targets, counts),
+        Pairs((members >= 0).astype(float)),
+    )
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
-@pytest.mark.parametrize("fillers", [0, 3, 7])
-def test_assemble_is_the_contract(shards, fillers):
+@pytest.mark.parametrize("padding", [0, 3, 7])
+def test_assemble_is_the_contract(shards, padding):
     pairs = make_pairs(30)
     members = np.random.default_rng(1).permutation(30)[:8]
-    members[8 - fillers :] = -1
-    members = members.reshape(2, 4)
-    batch, num_tokens = assemble(pairs, members, 64, 512, shards)
-    expected = expected_batch(pairs, members, 64, 512, shards)
-    for name, got, want in zip(Batch._fields, batch, expected, strict=True):
-        np.testing.assert_array_equal(got, want, err_msg=name)
-        assert got.dtype == (np.float32 if name == "weights" else np.int32)
-    assert num_tokens == (batch.tokens > 0).sum()
+    members[8 - padding :] = -1
+    members = members.reshape(2, shards, 4 // shards)
+    batch, num_tokens = assemble(pairs, members, (64, 512))
+    expected = expected_batch(pairs, members, (64, 512))
+    for got, want in zip(
+        jax.tree.leaves(batch), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_array_equal(got, want)
+        assert got.dtype == (np.float32 if want.dtype == float else np.int32)
+    assert num_tokens == (batch.rows.tokens > 0).sum()
 
 
 def test_positions_are_those_of_the_token_before_the_target():
     pairs = make_pairs(12)
-    plan = BatchPlan(pairs, pairs_per_batch=12, accumulation=2, shards=3)
-    batch, _ = plan.batch(0, 0)
-    A, _, B, S = batch.tokens.shape
+    batch, _ = next(plan_of(pairs, 12, accumulation=2, shards=3).batches())
+    A, W, S = batch.rows.tokens.shape
+    assert W == 12
     for a in range(A):
         for n in range(3):
-            local = batch.tokens[a, :, n * 2 : n * 2 + 2].reshape(-1)
-            sequences = np.repeat(np.arange(4), batch.num_scored[a, n])
+            local = batch.rows.tokens[a, n * 4 : n * 4 + 4].reshape(-1)
+            sequences = np.repeat(np.arange(4), batch.scored.counts[a, n])
             count = len(sequences)
-            positions = batch.positions[a, n, :count]
+            positions = batch.scored.positions[a, n, :count]
             np.testing.assert_array_equal(
-                local[positions + 1], batch.targets[a, n, :count]
+                local[positions + 1], batch.scored.targets[a, n, :count]
             )
             np.testing.assert_array_equal(positions // S, sequences)
 
 
-def pairs_seen(batches) -> list[int]:
+def test_a_state_that_is_scored_twice_is_refused():
+    """The gradient of the gather takes one of the two; nothing may rely on more."""
+    batch, _ = next(plan_of(make_pairs(4), 4).batches())
+    check_distinct(batch.scored)
+    batch.scored.positions[0, 0, 1] = batch.scored.positions[0, 0, 0]
+    with pytest.raises(AssertionError, match="scored twice"):
+        check_distinct(batch.scored)
+
+
+def pairs_seen(plan, batches) -> list[int]:
     """Each real pair, known by the first token of its chosen side."""
+    _, N, P = plan.layout.grid
     return [
         int(first)
         for batch, _ in batches
-        for first in batch.tokens[:, 0, :, 0].ravel()
+        for first in batch.rows.tokens.reshape(-1, N, 2, P, batch.shape[0])[
+            :, :, 0, :, 0
+        ].ravel()
         if first
     ]
 
@@ -94,87 +125,89 @@ def firsts(pairs) -> list[int]:
 
 def test_file_order_without_shuffling():
     pairs = make_pairs(10)
-    plan = BatchPlan(pairs, pairs_per_batch=4, accumulation=2)
-    for epoch in (0, 1):
-        assert pairs_seen(plan.batches(epoch)) == firsts(pairs)
-    batches = list(plan.batches(0))
-    assert len(batches) == plan.batches_per_epoch == 3
-    np.testing.assert_array_equal(batches[2][0].weights, [[1, 1], [0, 0]])
-    assert not batches[2][0].num_scored[1].any()
-    assert sum(tokens for _, tokens in batches) == len(pairs.tokens)
+    plan = plan_of(pairs, 4, accumulation=2, steps=6)
+    batches = list(plan.batches())
+    assert len(batches) == 6 and plan.order.batches_per_epoch == 3
+    assert pairs_seen(plan, batches) == 2 * firsts(pairs)
+    last = batches[2][0]
+    np.testing.assert_array_equal(last.pairs.weights[:, 0], [[1, 1], [0, 0]])
+    assert not last.scored.counts[1].any()
+    assert sum(tokens for _, tokens in batches) == 2 * len(pairs.tokens)
 
 
 def test_drop_last():
     pairs = make_pairs(10)
-    plan = BatchPlan(pairs, pairs_per_batch=4, drop_last=True)
-    assert pairs_seen(plan.batches(0)) == firsts(pairs)[:8]
-    assert plan.batches_per_epoch == 2
-    assert BatchPlan(pairs, pairs_per_batch=5, drop_last=True).batches_per_epoch == 2
+    plan = plan_of(pairs, 4, drop_last=True)
+    assert pairs_seen(plan, plan.batches()) == firsts(pairs)[:8]
+    assert plan.order.batches_per_epoch == 2
+    assert plan_of(pairs, 5, drop_last=True).order.batches_per_epoch == 2
     with pytest.raises(InputError, match="10 pairs do not fill one batch of 11, and"):
-        BatchPlan(pairs, pairs_per_batch=11, drop_last=True)
-    assert BatchPlan(pairs, pairs_per_batch=11).batches_per_epoch == 1
+        plan_of(pairs, 11, drop_last=True)
+    assert plan_of(pairs, 11).order.batches_per_epoch == 1
 
 
 def test_each_epoch_has_its_own_seeded_order():
     pairs = make_pairs(50)
-    options = {"pairs_per_batch": 8, "shuffle": True}
-    plan = BatchPlan(pairs, seed=3, **options)
-    orders = [pairs_seen(plan.batches(epoch)) for epoch in (0, 1)]
+    plan = plan_of(pairs, 8, shuffle=True, seed=3, steps=14)
+    seen = pairs_seen(plan, plan.batches())
+    orders = seen[:50], seen[50:]
     assert all(sorted(order) == firsts(pairs) for order in orders)
     assert orders[0] != orders[1] and orders[0] != firsts(pairs)
-    again = BatchPlan(pairs, seed=3, **options)
-    assert pairs_seen(again.batches(1)) == orders[1]
-    assert pairs_seen(BatchPlan(pairs, seed=4, **options).batches(0)) != orders[0]
+    again = plan_of(pairs, 8, shuffle=True, seed=3, steps=14)
+    assert pairs_seen(again, again.batches(7)) == orders[1]
+    other = plan_of(pairs, 8, shuffle=True, seed=4)
+    assert pairs_seen(other, other.batches()) != orders[0]
 
 
-def test_any_batch_can_be_had_alone():
-    plan = BatchPlan(make_pairs(50), pairs_per_batch=8, shuffle=True, seed=3)
-    batches = list(plan.batches(2))
-    for index in (0, 4, 6):
-        for (got, tokens), (want, number) in (
-            (plan.batch(2, index), batches[index]),
-            (next(plan.batches(2, first=index)), batches[index]),
-        ):
-            assert tokens == number
-            for x, y in zip(got, want, strict=True):
-                np.testing.assert_array_equal(x, y)
-    assert list(plan.batches(2, first=7)) == []
-    with pytest.raises(IndexError, match="must be at least 0 and below 7"):
-        plan.batch(2, 7)
+def test_a_run_can_begin_at_any_batch():
+    plan = plan_of(make_pairs(50), 8, shuffle=True, seed=3, steps=17)
+    batches = list(plan.batches())
+    assert len(batches) == 17
+    for first in (0, 4, 7, 16):
+        got, tokens = next(plan.batches(first))
+        want, number = batches[first]
+        assert tokens == number
+        for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_array_equal(x, y)
+    assert list(plan.batches(17)) == []
+
+
+def test_epochs_count_microbatches():
+    """Ten pairs, four a batch, two a microbatch: five microbatches an epoch."""
+    plan = plan_of(make_pairs(10), 4, accumulation=2, steps=6)
+    assert [plan.epochs_done(step, 2) for step in range(1, 7)] == [
+        *(0.4, 0.8, 1.0),
+        *(1.4, 1.8, 2.0),
+    ]
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("batch, shards", [(2, 1), (8, 2), (8, 8), (64, 2)])
-def test_few_shapes_fit_every_epoch(shuffle, batch, shards):
+def test_few_shapes_fit_the_run_and_each_is_met(shuffle, batch, shards):
+    """Each is compiled before the first step: one that never comes would be wasted."""
     pairs = make_pairs(300, longest=500)
-    plan = BatchPlan(pairs, pairs_per_batch=batch, shards=shards, shuffle=shuffle)
-    assert 1 <= len({s for s, _ in plan.shapes}) <= 4
+    steps = 2 * -(-300 // batch)
+    plan = plan_of(pairs, batch, shards=shards, shuffle=shuffle, steps=steps)
+    assert 1 <= len(plan.shapes) <= 4
     assert all(s % 8 == 0 and t % 128 == 0 for s, t in plan.shapes)
     assert max(s for s, _ in plan.shapes) == 504
-    used = set()
-    for epoch in range(2):
-        for built, _ in plan.batches(epoch):
-            used.add((built.tokens.shape[-1], built.targets.shape[-1]))
-            scored = built.num_scored.sum(axis=-1)
-            assert scored.max() <= built.targets.shape[-1]
-    assert used <= set(plan.shapes) and len(used) <= 4
+    met = set()
+    for built, _ in plan.batches():
+        met.add(built.shape)
+        assert built.scored.counts.sum(axis=-1).max() <= built.shape[1]
+    assert met == set(plan.shapes)
 
 
-def test_the_unlikely_capacity_is_taken_when_it_is_needed():
-    pairs = make_pairs(4000, longest=500)
-    plan = BatchPlan(pairs, pairs_per_batch=32, shuffle=True)
-    (likely, most) = (t for s, t in plan.shapes if s == 504)
-    assert likely < 0.8 * most
-    largest = np.argsort(pairs.num_scored.reshape(-1, 2).sum(axis=1))[-32:]
-    plan.order = lambda epoch: largest  # pyright: ignore[reportAttributeAccessIssue]
-    batch, _ = plan.batch(0, 0)
-    scored = batch.num_scored.sum(axis=-1)
-    assert batch.targets.shape[-1] == most >= scored.max() > most - 128
+def test_a_run_that_ends_early_has_only_its_own_shapes():
+    pairs = make_pairs(300, longest=500)
+    whole, begun = (plan_of(pairs, 4, shuffle=True, steps=steps) for steps in (None, 2))
+    met = {batch.shape for batch, _ in begun.batches()}
+    assert met == set(begun.shapes) and max(met) <= max(whole.shapes)
 
 
-def test_capacities_are_exact_where_the_batches_are_known():
+def test_capacities_are_exact():
     pairs = make_pairs(64, longest=100)
-    plan = BatchPlan(pairs, pairs_per_batch=16, shards=2)
+    plan = plan_of(pairs, 16, shards=2)
     scored = pairs.num_scored.reshape(-1, 16).sum(axis=1).max()
     assert max(t for _, t in plan.shapes) == -(-scored // 128) * 128
 
@@ -200,12 +233,10 @@ def test_buckets_minimise_the_expected_length():
     assert choose_buckets(np.array([8, 512]), np.array([0.5, 1.0])) == [8, 512]
 
 
-@pytest.mark.parametrize(
-    "kw", [{"pairs_per_batch": 6, "shards": 4}, {"accumulation": 3}]
-)
-def test_a_batch_that_cannot_be_split(kw):
+@pytest.mark.parametrize("size, kw", [(6, {"shards": 4}), (8, {"accumulation": 3})])
+def test_a_batch_that_cannot_be_split(size, kw):
     with pytest.raises(InputError, match="cannot be split over .* make it a multiple"):
-        BatchPlan(make_pairs(8), **{"pairs_per_batch": 8, **kw})
+        plan_of(make_pairs(8), size, **kw)
 
 
 # ---------------------------------------------------------------- prefetch

@@ -16,30 +16,32 @@ BETA = 0.3
 def pairs(n: int = 6) -> PairLogps:
     logps = -5 * RNG.random((4, n)) - 1
     lengths = RNG.integers(1, 9, (2, n))
-    return PairLogps(*(jnp.asarray(x, jnp.float32) for x in (*logps, *lengths)))
+    every = (*logps, *lengths, np.ones(n))
+    return PairLogps(*(jnp.asarray(x, jnp.float32) for x in every))
 
 
 def log_sigmoid(x: float) -> float:
     return -math.log1p(math.exp(-x))
 
 
-def formula(name: str, eps: float, pc, pr, rc, rr, lc, lr) -> float:
-    delta = (pc - rc) - (pr - rr)
+def formula(name: str, eps: float, pc, pr, rc, rr, lc, lr, weight) -> float:
+    margin = (pc - rc) - (pr - rr)
     if name == "sigmoid":
-        x = BETA * delta
+        x = BETA * margin
         return -(1 - eps) * log_sigmoid(x) - eps * log_sigmoid(-x)
     if name == "hinge":
-        return max(0.0, 1 - BETA * delta)
+        return max(0.0, 1 - BETA * margin)
     assert name == "ipo"
     return ((pc - rc) / lc - (pr - rr) / lr - 1 / (2 * BETA)) ** 2
 
 
-@pytest.mark.parametrize("eps", [0.0, 0.2])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    "name, eps", [("sigmoid", 0.0), ("sigmoid", 0.2), ("hinge", 0.0), ("ipo", 0.0)]
+)
 def test_values(name, eps):
     logps = pairs()
     options = LossOptions(beta=BETA, label_smoothing=eps)
-    got = LOSSES[name].pairwise(logps, options)
+    got = LOSSES[name].function(logps, options).per_pair
     want = [formula(name, eps, *map(float, row)) for row in zip(*logps, strict=True)]
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
@@ -51,8 +53,8 @@ def test_equal_policy_and_reference_give_the_known_value_and_the_right_direction
     options = LossOptions(beta=BETA)
 
     def loss(chosen, rejected):
-        logps = PairLogps(chosen, rejected, zeros, zeros, ones, ones)
-        return LOSSES[name].pairwise(logps, options).sum()
+        logps = PairLogps(chosen, rejected, zeros, zeros, ones, ones, ones)
+        return LOSSES[name].function(logps, options).per_pair.sum()
 
     known = {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 1 / (4 * BETA**2)}[name]
     np.testing.assert_allclose(loss(zeros, zeros), 3 * known, rtol=1e-6)
@@ -62,8 +64,9 @@ def test_equal_policy_and_reference_give_the_known_value_and_the_right_direction
 
 def test_ipo_of_an_empty_completion_is_finite():
     zeros = jnp.zeros(2)
-    logps = PairLogps(zeros, zeros, zeros, zeros, zeros, jnp.ones(2))
-    assert jnp.isfinite(LOSSES["ipo"].pairwise(logps, LossOptions(beta=BETA))).all()
+    logps = PairLogps(zeros, zeros, zeros, zeros, zeros, jnp.ones(2), jnp.ones(2))
+    out = LOSSES["ipo"].function(logps, LossOptions(beta=BETA))
+    assert jnp.isfinite(out.per_pair).all()
 
 
 def test_large_margins_neither_overflow_nor_vanish():
@@ -72,8 +75,8 @@ def test_large_margins_neither_overflow_nor_vanish():
     options = LossOptions(beta=1.0, label_smoothing=0.1)
 
     def loss(chosen):
-        logps = PairLogps(chosen, zeros, zeros, zeros, ones, ones)
-        return LOSSES["sigmoid"].pairwise(logps, options).sum()
+        logps = PairLogps(chosen, zeros, zeros, zeros, ones, ones, ones)
+        return LOSSES["sigmoid"].function(logps, options).per_pair.sum()
 
     for chosen in (big, -big):
         value, gradient = jax.value_and_grad(loss)(chosen)

@@ -1,22 +1,30 @@
 """The trainer as its users meet it: the tutorial, files, evaluation."""
 
+import contextlib
 import importlib.machinery
 import json
+import logging
+import re
 import shutil
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import datasets
 import jax
+import jaxtyping
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
 from engine import DPOConfig, DPOTrainer, InputError, load_model
 from engine.cli import main
 from engine.parallel.sharding import make_mesh
+from engine.training.events import Listener
 from tests.engine.tutorial import TUTORIAL
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "trl" / "text"
@@ -27,16 +35,51 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def make_trainer(directory: Path, evaluate: bool = True, **settings) -> DPOTrainer:
+def make_trainer(
+    directory: Path,
+    evaluate: bool = True,
+    eval_dataset: Any = None,
+    reference_model: Any = None,
+    listeners: tuple[Listener, ...] = (),
+    **settings,
+) -> DPOTrainer:
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     defaults = {"total_batch_size": 4, "learning_rate": 1e-3, "log_steps": 2}
+    if evaluate and eval_dataset is None:
+        eval_dataset = ROWS[:6]
     return DPOTrainer(
         model=load_model(FIXTURE / "model", mesh=mesh, dtype="float32"),
+        reference_model=reference_model,
         arguments=DPOConfig(save_directory=str(directory), **defaults | settings),
         train_dataset=ROWS,
-        eval_dataset=ROWS[:6] if evaluate else None,
+        eval_dataset=eval_dataset,
         processing_class=AutoTokenizer.from_pretrained(FIXTURE / "model"),
+        listeners=listeners,
     )
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """The names of the functions that XLA compiles meanwhile."""
+    names: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            found = re.match(r"Compiling (?:jit\()?(\w+)", record.getMessage())
+            if found:
+                names.append(found[1])
+
+    logger = logging.getLogger("jax._src.interpreters.pxla")
+    handler, level = Handler(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    propagate, logger.propagate = logger.propagate, False
+    try:
+        yield names
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def test_the_tutorials_yaml_runs_as_it_stands(tmp_path, monkeypatch):
@@ -86,28 +129,144 @@ def test_python_as_in_the_tutorial(tmp_path):
     assert (tmp_path / "config.json").exists()
 
 
-def test_lines_of_metrics_and_evaluations(tmp_path):
-    make_trainer(tmp_path, log_steps=2, eval_steps=3, num_train_epochs=1).train()
-    lines = read_lines(tmp_path / "metrics.jsonl")
-    found = [(line["step"], "eval_loss" in line) for line in lines]
+class Heard(Listener):
+    """Keeps everything that it is told."""
+
+    def __init__(self):
+        self.steps, self.records, self.ends = [], [], []
+
+    def stepped(self, step):
+        self.steps.append(step)
+
+    def recorded(self, record):
+        self.records.append(record)
+
+    def ended(self, error):
+        self.ends.append(error)
+
+
+class Run(NamedTuple):
+    """One training run, which several tests look at."""
+
+    trainer: DPOTrainer
+    lines: list[dict]
+    heard: Heard
+    wandb: list
+    logged: list[str]
+    before: np.ndarray
+    compilations: list[str]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Six steps, with evaluations, a named set, wandb, and every compilation noted."""
+    directory = tmp_path_factory.mktemp("trained")
+    seen: list = []
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    run = types.SimpleNamespace(
+        log=lambda line, step: seen.append((step, *sorted(line)[:1])),
+        finish=lambda: seen.append("finished"),
+    )
+    vars(wandb)["init"] = lambda **kwargs: run
+    heard = Heard()
+    with pytest.MonkeyPatch.context() as patch, compilations() as programs:
+        patch.setitem(sys.modules, "wandb", wandb)
+        trainer = make_trainer(
+            directory,
+            listeners=(heard,),
+            eval_dataset={"held_out": ROWS[:6], "again": ROWS[:6]},
+            use_wandb=True,
+            log_steps=2,
+            eval_steps=3,
+            num_train_epochs=1,
+        )
+        before = np.asarray(trainer.model.embed[...])
+        first = trainer.evaluate()
+        assert first["eval_held_out_rewards/margins"] == pytest.approx(0, abs=1e-5)
+        trainer.train()
+    lines = read_lines(directory / "metrics.jsonl")
+    return Run(trainer, lines, heard, seen, [], before, programs)
+
+
+def test_lines_of_metrics_and_evaluations(trained):
+    found = [(line["step"], "eval_held_out_loss" in line) for line in trained.lines]
     # A line every two steps and the rest at the end; an evaluation every three steps
-    # and at the end. 21 pairs make six steps.
-    assert found == [(2, False), (3, True), (4, False), (6, False), (6, True)]
-    trained = {"perf/step_seconds", "perf/tokens_per_second", "perf/scored_fraction"}
-    assert trained <= lines[0].keys()
-    assert 0 < lines[0]["perf/scored_fraction"] < 1
-    assert lines[-2]["num_tokens"] == lines[-1]["eval_num_tokens"] > 0
+    # and at the end, of each of two sets. 21 pairs make six steps.
+    kinds = [kind for _, kind in found]
+    assert [step for step, _ in found] == [2, 3, 3, 4, 6, 6, 6]
+    assert kinds == [False, True, False, False, False, True, False]
+    perf = {"perf/step_seconds", "perf/tokens_per_second", "perf/scored_fraction"}
+    assert perf <= trained.lines[0].keys()
+    assert 0 < trained.lines[0]["perf/scored_fraction"] < 1
+    last = trained.lines[-3:]
+    assert last[0]["num_tokens"] == last[1]["eval_held_out_num_tokens"] > 0
+    same = last[1]["eval_held_out_loss"], last[2]["eval_again_loss"]
+    assert same[0] == same[1]
+
+
+def test_listeners_and_wandb_hear_everything(trained):
+    assert [step.number for step in trained.heard.steps] == [1, 2, 3, 4, 5, 6]
+    assert [dict(x.metrics) for x in trained.heard.records] == trained.lines
+    assert trained.heard.ends == [None]
+    assert [x[0] for x in trained.wandb[:-1]] == [x["step"] for x in trained.lines]
+    assert trained.wandb[-1] == "finished"
+
+
+def test_everything_is_compiled_before_the_first_step(trained):
+    """One program a step and shape: none again at the second step, after evaluation."""
+    steps = [name for name in trained.compilations if name in ("step", "evaluate")]
+    run = trained.trainer.run
+    shapes = len({shape for plan in run.eval_plans.values() for shape in plan.shapes})
+    assert steps.count("step") == len(run.plan.shapes)
+    assert steps.count("evaluate") == shapes
+
+
+def test_the_model_holds_the_trained_parameters(trained):
+    trainer = trained.trainer
+    assert (np.asarray(trainer.model.embed[...]) != trained.before).any()
+    evaluated = trainer.evaluate()["eval_held_out_rewards/margins"]
+    assert evaluated == trained.lines[-2]["eval_held_out_rewards/margins"] != 0
+
+
+def test_a_trainer_trains_once(trained):
+    with pytest.raises(InputError, match="all 6 steps of this trainer are done"):
+        trained.trainer.train()
+
+
+def test_no_copy_of_the_policy_outlives_the_first_step(tmp_path):
+    """Nor of a named reference: its arrays become the trainer's."""
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    reference = load_model(FIXTURE / "model", mesh=mesh, dtype="float32")
+    held = jax.tree.leaves(nnx.state(reference))
+    trainer = make_trainer(
+        tmp_path, evaluate=False, max_training_steps=1, reference_model=reference
+    )
+    policy = jax.tree.leaves(trainer.state.params)
+    operands = jax.tree.leaves(trainer._reference.operands)
+    assert all(a is b for a, b in zip(held, operands, strict=True))
+    given = jax.tree.leaves(nnx.state(trainer._given))
+    assert all(a is b for a, b in zip(given, policy, strict=True))
+    trainer.train()
+    assert all(x.is_deleted() for x in policy)
+    assert not any(x.is_deleted() for x in operands)
+    # The caller's model holds the trained parameters, which are the state's own.
+    given = jax.tree.leaves(nnx.state(trainer._given))
+    state = jax.tree.leaves(trainer.state.params)
+    assert all(a is b for a, b in zip(given, state, strict=True))
 
 
 def test_a_run_can_be_repeated_to_the_bit(tmp_path):
-    """Shuffled by the seed; another seed gives another order."""
-    trainers = [
-        make_trainer(tmp_path / str(i), evaluate=False, seed=seed, max_training_steps=3)
-        for i, seed in enumerate((1, 1, 2))
-    ]
-    orders = [trainer.plan.order(0).tolist() for trainer in trainers]
-    assert orders[0] == orders[1] != orders[2]
-    assert trainers[0].train()["loss"] == trainers[1].train()["loss"]
+    """Shuffled by the seed; another seed gives another order, and another model."""
+    models = []
+    for number, seed in enumerate((1, 1, 2)):
+        trainer = make_trainer(
+            tmp_path / str(number), evaluate=False, seed=seed, max_training_steps=3
+        )
+        trainer.train()
+        models.append(jax.tree.leaves(jax.device_get(trainer.state.params)))
+    assert all((a == b).all() for a, b in zip(models[0], models[1], strict=True))
+    assert any((a != b).any() for a, b in zip(models[0], models[2], strict=True))
 
 
 def test_max_training_steps_also_ends_the_schedule(tmp_path):
@@ -116,37 +275,52 @@ def test_max_training_steps_also_ends_the_schedule(tmp_path):
     np.testing.assert_allclose(rates, [1e-3, 0.75e-3, 0.5e-3, 0.25e-3], rtol=1e-6)
 
 
-def test_the_model_holds_the_trained_parameters_and_evaluates(tmp_path):
-    trainer = make_trainer(tmp_path, max_training_steps=2)
-    before = np.asarray(trainer.model.embed[...])
-    assert trainer.evaluate()["eval_rewards/margins"] == 0
-    trainer.train()
-    assert (np.asarray(trainer.model.embed[...]) != before).any()
-    assert trainer.evaluate()["eval_rewards/margins"] != 0
-
-
 def test_a_synced_reference_follows(tmp_path):
     """A copy of the policy after every step: the next step starts at margin 0."""
-    make_trainer(
-        tmp_path,
-        evaluate=False,
-        sync_ref_model=True,
-        ref_model_sync_steps=1,
-        ref_model_mixup_alpha=1.0,
-        max_training_steps=3,
-        log_steps=1,
-    ).train()
+    with compilations() as programs:
+        trainer = make_trainer(
+            tmp_path,
+            evaluate=False,
+            sync_ref_model=True,
+            ref_model_sync_steps=1,
+            ref_model_mixup_alpha=1.0,
+            max_training_steps=3,
+            log_steps=1,
+        )
+        trainer.train()
     lines = read_lines(tmp_path / "metrics.jsonl")
-    assert [line["rewards/margins"] for line in lines] == [0, 0, 0]
+    bound = 0.1 * 4 * np.finfo(np.float32).eps * abs(lines[0]["logps/chosen"])
+    assert max(abs(line["rewards/margins"]) for line in lines) <= bound
     assert len({line["logps/chosen"] for line in lines}) == 3
+    assert programs.count("step") == len(trainer.plan.shapes)
+    assert programs.count("mix_parameters") == 1
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_metrics(tmp_path):
-    trainer = make_trainer(tmp_path, evaluate=False, learning_rate=1e30, log_steps=1)
-    with pytest.raises(InputError, match="the loss is nan; lower learning_rate"):
+    trainer = make_trainer(tmp_path, evaluate=False, learning_rate=1e15, log_steps=1)
+    with pytest.raises(InputError, match="step [23]: the loss is .*; lower"):
         trainer.train()
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert lines[0]["loss"] == pytest.approx(np.log(2)) and lines[-1]["loss"] is None
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_the_last_update_is_looked_at_too(tmp_path):
+    """The step's own loss is of the parameters before it, and was fine."""
+    trainer = make_trainer(
+        tmp_path, evaluate=False, learning_rate=1e30, max_training_steps=1
+    )
+    with pytest.raises(InputError, match="step 1: this update has made parameters of"):
+        trainer.train()
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_an_evaluation_that_is_not_finite_ends_the_run(tmp_path):
+    """Weights that are huge, but finite, and no longer a model."""
+    trainer = make_trainer(tmp_path, learning_rate=1e15, max_training_steps=1)
+    with pytest.raises(InputError, match="step 1: eval_loss is nan"):
+        trainer.train()
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_evaluation_without_data_is_refused(tmp_path):
@@ -157,20 +331,35 @@ def test_evaluation_without_data_is_refused(tmp_path):
         trainer.evaluate()
 
 
-def test_wandb_gets_the_lines(tmp_path, monkeypatch):
-    seen = []
-    wandb = types.ModuleType("wandb")
-    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-    run = types.SimpleNamespace(
-        log=lambda line, step: seen.append((step, line["loss"])),
-        finish=lambda: seen.append("finished"),
-    )
-    monkeypatch.setattr(wandb, "init", lambda **kwargs: run, raising=False)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    make_trainer(
-        tmp_path, evaluate=False, use_wandb=True, max_training_steps=2, log_steps=1
-    ).train()
-    assert [entry[0] for entry in seen[:2]] == [1, 2] and seen[2] == "finished"
+def test_a_warm_up_that_never_ends_is_refused(tmp_path):
+    with pytest.raises(InputError, match="warmup_steps=18 must be less than .* 18"):
+        make_trainer(tmp_path, evaluate=False, warmup_steps=18)
+
+
+@pytest.fixture
+def unchecked():
+    """As for a user: annotations are checked under pytest only."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize(
+    "name, value, way",
+    [
+        ("arguments", {"beta": 0.1}, "engine.DPOConfig"),
+        ("processing_class", str(FIXTURE / "model"), "AutoTokenizer"),
+    ],
+)
+def test_an_argument_that_is_something_else(name, value, way, unchecked):
+    given = {
+        "model": FIXTURE / "model",
+        "arguments": DPOConfig(),
+        "train_dataset": ROWS,
+        "processing_class": None,
+    }
+    with pytest.raises(InputError, match=f"{name} is a .*{way}"):
+        DPOTrainer(**given | {name: value})
 
 
 def test_validate_prints_what_would_run(tmp_path, monkeypatch, capsys):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engine.training.gather import compact_index, take_distinct_rows
+from engine.objective.gather import compact_index, take_distinct_rows
 
 
 def test_values_and_gradient_are_those_of_indexing():

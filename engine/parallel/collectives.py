@@ -1,0 +1,58 @@
+"""Sums over the mesh, by meaning; all inside `shard_map`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from engine.parallel.sharding import BATCH
+
+
+def axes_of(spec: P) -> tuple[str, ...]:
+    """The mesh axes that an array is sharded over."""
+    found: list[str] = []
+    for entry in spec:
+        found += (entry,) if isinstance(entry, str) else entry or ()
+    return tuple(found)
+
+
+def zeros_like(x: Array | jax.ShapeDtypeStruct, dtype: Any = None) -> Array:
+    """Zeros of the same type, the axes that it varies over included."""
+    axes = tuple(sorted(jax.typeof(x).manual_axis_type.varying))
+    zeros = jnp.zeros(x.shape, x.dtype if dtype is None else dtype)
+    return lax.pcast(zeros, axes, to="varying") if axes else zeros
+
+
+def vary_over_batch[Params](params: Params, specs: Params) -> Params:
+    """Parameters typed as varying over the batch axes.
+
+    Their gradients then stay this device's own until `sum_over_batch` adds them up:
+    once a step, not once a microbatch, and for a layer after its reduce-scatter.
+    """
+
+    def vary(x: Array, spec: P) -> Array:
+        missing = tuple(axis for axis in BATCH if axis not in axes_of(spec))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, params, specs)
+
+
+def sum_over_batch[Params](grads: Params, specs: Params) -> Params:
+    """The gradients of all devices along the batch axes, added up."""
+    return jax.tree.map(
+        lambda x, spec: lax.psum(x, tuple(a for a in BATCH if a not in axes_of(spec))),
+        grads,
+        specs,
+    )
+
+
+def global_norm(tree: Any, specs: Any) -> Float[Array, ""]:
+    """The 2-norm over the whole mesh, each element counted once; float32."""
+    total = jnp.zeros(())
+    for x, spec in zip(jax.tree.leaves(tree), jax.tree.leaves(specs), strict=True):
+        squares = jnp.sum(jnp.square(x.astype(jnp.float32)))
+        total += lax.psum(squares, axes_of(spec)) if axes_of(spec) else squares
+    return jnp.sqrt(total)

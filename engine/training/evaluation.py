@@ -1,0 +1,58 @@
+"""Metrics over whole data sets."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+
+import jax
+from jax.sharding import Mesh
+
+from engine.data.batches import BatchPlan, prefetch
+from engine.errors import InputError
+from engine.parallel.batch import Batch, put_batch
+from engine.training.metrics import Sums, means
+
+_AHEAD = 2  # batches that the device is given before the first one's sums are fetched
+
+
+def evaluate(
+    score: Callable[[Batch], Sums], plan: BatchPlan, mesh: Mesh
+) -> dict[str, float]:
+    """The means over every pair of a plan, and `perf/seconds`."""
+    began = time.perf_counter()
+    totals: Sums | None = None
+    waiting: deque[Sums] = deque()
+
+    def fetch() -> None:
+        nonlocal totals
+        sums = jax.tree.map(float, jax.device_get(waiting.popleft()))
+        totals = sums if totals is None else add_sums(totals, sums)
+
+    for batch, _ in prefetch(plan.batches()):
+        waiting.append(score(put_batch(batch, mesh)))
+        if len(waiting) > _AHEAD:
+            fetch()
+    while waiting:
+        fetch()
+    assert totals is not None
+    return means(totals) | {"perf/seconds": time.perf_counter() - began}
+
+
+def add_sums(one: Sums, other: Sums) -> Sums:
+    """The sums of two sets of pairs together."""
+    return jax.tree.map(lambda a, b: a + b, one, other)
+
+
+def check_finite(metrics: Mapping[str, float], prefix: str, step: int) -> None:
+    """Refuse an evaluation whose loss is no number.
+
+    Raises:
+        InputError: naming the step and what to do.
+    """
+    loss = metrics[f"{prefix}loss"]
+    if not math.isfinite(loss):
+        raise InputError(
+            f"step {step}: {prefix}loss is {loss}: the model is no longer usable and "
+            "is not saved; lower learning_rate, or look at the data"
+        )

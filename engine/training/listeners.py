@@ -1,0 +1,125 @@
+"""Where lines of metrics go: `metrics.jsonl`, the terminal, Weights & Biases."""
+
+import dataclasses
+import importlib
+import json
+import logging
+import math
+import os
+from pathlib import Path
+
+from tqdm import tqdm
+
+from engine.config.dpo import DPOConfig
+from engine.training.events import Listener, Record, Step
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "metrics.jsonl"
+_SHOWN = {
+    "loss": "loss",
+    "margin": "rewards/margins",
+    "accuracy": "rewards/accuracies",
+}
+
+
+class MetricsFile(Listener):
+    """`metrics.jsonl` in the save directory: full precision, one object a line.
+
+    A file that is there already belongs to an earlier run: it is kept under another
+    name, `metrics.1.jsonl` and so on.
+    """
+
+    def __init__(self, directory: Path):
+        self.path = directory / FILE_NAME
+
+    def started(self, total_steps: int, done: int) -> None:
+        """Make the directory; the file itself comes with its first line."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            number = 1
+            while (old := self.path.with_suffix(f".{number}.jsonl")).exists():
+                number += 1
+            os.rename(self.path, old)
+            logger.info("kept the metrics of an earlier run as %s", old)
+
+    def recorded(self, record: Record) -> None:
+        """Append one line, and flush it: a crash loses nothing that was written."""
+        # NaN is no JSON: what is not finite is null.
+        line = {
+            name: None if isinstance(x, float) and not math.isfinite(x) else x
+            for name, x in record.metrics.items()
+        }
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class Terminal(Listener):
+    """A progress bar; plain lines where the output is no terminal."""
+
+    def __init__(self, name: str, bar: bool):
+        self._name = name
+        self._wants_bar = bar
+        self._bar: tqdm | None = None
+
+    def started(self, total_steps: int, done: int) -> None:
+        """Show the bar."""
+        self._bar = tqdm(
+            total=total_steps,
+            initial=done,
+            desc=self._name,
+            unit="step",
+            disable=None if self._wants_bar else True,  # None: where there is none
+        )
+
+    def stepped(self, step: Step) -> None:
+        """Move the bar."""
+        assert self._bar is not None
+        self._bar.update(1)
+        shown = ", ".join(f"{k} {step.metrics[m]:.3f}" for k, m in _SHOWN.items())
+        self._bar.set_postfix_str(
+            f"{shown}, {step.tokens_per_second:,.0f} tokens/s", refresh=False
+        )
+
+    def recorded(self, record: Record) -> None:
+        """A line above the bar for an evaluation; without a bar, for each record."""
+        assert self._bar is not None
+        shown = ", ".join(f"{k} {record.metric(m):.4f}" for k, m in _SHOWN.items())
+        name = record.prefix.rstrip("_").replace("_", " ")
+        text = f"{name + ' ' if name else ''}step {record.step}: {shown}"
+        if self._bar.disable:
+            logger.info(text)
+        elif record.kind == "eval":
+            self._bar.write(text)
+
+    def ended(self, error: BaseException | None) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class WandB(Listener):
+    """A run of Weights & Biases; DPOConfig has checked that it is installed."""
+
+    def __init__(self, arguments: DPOConfig, directory: Path):
+        self._arguments = arguments
+        self._directory = directory
+        self._run = None
+
+    def started(self, total_steps: int, done: int) -> None:
+        """Begin the run."""
+        self._run = importlib.import_module("wandb").init(
+            name=self._arguments.model_name,
+            dir=str(self._directory),
+            config=dataclasses.asdict(self._arguments),
+        )
+
+    def recorded(self, record: Record) -> None:
+        """Log the line under its step."""
+        assert self._run is not None
+        self._run.log(dict(record.metrics), step=record.step)
+
+    def ended(self, error: BaseException | None) -> None:
+        """End the run."""
+        if self._run is not None:
+            self._run.finish()

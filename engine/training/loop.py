@@ -1,0 +1,174 @@
+"""The loop: dispatch a step, read the one before, tell listeners, evaluate."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from engine.config.dpo import DPOConfig
+from engine.data.batches import BatchPlan, prefetch
+from engine.errors import InputError
+from engine.parallel.batch import Batch, put_batch
+from engine.training.events import Listener, Record, Step
+from engine.training.metrics import means
+from engine.training.step import StepOut
+
+
+class Progress(NamedTuple):
+    """How far a run is; the epoch and the place in it follow from the step."""
+
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # unpadded tokens that went through the policy
+
+
+class MetricsWindow:
+    """The steps since the last line of metrics; a line averages over them, as TRL does.
+
+    The gradient's norm and whatever is not averaged are the last step's.
+    """
+
+    def __init__(self):
+        """Starts empty."""
+        self._clear()
+
+    def _clear(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self.seconds = self.tokens = self.scored = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Unpadded tokens, of the steps so far."""
+        return self.tokens / max(self.seconds, 1e-9)
+
+    def add(self, out: StepOut, seconds: float, tokens: int) -> dict[str, float]:
+        """One optimizer step, its duration, its unpadded tokens; its metrics."""
+        self.steps.append(means(out.sums))
+        self.seconds += seconds
+        self.tokens += tokens
+        self.scored += float(out.sums.weights["tokens"])
+        return self.steps[-1]
+
+    def close(self) -> dict[str, float]:
+        """The line's metrics; the window is empty again."""
+        names = self.steps[0]
+        line = {n: float(np.mean([step[n] for step in self.steps])) for n in names}
+        line |= {
+            "perf/step_seconds": self.seconds / len(self.steps),
+            "perf/tokens_per_second": self.tokens_per_second,
+            "perf/scored_fraction": self.scored / max(self.tokens, 1),
+        }
+        self._clear()
+        return line
+
+
+class Loop:
+    """Runs optimizer steps from where `progress` stands to the end of the plan.
+
+    Args:
+        dispatch: starts the next step on a batch, without waiting for it.
+        evaluations: for each evaluation set, by the prefix of its metrics' names, what
+            computes them; in turn, every `eval_steps` and at the end.
+    """
+
+    def __init__(
+        self,
+        arguments: DPOConfig,
+        plan: BatchPlan,
+        mesh: Mesh,
+        *,
+        dispatch: Callable[[Batch, int], StepOut],
+        evaluations: Mapping[str, Callable[[], Mapping[str, float]]],
+        listener: Listener,
+        progress: Progress,
+    ):
+        self._arguments = arguments
+        self._plan = plan
+        self._mesh = mesh
+        self._dispatch = dispatch
+        self._evaluations = evaluations
+        self._listener = listener
+        self.progress = progress
+        self.latest: dict[str, float] = {}
+
+    def run(self) -> None:
+        """Every step that is left.
+
+        Raises:
+            InputError: something is no longer a finite number.
+        """
+        self._window, self._clock = MetricsWindow(), time.perf_counter()
+        pending: tuple[int, int, StepOut] | None = None
+        total, eval_steps = self._plan.steps, self._arguments.eval_steps
+        first = self.progress.step
+        batches = prefetch(self._plan.batches(first))
+        for step, (batch, tokens) in enumerate(batches, start=first + 1):
+            out = self._dispatch(put_batch(batch, self._mesh), step)
+            # Read only now, while the new step runs: the log never waits for it.
+            if pending is not None:
+                self._finish(*pending)
+            pending = step, tokens, out
+            last = step == total
+            due = eval_steps is not None and step % eval_steps == 0
+            if last or (due and self._evaluations):
+                self._finish(*pending)
+                pending = None
+                if last and self._window.steps:
+                    self._write(step, out)
+                self._evaluate(step)
+                self._clock = time.perf_counter()
+
+    def _finish(self, step: int, tokens: int, out: StepOut) -> None:
+        """Wait for a step, tell of it, and write its line if it is time."""
+        out = jax.device_get(out)
+        now = time.perf_counter()
+        metrics = self._window.add(out, now - self._clock, tokens)
+        self._clock = now
+        self.progress = Progress(step, self.progress.tokens + tokens)
+        rate = self._window.tokens_per_second
+        self._listener.stepped(
+            Step(number=step, metrics=metrics, tokens_per_second=rate)
+        )
+        if not out.finite:
+            self._write(step, out)
+            raise InputError(
+                f"step {step}: {_what_is_not_finite(metrics, out)}; lower "
+                "learning_rate, or look at the data; the metrics so far are in "
+                f"{self._arguments.save_directory}, the model is not saved"
+            )
+        if step % self._arguments.log_steps == 0:
+            self._write(step, out)
+
+    def _write(self, step: int, out: StepOut) -> None:
+        line = self._place(step) | {
+            "learning_rate": float(out.learning_rate),
+            "num_tokens": self.progress.tokens,
+            "grad_norm": float(out.grad_norm),
+        }
+        self._tell("train", "", step, line | self._window.close())
+
+    def _evaluate(self, step: int) -> None:
+        for prefix, compute in self._evaluations.items():
+            line = self._place(step) | dict(compute())
+            line[f"{prefix}num_tokens"] = self.progress.tokens
+            self._tell("eval", prefix, step, line)
+
+    def _place(self, step: int) -> dict[str, float]:
+        size = self._arguments.microbatch_size
+        return {"step": step, "epoch": self._plan.epochs_done(step, size)}
+
+    def _tell(self, kind, prefix: str, step: int, line: dict[str, float]) -> None:
+        self.latest |= line
+        record = Record(kind=kind, prefix=prefix, step=step, metrics=line)
+        self._listener.recorded(record)
+
+
+def _what_is_not_finite(metrics: Mapping[str, float], out: StepOut) -> str:
+    if not math.isfinite(metrics["loss"]):
+        return f"the loss is {metrics['loss']}"
+    if not math.isfinite(float(out.grad_norm)):
+        return f"the gradient's norm is {float(out.grad_norm)}"
+    return "this update has made parameters of no finite norm"

@@ -1,0 +1,259 @@
+"""What a run derives from options, data, models and mesh, and every check of it.
+
+Nothing here reads a weight: `dpo validate` and `dpo train` refuse the same things.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from dpo_kernels.op import tiling
+from dpo_kernels.op.backends import load_backend
+from dpo_kernels.op.devices import Device
+from engine.config.dpo import DPOConfig
+from engine.data.batches import BatchPlan, Order, Padded
+from engine.data.pairs import PairTokens, PreferenceRows, tokenize_pairs
+from engine.errors import InputError
+from engine.models import DecoderConfig
+from engine.objective.losses import LOSSES, LossOptions
+from engine.objective.references import check_comparable
+from engine.objective.scoring import ScoringOptions
+from engine.parallel.sharding import (
+    DATA,
+    FSDP,
+    TENSOR,
+    check_mesh,
+    padded_vocab,
+)
+from engine.training.step import StepOptions
+
+logger = logging.getLogger(__name__)
+
+EVAL = "eval_"  # before the names of an evaluation's metrics
+
+PreferenceData = (
+    PairTokens | PreferenceRows | datasets.Dataset | Sequence[Mapping[str, Any]]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A run that has passed every check, without its weights."""
+
+    arguments: DPOConfig
+    mesh: Mesh
+    model: DecoderConfig
+    dtype: Any  # of the computation
+    reference: DecoderConfig | None  # of a model that was named
+    tokenizer: PreTrainedTokenizerBase
+    train: PairTokens
+    plan: BatchPlan
+    evaluations: dict[str, PairTokens]  # by the prefix of their metrics' names
+    eval_plans: dict[str, BatchPlan]
+
+
+def prepare(
+    arguments: DPOConfig,
+    *,
+    mesh: Mesh,
+    model: DecoderConfig,
+    dtype: Any,
+    reference: DecoderConfig | None,
+    tokenizer: PreTrainedTokenizerBase,
+    train: PairTokens,
+    evaluations: Mapping[str, PairTokens],
+) -> Prepared:
+    """Check that everything fits together, and plan the batches.
+
+    Raises:
+        InputError: whatever does not.
+    """
+    for config in (model, reference):
+        if config is not None:
+            check_mesh(config, mesh)
+    if reference is not None:
+        if arguments.reference_free:
+            raise InputError(
+                "reference_model has no effect with reference_free=True; remove one"
+            )
+        check_comparable(model, reference, synced=arguments.sync_ref_model)
+    check_vocabulary(model, tokenizer, train, *evaluations.values())
+    if arguments.eval_steps is not None and not evaluations:
+        raise InputError(
+            f"eval_steps={arguments.eval_steps} has no effect without an eval_dataset; "
+            "remove it or give some data to evaluate"
+        )
+    plan = plan_training(arguments, train, mesh)
+    check_schedule(arguments, plan.steps)
+    eval_plans = {
+        prefix: plan_evaluation(arguments, pairs, mesh)
+        for prefix, pairs in evaluations.items()
+    }
+    for some in (plan, *eval_plans.values()):
+        check_op(arguments, model, dtype, some, mesh)
+    warn_of_positions(arguments, model, train)
+    return Prepared(
+        arguments=arguments,
+        mesh=mesh,
+        model=model,
+        dtype=dtype,
+        reference=reference,
+        tokenizer=tokenizer,
+        train=train,
+        plan=plan,
+        evaluations=dict(evaluations),
+        eval_plans=eval_plans,
+    )
+
+
+def prepare_pairs(
+    config: DPOConfig, data: PreferenceData, tokenizer: PreTrainedTokenizerBase
+) -> PairTokens:
+    """The tokens of `data` under the length options; tokens are passed through."""
+    if isinstance(data, PairTokens):
+        return data
+    return tokenize_pairs(
+        data,
+        tokenizer,
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        max_completion_length=config.max_completion_length,
+        truncation_mode=config.truncation_mode,
+    )
+
+
+def check_vocabulary(
+    config: DecoderConfig, tokenizer: PreTrainedTokenizerBase, *data: PairTokens
+) -> None:
+    """Refuse a tokenizer that has ids which the model has no embedding for.
+
+    Added tokens past the vocabulary do no harm while no row has them (Gemma 3 has one).
+
+    Raises:
+        InputError: naming the sizes, and the id where a row has one.
+    """
+    size = config.vocab_size
+    if tokenizer.vocab_size > size:
+        raise InputError(
+            f"the model's vocab_size={size} is smaller than the tokenizer's "
+            f"{tokenizer.vocab_size} tokens; use the model's own tokenizer"
+        )
+    for pairs in data:
+        largest = int(pairs.tokens.max(initial=0))
+        if largest >= size:
+            raise InputError(
+                f"the model's vocab_size={size} has no token {largest} "
+                f"({tokenizer.convert_ids_to_tokens(largest)!r}), which is in the "
+                "data; use the model's own tokenizer"
+            )
+
+
+def check_op(
+    config: DPOConfig, model: DecoderConfig, dtype: Any, plan: BatchPlan, mesh: Mesh
+) -> None:
+    """Refuse a workspace that nothing fits in, and a backend that cannot run here.
+
+    Raises:
+        InputError: with the reason that the op would give.
+    """
+    device = mesh.devices.flat[0]
+    fsdp, tensor = mesh.shape[FSDP], mesh.shape[TENSOR]
+    for _, capacity in plan.shapes:
+        problem = tiling.Problem(
+            T=fsdp * capacity,
+            D=model.hidden_size,
+            V=padded_vocab(model, mesh) // (fsdp * tensor),
+            dtype=jnp.dtype(dtype),
+            workspace_bytes=config.workspace_bytes,
+            device=Device(platform=device.platform, kind=device.device_kind),
+            ragged=True,
+        )
+        try:
+            backend = load_backend(config.implementation, problem)
+            if backend.backward is None:
+                tiling.backward_tile(problem, fused=backend.fused_dlogits)
+        except (ValueError, NotImplementedError) as error:
+            raise InputError(str(error)) from error
+
+
+def check_schedule(config: DPOConfig, total_steps: int) -> None:
+    """Refuse a warm-up that never ends.
+
+    Raises:
+        InputError: with the number of steps that there are.
+    """
+    if config.warmup_steps >= total_steps and config.warmup_steps:
+        raise InputError(
+            f"warmup_steps={config.warmup_steps} must be less than the run's "
+            f"{total_steps} steps, or learning_rate is never reached; lower it"
+        )
+
+
+def warn_of_positions(
+    config: DPOConfig, model: DecoderConfig, pairs: PairTokens
+) -> None:
+    """Say so where rows are longer than the model was made for."""
+    longer = int((pairs.lengths > model.max_position).sum())
+    if longer:
+        logger.warning(
+            "%d sequences are longer than the %d positions that the model was made for "
+            "(max_position_embeddings); lower max_length=%s, or expect poor answers",
+            longer,
+            model.max_position,
+            config.max_length,
+        )
+
+
+def _shards(mesh: Mesh) -> int:
+    return mesh.shape[DATA] * mesh.shape[FSDP]
+
+
+def plan_training(config: DPOConfig, pairs: PairTokens, mesh: Mesh) -> BatchPlan:
+    """The batches of the run.
+
+    Raises:
+        InputError: sizes that the mesh or the accumulation steps do not divide.
+    """
+    size = config.total_batch_size
+    layout = Padded(pairs, size, config.gradient_accumulation_steps, _shards(mesh))
+    order = Order(
+        num_pairs=len(pairs),
+        pairs_per_batch=size,
+        shuffle=config.shuffle_train_dataset,
+        seed=config.seed,
+        drop_last=config.drop_last,
+    )
+    steps = config.num_train_epochs * order.batches_per_epoch
+    if config.max_training_steps is not None:
+        steps = min(steps, config.max_training_steps)
+    return BatchPlan(order, layout, steps)
+
+
+def plan_evaluation(config: DPOConfig, pairs: PairTokens, mesh: Mesh) -> BatchPlan:
+    """The batches of one evaluation: every pair once, in order."""
+    size = config.pairs_per_eval_batch
+    order = Order(num_pairs=len(pairs), pairs_per_batch=size)
+    return BatchPlan(order, Padded(pairs, size, 1, _shards(mesh)))
+
+
+def step_options(config: DPOConfig) -> StepOptions:
+    """The options that are compiled into a step."""
+    return StepOptions(
+        loss=LOSSES[config.loss_type],
+        scoring=ScoringOptions(
+            workspace_bytes=config.workspace_bytes,
+            implementation=config.implementation,
+        ),
+        max_grad_norm=config.max_grad_norm,
+    )
+
+
+def loss_options(config: DPOConfig) -> LossOptions:
+    """The numbers that a step is given."""
+    return LossOptions(beta=config.beta, label_smoothing=config.label_smoothing)
