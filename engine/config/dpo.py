@@ -12,11 +12,14 @@ from engine.config.fields import (
     check_types,
     check_unused,
     check_within,
+    refuses_unknown,
 )
+from engine.config.paths import expand
 from engine.errors import InputError
 from engine.objective.losses import LOSSES
 
 
+@refuses_unknown
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig:
     """Options of `DPOTrainer`; names are EasyDeL's, and TRL's where it has none.
@@ -80,6 +83,7 @@ class DPOConfig:
 
     def __post_init__(self):
         check_types(self)
+        object.__setattr__(self, "save_directory", expand(self.save_directory))
         check_choice("loss_type", self.loss_type, LOSSES)
         check_choice("implementation", self.implementation, ("auto", *BACKENDS))
         self._check_ranges()
