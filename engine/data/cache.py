@@ -43,7 +43,7 @@ def cache_key(
     digest = hashlib.blake2b(_FORMAT, digest_size=16)
     digest.update(repr(tuple(limits)).encode())
     _feed_tokenizer(digest.update, tokenizer)
-    rows.feed(digest.update)
+    rows.update_hash(digest.update)
     return digest.hexdigest()
 
 

@@ -21,7 +21,7 @@ def test_datasets_and_lists_from_python():
     assert prompts(as_rows(picked)) == ["p7", "p2", "p5"]
     rows = as_rows(data)
     assert as_rows(rows) is rows
-    np.testing.assert_array_equal(rows.rows, np.arange(10))
+    np.testing.assert_array_equal(rows.indices, np.arange(10))
 
 
 @pytest.mark.parametrize(

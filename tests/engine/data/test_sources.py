@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import types
 
 import datasets
 import pytest
@@ -140,14 +141,37 @@ def test_several_files_and_patterns():
     assert prompts(load({"data_files": "named", "type": "jsonl"})) == all_prompts(0, 2)
 
 
-def test_a_hub_id_is_asked_for_by_name_subset_and_split(monkeypatch):
-    asked = []
+class Builder:
+    """What `datasets` says of a hub's data set: its kind, and its files by split."""
 
-    def fake(*args, **options):
-        asked.append((args, options))
+    def __init__(self, kind: str, **files: list[str]):
+        self.name = kind
+        self.config = types.SimpleNamespace(data_files=files)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What `datasets` is asked for, in place of a hub."""
+    asked = []
+    builder = Builder("parquet", train=["hf://datasets/someone/pairs/a.parquet"])
+
+    def find(*args, **options):
+        asked.append(("find", args, options))
+        return builder
+
+    def load(*args, **options):
+        asked.append(("load", args, options))
         return Dataset.from_list(ROWS)
 
-    monkeypatch.setattr(datasets, "load_dataset", fake)
+    monkeypatch.setattr(datasets, "load_dataset_builder", find)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return asked, builder
+
+
+@pytest.mark.parametrize("kind", ["parquet", "cache"])
+def test_a_hub_id_is_asked_for_by_name_subset_and_split(asked, kind):
+    calls, builder = asked
+    builder.name = kind
     load(
         {
             "type": "hf",
@@ -156,8 +180,28 @@ def test_a_hub_id_is_asked_for_by_name_subset_and_split(monkeypatch):
             "dataset_split_name": "subset",
         }
     )
-    options = {"name": "subset", "split": "train[:90%]", "cache_dir": "cache"}
-    assert asked == [(("someone/pairs",), options)]
+    options = {"name": "subset", "cache_dir": "cache"}
+    assert calls == [
+        ("find", ("someone/pairs",), options),
+        ("load", ("someone/pairs",), options | {"split": "train[:90%]"}),
+    ]
+
+
+def test_text_files_of_a_hub_are_downloaded_and_read_to_the_letter(asked, monkeypatch):
+    lines("copy", [{**ROWS[0], "chosen": "2024-01-31"}])
+    calls, builder = asked
+    url = "hf://datasets/someone/pairs/a.jsonl"
+    builder.name, builder.config.data_files = "json", {"train": [url], "test": ["x"]}
+    seen = []
+
+    def download(self, file):
+        seen.append(file)
+        return "copy"
+
+    monkeypatch.setattr(datasets.DownloadManager, "download_and_extract", download)
+    (_, rows), *_ = load("someone/pairs").batches(9)
+    assert rows == [{**ROWS[0], "chosen": "2024-01-31"}]
+    assert seen == [url] and [call[0] for call in calls] == ["find"]
 
 
 def test_cells_of_csv_are_text():
@@ -242,16 +286,29 @@ def bad_files():
         ("none*.jsonl", "none*.jsonl does not exist"),
         ("empty.jsonl", "empty.jsonl is empty; give at least one"),
         ("empty.csv", "empty.csv is empty"),
-        ("list.json", "list.json cannot be read as json: "),
-        ("rows.csv", "rows.csv cannot be read as csv: "),
+        ("list.json", "list.json has no rows; give at least one"),
+        ("rows.csv", "rows.csv has no rows; give at least one"),
         (
             "numbers.jsonl",
             "numbers.jsonl has no column 'rejected'; it has prompt, chos",
         ),
         ("near.jsonl", "near.jsonl has no column 'chosen'; did you mean 'choosen'"),
-        ("cut.jsonl", "cut.jsonl cannot be read as json: JSON parse error"),
-        ("bytes.jsonl", "bytes.jsonl cannot be read as json: "),
-        ("ragged.csv", "ragged.csv cannot be read as csv: Error tokenizing data."),
+        (
+            "cut.jsonl",
+            "cut.jsonl, line 2, is not JSON (Unterminated string starting at, "
+            "column 12); "
+            "write one object a line, or one list of objects",
+        ),
+        (
+            "bytes.jsonl",
+            "bytes.jsonl, line 2, byte 118, is not UTF-8 text (0x80); save the file as "
+            "UTF-8",
+        ),
+        (
+            "ragged.csv",
+            "ragged.csv, line 3: 4 cells ('a', 'b', 'c', ...) under a header of 3 "
+            "(prompt, chosen, rejected); put a cell that holds a comma in double",
+        ),
         ("cut.parquet", "cut.parquet cannot be read as parquet: "),
         ("cut.arrow", "cut.arrow cannot be read as arrow: "),
         ("notes.txt", "notes.txt is a file whose name does not tell its type"),
@@ -279,10 +336,114 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
     def fake(*args, **options):
         raise ConnectionError("Couldn't reach 'a/b' on the Hub (offline)\nTraceback")
 
-    monkeypatch.setattr(datasets, "load_dataset", fake)
+    monkeypatch.setattr(datasets, "load_dataset_builder", fake)
     with pytest.raises(InputError) as caught:
         load("a/b")
     assert str(caught.value) == (
         "a/b cannot be read as a hub id, and is no folder here: "
         "Couldn't reach 'a/b' on the Hub (offline)"
     )
+
+
+# ---------------------------------------------------------------- names of files
+
+
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lines(tmp_path / "pairs.jsonl")
+    assert prompts(load("~/pairs.jsonl")) == all_prompts()
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    assert prompts(load("~/saved")) == all_prompts()
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_a_name_that_looks_like_a_pattern_is_a_name_if_there_is_such_a_file(ending):
+    data = Dataset.from_list(ROWS)
+    write = {"jsonl": data.to_json, "csv": data.to_csv, "parquet": data.to_parquet}
+    write[ending](f"run[7].{ending}")
+    assert prompts(load(f"run[7].{ending}")) == all_prompts()
+    with pytest.raises(InputError, match=r"run\[8\].* does not exist"):
+        load(f"run[8].{ending}")
+    write[ending](f"run8.{ending}")
+    assert prompts(load(f"run[8].{ending}")) == all_prompts()
+
+
+# ---------------------------------------------------------------- Parquet
+
+
+def test_parquet_without_rows():
+    Dataset.from_list(ROWS).select([]).to_parquet("empty.parquet")
+    Dataset.from_list(ROWS).to_parquet("full.parquet")
+    with pytest.raises(InputError) as caught:
+        load("empty.parquet")
+    assert str(caught.value) == "empty.parquet has no rows; give at least one pair"
+    both = load({"data_files": ("empty.parquet", "full.parquet")})
+    assert prompts(both) == all_prompts()
+
+
+def test_parquet_files_of_different_columns_are_named():
+    Dataset.from_list(ROWS).to_parquet("text.parquet")
+    turn = [{"role": "user", "content": "x"}]
+    other = [{"prompt": "p", "chosen": turn, "rejected": turn}]
+    Dataset.from_list(other).to_parquet("turns.parquet")
+    with pytest.raises(InputError) as caught:
+        load({"data_files": ("text.parquet", "turns.parquet")})
+    said = str(caught.value)
+    assert said.startswith("turns.parquet: the column 'chosen' is list<")
+    assert said.endswith(
+        "but string in text.parquet; give each an entry of its own in informs"
+    )
+
+
+# ---------------------------------------------------------------- folders
+
+
+def test_files_of_a_folder_that_are_not_read_are_counted(caplog):
+    os.makedirs("mixed/more")
+    lines("mixed/a.jsonl", ROWS[:6])
+    lines("mixed/b.jsonl", ROWS[6:])
+    write_csv("mixed/c")
+    write_gz("mixed/more/d")
+    open("mixed/README.txt", "w").close()
+    assert len(load("mixed")) == 20  # d.jsonl.gz is one of the JSON files
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "mixed: 1 of its 4 data files are not read, the first c.csv: only" in said
+    caplog.clear()
+    os.remove("mixed/c.csv")
+    load("mixed")
+    assert not caplog.records
+
+
+def test_text_in_a_folder_is_read_to_the_letter():
+    os.mkdir("folder")
+    lines("folder/train.jsonl", [{**ROWS[0], "chosen": "2024-02-01 10:00:00"}])
+    lines("folder/test.jsonl", [{**ROWS[1], "chosen": "2024-02-02"}])
+    (_, rows), *_ = load({"data_files": "folder", "split": "train+test"}).batches(9)
+    assert [row["chosen"] for row in rows] == ["2024-02-01 10:00:00", "2024-02-02"]
+    os.mkdir("tabs")
+    with open("tabs/a.tsv", "w") as file:
+        file.write("chosen\trejected\na,b\tc\n")
+    (_, rows), *_ = load("tabs").batches(9)
+    assert rows == [{"chosen": "a,b", "rejected": "c"}]
+
+
+@pytest.mark.parametrize("script", ["folder.py", "other.py"])
+def test_no_script_of_a_data_set_is_run(script):
+    os.mkdir("folder")
+    lines("folder/pairs.jsonl")
+    with open(f"folder/{script}", "w") as file:
+        file.write("open('../ran', 'w').close()\n")
+    if script == "folder.py":  # which older versions of `datasets` took for a loader
+        with pytest.raises(InputError, match="loading script, folder.py, and none is"):
+            load("folder")
+    else:
+        assert prompts(load("folder")) == all_prompts()
+    assert not os.path.exists("ran")
+
+
+def test_files_of_other_kinds_are_refused():
+    os.mkdir("folder")
+    with open("folder/pairs.txt", "w") as file:
+        file.write("text")
+    with pytest.raises(InputError, match="folder holds text files; json, csv, parquet"):
+        load("folder")
