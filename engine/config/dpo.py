@@ -22,7 +22,10 @@ from engine.objective.losses import LOSSES
 @refuses_unknown
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig:
-    """Options of `DPOTrainer`; names are EasyDeL's, and TRL's where it has none.
+    """Options of `DPOTrainer`.
+
+    They are named as in EasyDeL's run files, which this program reads, and as in TRL
+    where EasyDeL has no such option.
 
     An option that the others make meaningless is refused, unless it is at its default.
 

@@ -70,7 +70,7 @@ class SourceConfig:
 class MixtureConfig:
     """The sources of one data set: `mixture:` and `eval_mixture:`."""
 
-    informs: tuple[SourceConfig, ...]
+    informs: tuple[SourceConfig, ...]  # EasyDeL's word for sources, as in its run files
     # The sources' shares of the rows; None: all rows, one source after another.
     mixture_weights: tuple[float, ...] | None = None
     cache_dir: str | None = None  # None: where `datasets` keeps its own

@@ -146,9 +146,8 @@ def checked_source(
     """
     if len(data) == 0:
         raise InputError(f"{name} has no rows; give at least one preference pair")
-    columns = getattr(data, "column_names", None)  # a list of rows has none
-    if columns is None:
-        return Source(name=name, data=data)
+    # Rows of a list may differ: each is looked at when it is tokenised.
+    columns = getattr(data, "column_names", None) or list(map(str, data[0]))
     for field in ("chosen", "rejected"):
         if field not in columns:
             raise InputError(

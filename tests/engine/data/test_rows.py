@@ -33,6 +33,10 @@ def test_datasets_and_lists_from_python():
         ({"prompt": ["p"]}, "the data set is a dict; give a datasets.Dataset"),
         (["text"], "row 0 (counting from 0), is a str; each row must be a dict"),
         (Dataset.from_list([{"text": "x"}]), "has no column 'chosen'"),
+        (
+            [{"text": "x", "id": 3}],
+            "has no column 'chosen'; it has text, id, and needs",
+        ),
     ],
 )
 def test_bad_data_from_python(data, message):
