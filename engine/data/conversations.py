@@ -114,14 +114,26 @@ def _templated_texts(
             ) from error
 
     start = render("prompt", messages, add_generation_prompt=True)
+    # Templates leave the reasoning of earlier answers out, as they are meant to.
+    asked = [i for i, m in enumerate(messages) if m["role"] != "assistant"]
+
+    def render_asked(changed: list[dict]) -> str:
+        copy = list(messages)
+        for i, message in zip(asked, changed, strict=True):
+            copy[i] = message
+        return template.render(copy, tools, arguments)
+
+    template.check_words(
+        f"{where}, field 'prompt'", [messages[i] for i in asked], start, 0, render_asked
+    )
     texts = []
     for field, answer in (("chosen", chosen), ("rejected", rejected)):
         text = render(field, messages + answer)
-        template.check_answer(
+        template.check_words(
             f"{where}, field {field!r}",
             answer,
             text,
-            start,
+            len(start) if text.startswith(start) else None,
             lambda answer: template.render(messages + answer, tools, arguments),
         )
         texts.append(text)

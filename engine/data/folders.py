@@ -4,6 +4,7 @@
 nothing is asked on the terminal.
 """
 
+import glob
 import logging
 import os
 from typing import Any, NamedTuple
@@ -58,6 +59,11 @@ def find(
             f"{path} is a file whose name does not tell its type; set type to json, "
             "csv, parquet or arrow (plain text has no chosen and rejected)"
         )
+    if glob.has_magic(path) and not os.path.exists(path):
+        raise InputError(
+            f"{path} is a pattern that does not tell the type of its files; set type "
+            "to json, csv, parquet or arrow"
+        )
     names = os.listdir(path) if os.path.isdir(path) else []
     if "dataset_dict.json" in names or "state.json" in names:
         with reading(f"{path} cannot be read as hf"):
@@ -75,8 +81,15 @@ def find(
         )
     what = "hf" if os.path.isdir(path) else "a hub id, and is no folder here"
     with reading(f"{path} cannot be read as {what}"):
-        builder = datasets.load_dataset_builder(path, name=subset, cache_dir=cache_dir)
+        builder = datasets.load_dataset_builder(
+            # By its whole path, as `json` alone names one of the library's readers.
+            os.path.abspath(path) if names else path,
+            name=subset,
+            cache_dir=cache_dir,
+        )
     found = _found(path, str(builder.name), builder.config)
+    if not names and not all(map(is_url, found.files())):
+        raise InputError(f"{path} is no folder here, and no hub id; name files or one")
     if names and subset is None:
         _warn_of_the_rest(path, found)
     return found

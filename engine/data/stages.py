@@ -33,6 +33,9 @@ READ_ERRORS = (
 )
 
 
+_LONGEST = 300  # characters of another library's words
+
+
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
     """The stage in which libraries read data: what they may raise becomes one line.
@@ -60,8 +63,11 @@ def _reason(error: BaseException) -> str:
     """The first line of what went wrong, or what it means where that says nothing."""
     while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, yaml.YAMLError):
+        reason = " ".join(str(error).split())
+        return f"its data card, README.md, is no valid YAML ({reason[:_LONGEST]})"
     lines = str(error).strip().splitlines()
-    reason = lines[0].strip() if lines else type(error).__name__
+    reason = lines[0].strip()[:_LONGEST] if lines else type(error).__name__
     if "BatchSize must be greater than 0" in reason:
         return "one of its files has no rows; leave it out"
     if "Couldn't cast" in reason or "column names don't match" in reason:

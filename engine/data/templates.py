@@ -26,6 +26,7 @@ _TEMPLATE_ERRORS = (
     KeyError,
     IndexError,
     AttributeError,
+    ArithmeticError,
     RecursionError,
 )
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -146,27 +147,27 @@ class ChatTemplate:
             self._walks[template] = complete and shown.count("type") <= usual
         return self._walks[template]
 
-    def check_answer(
+    def check_words(
         self,
         where: str,
-        completion: list[dict],
+        messages: list[dict],
         text: str,
-        prompt: str,
+        start: int | None,
         render: Callable[[list[dict]], str],
     ):
-        """Refuses a completion of which the template leaves words out.
+        """Refuses messages of which the template leaves words out.
 
         Args:
-            text: prompt and completion, rendered; prompt: rendered alone.
-            render: prompt and another completion.
+            text: what the template made of them, from `start` on; None: nobody knows
+                where in the text they begin, so that words may be those of others.
+            render: the text with other messages in their place.
         Raises:
             InputError: beginning with `where`, naming the first words that are missing.
         """
-        whole = text.startswith(prompt)  # else words may be found in the prompt
-        place, suspects = len(prompt), []
-        for number, message in enumerate(completion):
+        place, suspects = start or 0, []
+        for number, message in enumerate(messages):
             for words in _texts(message):
-                found = text.find(words, place) if whole else -1
+                found = -1 if start is None else text.find(words, place)
                 if words and found < 0:
                     suspects.append(number)
                 place = max(place, found + len(words))
@@ -179,10 +180,10 @@ class ChatTemplate:
         marks = _Marks()
         marked = [
             marks.put(message) if number in suspects else message
-            for number, message in enumerate(completion)
+            for number, message in enumerate(messages)
         ]
         try:
-            shown = render(marked).lower()
+            shown = render(marked)
         except ValueError:
             return  # it refuses the marks: nothing can be said
         for mark, words in marks.words.items():
@@ -190,7 +191,7 @@ class ChatTemplate:
                 words = words if len(words) <= _SHOWN else f"{words[:_SHOWN]}..."
                 raise InputError(
                     f"{where}: the tokenizer's chat template leaves {words!r} out, so "
-                    "that it would not be trained on; change the messages (reasoning "
+                    "that the model would never see it; change the messages (reasoning "
                     "and earlier turns may belong elsewhere) or the template"
                 )
 

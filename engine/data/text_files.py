@@ -25,7 +25,13 @@ from engine.errors import InputError
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _BAD_ARCHIVE = (OSError, EOFError, zlib.error, lzma.LZMAError)
+_LOOKS_LIKE = {
+    b"\xff\xfe": ", it looks like UTF-16",
+    b"\xfe\xff": ", it looks like UTF-16",
+    b"\x1f\x8b": ", it looks like an archive whose name should end in .gz",
+}
 _NAMED = 3  # cells of a bad row that an error shows
+_SHOWN = 40  # characters of a cell that it shows
 
 
 class PackedRows(Sequence[Mapping[str, Any]]):
@@ -122,9 +128,10 @@ def read_text(path: str, name: str) -> str:
     try:
         data = _unpacked(path, ending)
     except _BAD_ARCHIVE as error:
-        what = f"is no sound {ending} archive" if ending in COMPRESSED else "is no file"
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{name} cannot be read: it {what} ({reason})") from error
+        if ending in COMPRESSED:
+            reason = f"it is no sound {ending} archive ({reason}); pack it again"
+        raise InputError(f"{name} cannot be read: {reason}") from error
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -133,10 +140,10 @@ def read_text(path: str, name: str) -> str:
         at = error.start + mark
         line = data.count(b"\n", 0, at) + 1
         byte = at - (data.rfind(b"\n", 0, at) + 1) + 1
-        wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+        like = _LOOKS_LIKE.get(data[:2], "")
         raise InputError(
             f"{name}, line {line}, byte {byte}, is not UTF-8 text (0x{data[at]:02x}"
-            f"{', it looks like UTF-16' if wide else ''}); save the file as UTF-8"
+            f"{like}); save the file as UTF-8"
         ) from None
 
 
@@ -191,7 +198,8 @@ def _check_header(name: str, line: int, header: list[str]):
 
 
 def _another_width(name: str, line: int, cells: list[str], header: list[str]) -> str:
-    shown = ", ".join(map(repr, cells[:_NAMED])) + ", ..." * (len(cells) > _NAMED)
+    shown = [c if len(c) <= _SHOWN else f"{c[:_SHOWN]}..." for c in cells[:_NAMED]]
+    found = ", ".join(map(repr, shown)) + ", ..." * (len(cells) > _NAMED)
     way_out = "fill in the missing ones"
     if len(cells) > len(header):
         way_out = 'put a cell that holds a comma in double quotes: "Well, yes"'
@@ -199,8 +207,7 @@ def _another_width(name: str, line: int, cells: list[str], header: list[str]) ->
             way_out = "remove the commas at its end"
     return (
         f"{name}, line {line}: {len(cells)} {'cell' if len(cells) == 1 else 'cells'} "
-        f"({shown}) under a header of "
-        f"{len(header)} ({', '.join(header)}); {way_out}"
+        f"({found}) under a header of {len(header)} ({', '.join(header)}); {way_out}"
     )
 
 

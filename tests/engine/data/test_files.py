@@ -131,6 +131,36 @@ def test_no_script_of_a_data_set_is_run(script):
     assert not os.path.exists("ran")
 
 
+def test_a_folder_that_is_called_like_a_reader():
+    os.mkdir("json")
+    Dataset.from_list(ROWS).to_csv("json/pairs.csv")
+    assert prompts(load("json")) == PROMPTS
+    with pytest.raises(InputError, match="^csv is no folder here, and no hub id; name"):
+        write("pairs.csv")
+        load("csv")
+
+
+def test_a_data_card_that_is_no_yaml():
+    os.mkdir("folder")
+    write("folder/pairs.jsonl")
+    with open("folder/README.md", "w") as file:
+        file.write("---\nconfigs: [\n---\n")
+    with pytest.raises(InputError) as caught:
+        load("folder")
+    assert str(caught.value).startswith(
+        "folder cannot be read as hf: its data card, README.md, is no valid YAML "
+        "(while "
+    )
+
+
+def test_a_pattern_that_does_not_tell_a_type():
+    os.mkdir("folder")
+    write("folder/pairs.jsonl")
+    with pytest.raises(InputError, match=r"folder/\* is a pattern that does not tell"):
+        load("folder/*")
+    assert prompts(load("folder/*", type="json")) == PROMPTS
+
+
 def test_files_of_other_kinds_are_refused():
     os.mkdir("folder")
     with open("folder/pairs.txt", "w") as file:

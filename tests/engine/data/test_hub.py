@@ -68,7 +68,10 @@ def test_text_files_of_a_hub_are_downloaded_and_read_to_the_letter(asked, monkey
         json.dump({**ROWS[0], "chosen": "2024-01-31"}, file)
     calls, builder = asked
     url = "hf://datasets/someone/pairs/a.jsonl"
-    builder.name, builder.config.data_files = "json", {"train": [url], "test": ["x"]}
+    builder.name, builder.config.data_files = (
+        "json",
+        {"train": [url], "test": [f"{url}x"]},
+    )
     seen = []
 
     def download(self, file):

@@ -120,7 +120,6 @@ ESCAPED = TURN + "{{ m['content'] | tojson }}" + END
 @pytest.mark.parametrize(
     "template, answer, lost",
     [
-        (NO_TEXT, "Green.", "Green."),
         (THINKING, "<think>\nA leaf\n</think>\n\nGreen.", "<think>"),
         (THINKING, "<think>leaf</think>Green.", "<think>"),
         (SHORT, "Green tea, of course.", "tea,"),  # marks take room, too
@@ -130,11 +129,13 @@ ESCAPED = TURN + "{{ m['content'] | tojson }}" + END
 )
 def test_an_answer_of_which_the_template_leaves_words_out(template, answer, lost):
     content, more = (answer, {}) if isinstance(answer, str) else ("Green.", answer)
-    good = [] if template is NO_TEXT else [row("Tea?", "Ok.", "No.")]
-    said = refusal(template, *good, row("Tea?", content, "No.", **more))
-    where = f"the data set, row {len(good)} (counting from 0), field 'chosen': the "
-    assert said.startswith(where + "tokenizer's chat template leaves ")
-    assert f"leaves {lost!r} out, so that it would not be trained on" in said
+    good = row("Tea?", "Ok.", "No.")
+    said = refusal(template, good, row("Tea?", content, "No.", **more))
+    assert said.startswith(
+        "the data set, row 1 (counting from 0), field 'chosen': the tokenizer's chat "
+        "template leaves "
+    )
+    assert f"leaves {lost!r} out, so that the model would never see it" in said
 
 
 def test_an_earlier_turn_of_an_answer_that_is_left_out():
@@ -169,6 +170,50 @@ def test_an_answer_that_is_whole(template, answer):
 def test_an_answer_that_only_the_prompt_has_is_missed():
     said = refusal(LAST_ONLY.replace("loop.last or ", ""), row("Tea?", "Tea?", "No."))
     assert "field 'chosen': the tokenizer's chat template leaves 'Tea?' out" in said
+
+
+FIRST_SYSTEM_PART = (
+    "{% if messages[0].role == 'system' %}{{ messages[0].content[0].text }}|{% endif %}"
+    + WALKING.replace(
+        "{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"
+    )
+)
+NO_SYSTEM = (
+    TURN.replace("%}", "if m['role'] != 'system' %}", 1) + "{{ m['content'] }}" + END
+)
+SYSTEM_LAST = NO_SYSTEM + "{{ messages[0].content if messages[0].role == 'system' }}"
+
+
+@pytest.mark.parametrize(
+    "template, lost",
+    [
+        (FIRST_SYSTEM_PART, "Be"),
+        (NO_SYSTEM, "I"),
+        (NO_TEXT, "I"),
+        (SYSTEM_LAST, None),
+    ],
+)
+def test_words_of_the_prompt_that_are_left_out(template, lost):
+    system = turn("system", parts("I serve. ", "Be brief."))
+    if template != FIRST_SYSTEM_PART:
+        system = turn("system", "I serve. Be brief.")
+    asked = row("Tea?", "Green.", "Black.")
+    asked["prompt"] = system + asked["prompt"]
+    if lost is None:
+        assert texts(template, asked)[0].endswith("I serve. Be brief.")
+        return
+    said = refusal(template, asked)
+    assert f"field 'prompt': the tokenizer's chat template leaves {lost!r} out" in said
+
+
+def test_reasoning_of_earlier_answers_may_be_left_out():
+    asked = row("Tea?", "Green.", "Black.")
+    asked["prompt"] = [
+        *turn("user", "Hi"),
+        *turn("assistant", "<think>so</think>Hello"),
+        *asked["prompt"],
+    ]
+    assert texts(THINKING, asked)[0] == "u:Hi\na:Hello\nu:Tea?\na:Green.\n"
 
 
 # ---------------------------------------------------------------- half characters
@@ -240,6 +285,15 @@ def test_the_date_is_formatted_as_python_does():
     template = f"  {{{{ strftime_now('{form}') }}}}\n x"
     text = ChatTemplate(make(template=template)).render(turn("user", "Tea?"))
     assert text == f"  {templates.FIXED_DATE.strftime(form)}\n x"
+
+
+def test_a_macro_of_the_template_may_ask_for_the_date():
+    template = (
+        "{% macro today() %}{{ strftime_now('%Y') }}{% endmacro %}"
+        "{% for m in messages %}{{ today() }}{{ m['content'] }}{% endfor %}"
+    )
+    text = ChatTemplate(make(template=template)).render(turn("user", "Tea?"))
+    assert text == "2024Tea?"
 
 
 def test_the_date_is_told_once(caplog):

@@ -200,6 +200,11 @@ def test_rows_of_json_need_not_be_alike():
             "line 1, byte 1, is not UTF-8 text (0xff, it looks like UTF-16); save the "
             "file as UTF-8",
         ),
+        (
+            gzip.compress(b'{"chosen": "a"}'),
+            "line 1, byte 2, is not UTF-8 text (0x8b, it looks like an archive whose "
+            "name should end in .gz); save the file as UTF-8",
+        ),
         ("[" * 100_000, "line 1, is JSON nested too deeply to be read"),
     ],
 )
