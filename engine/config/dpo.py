@@ -14,9 +14,9 @@ from engine.config.fields import (
     check_within,
     refuses_unknown,
 )
-from engine.config.paths import expand
 from engine.errors import InputError
 from engine.objective.losses import LOSSES
+from engine.paths import expand
 
 
 @refuses_unknown

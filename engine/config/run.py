@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from engine.config.dpo import DPOConfig
 from engine.config.fields import check_positive, check_types
-from engine.config.paths import expand
 from engine.config.run_file import build, read_run_file
 from engine.errors import InputError
+from engine.paths import expand
 
 Dtype = Literal["bfloat16", "float32"]
 

@@ -11,8 +11,8 @@ import yaml
 
 from engine.config.aliases import other_name
 from engine.config.fields import convert, did_you_mean
-from engine.config.paths import as_path
 from engine.errors import InputError
+from engine.paths import as_path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

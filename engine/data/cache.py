@@ -21,9 +21,9 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from engine.config.paths import as_path
 from engine.data.pair_tokens import Doubt, Limits, PairTokens
 from engine.data.rows import PreferenceRows
+from engine.paths import as_path
 
 logger = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ import os
 import datasets
 import pyarrow.parquet as pq
 
-from engine.config.paths import is_url
 from engine.data.rows import FIELDS
 from engine.data.stages import reading
 from engine.data.text_files import PackedRows, read_csv, read_json
 from engine.errors import InputError
+from engine.paths import is_url
 
 Rows = datasets.Dataset | PackedRows
 

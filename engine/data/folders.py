@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import datasets
 
-from engine.config.paths import is_url
 from engine.data.stages import reading
 from engine.errors import InputError
+from engine.paths import is_url
 
 logger = logging.getLogger(__name__)
 

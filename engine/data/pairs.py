@@ -9,7 +9,6 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from engine.config.paths import as_path
 from engine.data import cache as token_cache
 from engine.data.batches import Batch, BatchPlan, prefetch
 from engine.data.doubts import report, warn_beyond_positions
@@ -19,6 +18,7 @@ from engine.data.sources import load_mixture
 from engine.data.templates import ChatTemplate
 from engine.data.tokenization import encode_pairs
 from engine.errors import InputError
+from engine.paths import as_path
 
 __all__ = [
     "Batch",

@@ -7,7 +7,6 @@ from typing import Any
 import datasets
 import numpy as np
 
-from engine.config.paths import is_url, matching_files
 from engine.config.run import MixtureConfig, SourceConfig
 from engine.data import folders
 from engine.data.files import Rows, joined, read_files, select
@@ -15,6 +14,7 @@ from engine.data.rows import PreferenceRows, Source, checked_source, one_after_a
 from engine.data.stages import reading
 from engine.data.text_files import COMPRESSED
 from engine.errors import InputError
+from engine.paths import is_url, matching_files
 
 logger = logging.getLogger(__name__)
 

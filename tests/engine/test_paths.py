@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from engine.config.dpo import DPOConfig
-from engine.config.paths import as_path, expand, is_url, matching_files
 from engine.config.run import (
     MixtureConfig,
     ModelConfig,
@@ -13,6 +12,7 @@ from engine.config.run import (
     SourceConfig,
     load_run_config,
 )
+from engine.paths import as_path, expand, is_url, matching_files
 
 
 @pytest.fixture(autouse=True)
