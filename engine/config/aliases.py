@@ -31,6 +31,15 @@ ALIASES = {
     "auto_find_batch_size": Alias("trainer.total_batch_size", "it is never changed"),
     "dataloader_drop_last": Alias("trainer.drop_last"),
     "data_seed": Alias("trainer.seed"),
+    "per_device_batch_size": Alias("trainer.total_batch_size", _BATCH + "device"),
+    "global_batch_size": Alias("trainer.total_batch_size"),
+    "micro_batch_size": Alias(
+        "trainer.gradient_accumulation_steps", "a count of microbatches, not their size"
+    ),
+    "gradient_accumulation": Alias("trainer.gradient_accumulation_steps"),
+    "group_by_length": Alias(None, "batches are padded to a few lengths"),
+    "do_train": Alias("actions", "a list of train and validate"),
+    "do_eval": Alias("eval_mixture", "what it names is evaluated"),
     "full_determinism": Alias(None, "every run is deterministic"),
     # Optimizer
     "lr": Alias("trainer.learning_rate"),
@@ -42,6 +51,8 @@ ALIASES = {
     "warmup_ratio": Alias("trainer.warmup_steps", "optimizer steps, not a share"),
     "optim": Alias(None, _ONLY_ADAMW),
     "optimizer": Alias(None, _ONLY_ADAMW),
+    "adam_eps": Alias("trainer.adam_epsilon"),
+    "label_smoothing_factor": Alias("trainer.label_smoothing"),
     "clip_grad": Alias("trainer.max_grad_norm"),
     "gradient_clipping": Alias("trainer.max_grad_norm"),
     # Model
@@ -53,6 +64,7 @@ ALIASES = {
     "tokenizer_name_or_path": Alias("model.tokenizer"),
     "bf16": Alias("model.dtype", _DTYPE),
     "fp16": Alias("model.dtype", _DTYPE),
+    "tf32": Alias("model.dtype", _DTYPE),
     "torch_dtype": Alias("model.dtype", _DTYPE),
     "model_init_kwargs": Alias("model", "its keys are the options of loading"),
     "gradient_checkpointing": Alias("model.remat", "none, dots or full"),
@@ -71,6 +83,9 @@ ALIASES = {
     "dataset_test_split": Alias("eval_mixture.informs.0.split"),
     "max_train_samples": Alias("mixture.informs.0.num_rows"),
     "dataset_num_proc": Alias(None, "the tokenizer's own threads are used"),
+    "dataloader_num_workers": Alias(None, "batches are made in a thread of their own"),
+    "remove_unused_columns": Alias(None, "columns that are not needed are never read"),
+    "max_eval_samples": Alias("eval_mixture.informs.0.num_rows"),
     "max_seq_length": Alias("trainer.max_length"),
     "max_sequence_length": Alias("trainer.max_length"),
     "max_target_length": Alias("trainer.max_completion_length"),
