@@ -4,6 +4,7 @@ import glob
 import os
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engine.data.rows import FIELDS
@@ -35,14 +36,17 @@ def read_files(
                 mark = delimiter or ("\t" if tabs else ",")
                 parts.append(read_csv(path, file, mark))
         return joined(parts)
-    with reading(f"{name} cannot be read as {kind}"):
-        if kind == "parquet":
+    if kind == "parquet":
+        with reading(f"{name} cannot be read as {kind}"):
             # One without rows stops the reader, with other files beside it or not.
-            full = [p for p in local if pq.read_metadata(p).num_rows]
-            if not full:
-                raise InputError(f"{name} has no rows; give at least one pair")
-            _check_columns(dict(zip(local, files, strict=True)), full)
-            local = full
+            rows = {path: pq.read_metadata(path).num_rows for path in local}
+            schemas = {path: pq.read_schema(path) for path in local if rows[path]}
+        if not schemas:
+            raise InputError(f"{name} has no rows; give at least one pair")
+        names = dict(zip(local, files, strict=True))
+        _check_columns({names[path]: _columns(s) for path, s in schemas.items()})
+        local = list(schemas)
+    with reading(f"{name} cannot be read as {kind}"):
         data = datasets.load_dataset(
             kind,
             data_files=[_escaped(path) for path in local],
@@ -53,25 +57,22 @@ def read_files(
     return data
 
 
-def _check_columns(names: dict[str, str], paths: list[str]):
-    """Refuses Parquet files whose needed columns are not of the same types."""
-    first, *rest = paths
-    wanted = _columns(first)
-    for path in rest:
-        columns = _columns(path)
+def _check_columns(columns: dict[str, dict[str, str]]):
+    """Refuses files (by name) whose needed columns are not of the same types."""
+    (first, wanted), *rest = columns.items()
+    for name, found in rest:
         for field in FIELDS:
-            ours, theirs = wanted.get(field), columns.get(field)
+            ours, theirs = wanted.get(field), found.get(field)
             if ours != theirs:
                 raise InputError(
-                    f"{names[path]}: the column {field!r} is {theirs or 'not there'}, "
-                    f"but {ours or 'not there'} in {names[first]}; give each an entry "
-                    "of its own in informs"
+                    f"{name}: the column {field!r} is {theirs or 'not there'}, but "
+                    f"{ours or 'not there'} in {first}; give each an entry of its own "
+                    "in informs"
                 )
 
 
-def _columns(path: str) -> dict[str, str]:
+def _columns(schema: pa.Schema) -> dict[str, str]:
     """The type of each column that we read; texts of all widths are one type."""
-    schema = pq.read_schema(path)
     return {
         field.name: str(field.type).replace("large_string", "string")
         for field in schema

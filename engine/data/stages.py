@@ -26,7 +26,6 @@ READ_ERRORS = (
     ImportError,
     EOFError,
     StopIteration,
-    MemoryError,
     pa.ArrowException,
     DatasetsError,
     yaml.YAMLError,
@@ -89,7 +88,6 @@ TOKENIZE_ERRORS = (
     AttributeError,
     RuntimeError,
     OverflowError,
-    MemoryError,
 )
 
 
@@ -103,6 +101,6 @@ def tokenising(what: str) -> Iterator[None]:
     except TOKENIZE_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"{what}: the tokenizer cannot encode it ({reason}); correct the rows, or "
-            "name another tokenizer"
+            f"{what}: the tokenizer cannot encode them ({reason}); correct the rows, "
+            "or name another tokenizer"
         ) from error

@@ -42,7 +42,9 @@ class PackedRows(Sequence[Mapping[str, Any]]):
         self.column_names = columns  # of the files: those that no row needs, too
 
     @classmethod
-    def of(cls, rows: Iterable[tuple[Mapping[str, Any], Iterable[str]]]):
+    def of(
+        cls, rows: Iterable[tuple[Mapping[str, Any], Iterable[str]]]
+    ) -> "PackedRows":
         """The rows' needed fields; with each row come all its columns' names."""
         packed, columns = [], {}
         for row, names in rows:
@@ -225,9 +227,28 @@ def _entries(text: str, name: str) -> Iterator[tuple[str, Any]]:
         yield f"entry {number} of its list (counting from 0)", value
 
 
+class _Twice(Exception):
+    """A key that one JSON object has twice."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, if none of its keys that are read is there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        for key in (*FIELDS, "role", "content"):
+            if [name for name, _ in pairs].count(key) > 1:
+                raise _Twice(key)
+    return found
+
+
 def _parsed(text: str, name: str, first_line: int) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique)
+    except _Twice as error:
+        raise InputError(
+            f"{name}, line {first_line}: an object has the key {str(error)!r} twice; "
+            "give each key once"
+        ) from None
     except json.JSONDecodeError as error:
         raise InputError(
             f"{name}, line {first_line + error.lineno - 1}, is not JSON ({error.msg}, "

@@ -150,6 +150,10 @@ def test_strings_of_json(text):
     assert json_rows(text) == [{"chosen": "2024-01-31", "rejected": "a"}]
 
 
+def test_a_key_that_nobody_reads_may_be_there_twice():
+    assert json_rows('{"id": 1, "chosen": "a", "id": 2}') == [{"chosen": "a"}]
+
+
 def test_rows_of_json_need_not_be_alike():
     rows = [
         {"chosen": "2024-02-01 10:00:00", "rejected": "\u2028"},
@@ -204,6 +208,10 @@ def test_rows_of_json_need_not_be_alike():
             gzip.compress(b'{"chosen": "a"}'),
             "line 1, byte 2, is not UTF-8 text (0x8b, it looks like an archive whose "
             "name should end in .gz); save the file as UTF-8",
+        ),
+        (
+            '{"chosen": "a"}\n{"chosen": "a", "rejected": "b", "chosen": "c"}\n',
+            "line 2: an object has the key 'chosen' twice; give each key once",
         ),
         ("[" * 100_000, "line 1, is JSON nested too deeply to be read"),
     ],
