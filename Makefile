@@ -91,7 +91,7 @@ clean:
 $(VENV)/.run: pyproject.toml constraints.txt | $(PY)
 	@echo "== installing the program and its pinned dependencies into $(VENV)"
 	@$(PIP) pip hatchling editables
-	@$(PIP) --no-build-isolation -e .
+	@$(PIP) --no-build-isolation -e ".[plots]"
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.run

@@ -2,13 +2,12 @@
 
 import contextlib
 import os
-import traceback
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
-_OURS = tuple(
-    str(Path(__file__).parents[1] / package) + os.sep
-    for package in ("engine", "dpo_kernels")
+_LONGEST = 300  # characters of another library's words
+_PASSED_ON = (
+    *(AssertionError, MemoryError),
+    *(KeyboardInterrupt, SystemExit, GeneratorExit),
 )
 
 
@@ -20,41 +19,39 @@ class InputError(ValueError):
 
 
 @contextlib.contextmanager
-def stage(what: str, hint: str = "") -> Iterator[None]:
-    """Turns what a library raises in a stage of a run into one `InputError`.
+def library_errors(explain: Callable[[BaseException], str]) -> Iterator[None]:
+    """Turns what a library raises inside into one `InputError`.
 
-    For stages that read or write what the user gave: a library that fails there speaks
-    of the input. What our own code raises is our own mistake and keeps its traceback.
-    With DPO_TRACEBACK=1 everything does.
+    For calls that read or write what the user gave, and nothing else: a library that
+    fails there speaks of it, and raises whatever its own libraries do, so no list of
+    exceptions is kept beside each call. A defect of our own inside would be taken for
+    bad input. DPO_TRACEBACK=1 leaves everything as it is.
 
     Args:
-        what: the stage and its object, as `cannot load the tokenizer of DIR`.
-        hint: what to do about it.
+        explain: the message, from the exception.
     """
     try:
         yield
-    except (InputError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (InputError, *_PASSED_ON):
         raise
-    except BaseException as error:  # tokenizers' panics are no Exception
-        if os.environ.get("DPO_TRACEBACK") == "1" or _is_ours(error):
+    except BaseException as error:  # noqa: BLE001, the one place; panics are no Exception
+        if os.environ.get("DPO_TRACEBACK") == "1":
             raise
-        raise InputError(
-            f"{what}: {one_line(error)}{'; ' + hint if hint else ''}"
-            " (DPO_TRACEBACK=1 shows where)"
-        ) from error
+        raise InputError(explain(error)) from error
+
+
+def stage(what: str, hint: str = "") -> contextlib.AbstractContextManager[None]:
+    """As `library_errors`: `what: <the library's words>; hint`.
+
+    Args:
+        what: what cannot be done and to what, as `DIR: the tokenizer cannot be loaded`.
+        hint: what to do about it.
+    """
+    ending = f"; {hint}" if hint else ""
+    return library_errors(lambda error: f"{what}: {one_line(error)}{ending}")
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, on one line, with its type where that tells more."""
-    text = " ".join(str(error).split())
-    if isinstance(error, OSError | ValueError) and text:
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether it was raised by our own code, not by a library that it called."""
-    frames = traceback.extract_tb(error.__traceback__)
-    if isinstance(error, OSError | MemoryError):
-        return False  # the machine's word, wherever it is heard
-    return bool(frames) and frames[-1].filename.startswith(_OURS)
+    """What an exception says, on one line that is not too long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

@@ -12,14 +12,20 @@ from engine.config.fields import (
     check_types,
     check_unused,
     check_within,
+    refuses_unknown,
 )
 from engine.errors import InputError
 from engine.objective.losses import LOSSES
+from engine.paths import expand
 
 
+@refuses_unknown
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig:
-    """Options of `DPOTrainer`; names are EasyDeL's, and TRL's where it has none.
+    """Options of `DPOTrainer`.
+
+    They are named as in EasyDeL's run files, which this program reads, and as in TRL
+    where EasyDeL has no such option.
 
     An option that the others make meaningless is refused, unless it is at its default.
 
@@ -80,6 +86,7 @@ class DPOConfig:
 
     def __post_init__(self):
         check_types(self)
+        object.__setattr__(self, "save_directory", expand(self.save_directory))
         check_choice("loss_type", self.loss_type, LOSSES)
         check_choice("implementation", self.implementation, ("auto", *BACKENDS))
         self._check_ranges()

@@ -6,6 +6,7 @@ the value came from (a file, the command line) can put that in front of it.
 
 import dataclasses
 import difflib
+import functools
 import math
 import numbers
 import types
@@ -13,6 +14,7 @@ import typing
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+from engine.config.aliases import other_name
 from engine.errors import InputError
 
 _WORDS = {
@@ -22,6 +24,27 @@ _WORDS = {
     str: "a string",
     type(None): "null",
 }
+
+
+def refuses_unknown[Config](cls: type[Config]) -> type[Config]:
+    """Decorates a dataclass: an unknown option is an InputError that leads to ours."""
+    plain, names = (
+        cls.__init__,
+        [f.name for f in dataclasses.fields(typing.cast(Any, cls))],
+    )
+
+    @functools.wraps(plain)
+    def init(self, **options):
+        for name in options:
+            if name not in names:
+                hint = other_name(name).replace("'trainer.", "'")
+                hint = hint or did_you_mean(name, names)
+                known = "; known: " + ", ".join(names)
+                raise InputError(f"{name}: no such option{hint or known}")
+        plain(self, **options)
+
+    cls.__init__ = init
+    return cls
 
 
 def check_types(config: Any) -> None:

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from engine.config.dpo import DPOConfig
 from engine.config.fields import check_positive, check_types
 from engine.config.run_file import build, read_run_file
 from engine.errors import InputError
+from engine.paths import expand
 
 Dtype = Literal["bfloat16", "float32"]
 
@@ -25,6 +26,7 @@ class ModelConfig:
     def __post_init__(self):
         check_types(self)
         _check_not_empty("name_or_path", self.name_or_path)
+        _expand(self, "name_or_path", "tokenizer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,7 @@ class ReferenceConfig:
     def __post_init__(self):
         check_types(self)
         _check_not_empty("name_or_path", self.name_or_path)
+        _expand(self, "name_or_path")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +63,14 @@ class SourceConfig:
                 f"type {self.type!r}; remove it"
             )
         check_positive(self, "num_rows")
+        _expand(self, "data_files")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureConfig:
     """The sources of one data set: `mixture:` and `eval_mixture:`."""
 
-    informs: tuple[SourceConfig, ...]
+    informs: tuple[SourceConfig, ...]  # EasyDeL's word for sources, as in its run files
     # The sources' shares of the rows; None: all rows, one source after another.
     mixture_weights: tuple[float, ...] | None = None
     cache_dir: str | None = None  # None: where `datasets` keeps its own
@@ -76,6 +80,7 @@ class MixtureConfig:
         check_types(self)
         if not self.informs:
             raise InputError("informs=[] must list at least one source")
+        _expand(self, "cache_dir")
         if self.mixture_weights is None:
             return
         if len(self.mixture_weights) != len(self.informs):
@@ -157,3 +162,14 @@ def load_run_config(path: str | Path, overrides: list[str] | None = None) -> Run
 def _check_not_empty(name: str, value: str):
     if not value:
         raise InputError(f"{name}='' must not be empty")
+
+
+def _expand(config: Any, *names: str):
+    """Replaces paths (None and tuples of them allowed) in a frozen dataclass."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, tuple):
+            value = tuple(expand(path) for path in value)
+        elif value is not None:
+            value = expand(value)
+        object.__setattr__(config, name, value)

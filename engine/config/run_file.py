@@ -9,8 +9,10 @@ from typing import Any
 
 import yaml
 
+from engine.config.aliases import other_name
 from engine.config.fields import convert, did_you_mean
 from engine.errors import InputError
+from engine.paths import as_path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,8 +45,8 @@ def read_run_file(path: str | Path, overrides: list[str]) -> RunFile:
     for key in root:
         if key not in ("config", "actions"):
             raise InputError(
-                f"{path}: unknown key {key!r}; at the top there are `config:` and "
-                "`actions:`, and everything else goes under `config:`"
+                f"{path}: unknown key {key!r}{other_name(str(key))}; at the top there "
+                "are `config:` and `actions:`, and everything else goes under `config:`"
             )
     config = root.get("config")
     if not isinstance(config, dict):
@@ -64,7 +66,9 @@ def build[Config](cls: type[Config], run_file: RunFile) -> Config:
     Raises:
         InputError: an unknown key, a missing one, or what a dataclass refuses.
     """
-    return _Builder(run_file, known=tuple(_keys(cls))).section(cls, run_file.tree, "")
+    return _Builder(run_file, known=tuple(dotted_keys(cls))).section(
+        cls, run_file.tree, ""
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +125,8 @@ class _Builder:
         for key in self.known:
             if key.split(".")[-1] == name:
                 return f"; did you mean {key!r}?"
+        if hint := other_name(str(name)):
+            return hint
         near = did_you_mean(str(name), siblings, prefix)
         return near or f"; known: {', '.join(siblings)}"
 
@@ -135,13 +141,13 @@ def _dataclass_in(hint: Any) -> tuple[type | None, bool]:
     return None, False
 
 
-def _keys(cls: type, prefix: str = "") -> Iterator[str]:
+def dotted_keys(cls: type, prefix: str = "") -> Iterator[str]:
     """The dotted names of all fields, those inside lists with index 0."""
     for name, hint in typing.get_type_hints(cls).items():
         yield prefix + name
         nested, is_list = _dataclass_in(hint)
         if nested is not None:
-            yield from _keys(nested, f"{prefix}{name}.{'0.' if is_list else ''}")
+            yield from dotted_keys(nested, f"{prefix}{name}.{'0.' if is_list else ''}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -162,7 +168,7 @@ class _Loader(yaml.SafeLoader):
 
 def _parse(path: str | Path) -> Any:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = as_path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file; give a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:

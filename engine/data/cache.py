@@ -1,39 +1,43 @@
-"""Tokenised pairs on disk, under a key made of everything that they depend on."""
+"""Tokenised pairs on disk, under a key made of everything that they depend on.
+
+A file is an Arrow stream with one row a sequence (even rows chosen, odd rows rejected),
+read through a memory map, so that tokens take no memory of a process, and a checksum
+of all that at its end.
+"""
 
 import hashlib
+import json
 import logging
+import mmap
 import os
 import struct
 import tempfile
-import zipfile
+import zlib
 from collections.abc import Buffer, Callable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
+import pyarrow as pa
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from engine.data.pair_tokens import Doubt, Limits, PairTokens
 from engine.data.rows import PreferenceRows
-from engine.data.tokenization import Limits, PairTokens
+from engine.paths import as_path
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = b"pair-tokens-1"  # change it when the same rows give other arrays than before
-# What reading an archive of arrays raises, whichever of its bytes are wrong.
-_DAMAGE = (
-    OSError,
-    ValueError,
-    KeyError,
-    EOFError,
-    RuntimeError,
-    struct.error,
-    zipfile.BadZipFile,
+_FORMAT = b"pair-tokens-2"  # change it when the same rows give other pairs than before
+_SCHEMA = pa.schema(
+    {"tokens": pa.large_list(pa.int32()), "score_start": pa.int32(), "row": pa.int64()}
 )
-_ARRAYS = {"tokens": "i4", "offsets": "i8", "score_start": "i4", "rows": "i8"}
+_CHECKSUM = struct.Struct("<I")  # CRC-32 of all bytes before it
+_BLOCK = 2**24  # bytes of a file summed at a time
 
 
 def default_cache_dir() -> Path:
     """$DPO_CACHE, or ~/.cache/dpo_engine."""
-    return Path(os.environ.get("DPO_CACHE") or "~/.cache/dpo_engine").expanduser()
+    return as_path(os.environ.get("DPO_CACHE") or "~/.cache/dpo_engine")
 
 
 def cache_key(
@@ -43,19 +47,22 @@ def cache_key(
     digest = hashlib.blake2b(_FORMAT, digest_size=16)
     digest.update(repr(tuple(limits)).encode())
     _feed_tokenizer(digest.update, tokenizer)
-    rows.feed(digest.update)
+    rows.update_hash(digest.update)
     return digest.hexdigest()
 
 
-def load(path: Path) -> PairTokens | None:
-    """The pairs in a file; None where there is none, or (logged) a damaged one."""
+def load(path: Path, limits: Limits | None = None) -> PairTokens | None:
+    """The pairs in a file; None where there is none, or (logged) a damaged one.
+
+    The arrays are read-only and stay on disk. `limits` are what they were cut to.
+    """
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in (*_ARRAYS, "dropped")}
-        return _checked(arrays)
+        with open(path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return _read(memoryview(mapped), limits)
     except FileNotFoundError:
         return None
-    except _DAMAGE as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         logger.warning("%s is damaged (%s); the data is tokenised again", path, error)
         return None
 
@@ -68,15 +75,7 @@ def store(path: Path, pairs: PairTokens):
             dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False
         ) as file:
             try:
-                np.savez(
-                    file,
-                    tokens=pairs.tokens,
-                    offsets=pairs.offsets,
-                    score_start=pairs.score_start,
-                    rows=pairs.rows,
-                    dropped=np.int64(pairs.dropped),
-                )
-                file.flush()
+                _write(file, pairs)
                 os.replace(file.name, path)
             finally:
                 Path(file.name).unlink(missing_ok=True)
@@ -84,27 +83,82 @@ def store(path: Path, pairs: PairTokens):
         logger.warning("the tokenised data is not kept in %s: %s", path.parent, error)
 
 
-def _checked(arrays: dict[str, np.ndarray]) -> PairTokens:
-    for name, kind in _ARRAYS.items():
-        if arrays[name].dtype != np.dtype(kind) or arrays[name].ndim != 1:
-            raise ValueError(f"{name} is {arrays[name].dtype}{arrays[name].shape}")
-    offsets, score_start = arrays["offsets"], arrays["score_start"]
+class _Summed:
+    """A file that is written to, and the checksum of what was written."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file = file
+        self.checksum = 0
+        self.closed = False
+
+    def write(self, data: Buffer) -> int:
+        self.checksum = zlib.crc32(data, self.checksum)
+        return self._file.write(data)
+
+    def flush(self):
+        self._file.flush()
+
+
+def _write(file: IO[bytes], pairs: PairTokens):
+    facts = {"dropped": pairs.dropped, "doubts": pairs.doubts}
+    schema = _SCHEMA.with_metadata({"facts": json.dumps(facts)})
+    tokens = pa.LargeListArray.from_arrays(
+        pa.array(pairs.offsets), pa.array(pairs.tokens)
+    )
+    columns = [tokens, pa.array(pairs.score_start), pa.array(pairs.rows.repeat(2))]
+    summed = _Summed(file)
+    with pa.ipc.new_stream(summed, schema) as stream:
+        stream.write_batch(pa.record_batch(columns, schema=schema))
+    file.write(_CHECKSUM.pack(summed.checksum))
+    file.flush()
+
+
+def _read(data: memoryview, limits: Limits | None) -> PairTokens:
+    """The pairs of a whole file.
+
+    Raises:
+        ValueError, OSError, ArrowException: it is not one that `store` wrote.
+    """
+    content, tail = data[: -_CHECKSUM.size], data[-_CHECKSUM.size :]
+    checksum = 0
+    for start in range(0, len(content), _BLOCK):
+        checksum = zlib.crc32(content[start : start + _BLOCK], checksum)
+    # Nothing is parsed before every byte is known to be what was written.
+    if tail != _CHECKSUM.pack(checksum):
+        raise ValueError("its checksum is another")
+    with pa.ipc.open_stream(pa.py_buffer(content)) as stream:
+        if not stream.schema.equals(_SCHEMA):
+            raise ValueError("it has other columns")
+        facts = json.loads((stream.schema.metadata or {})[b"facts"])
+        batch = stream.read_next_batch()
+    batch.validate()
+    tokens, score_start, row = batch.columns
+    assert isinstance(tokens, pa.LargeListArray)
+    pairs = PairTokens(
+        tokens=tokens.values.to_numpy(),
+        offsets=tokens.offsets.to_numpy(),
+        score_start=score_start.to_numpy(),
+        rows=row.to_numpy()[::2],
+        dropped=facts["dropped"],
+        doubts=tuple(Doubt(*doubt) for doubt in facts["doubts"]),
+        limits=limits,
+    )
+    _check(pairs, row.to_numpy()[1::2])
+    return pairs
+
+
+def _check(pairs: PairTokens, odd_rows: np.ndarray):
+    """Refuses arrays that are no pairs, whoever has written them."""
     sound = (
-        len(offsets) == 2 * len(arrays["rows"]) + 1 == len(score_start) + 1
-        and offsets[0] == 0
-        and offsets[-1] == len(arrays["tokens"])
-        and bool((score_start >= 1).all())
-        and bool((np.diff(offsets) > score_start).all())
+        np.array_equal(pairs.rows, odd_rows)
+        and len(pairs) > 0
+        and pairs.offsets[0] == 0
+        and pairs.offsets[-1] == len(pairs.tokens)
+        and bool((pairs.score_start >= 1).all())
+        and bool((pairs.lengths > pairs.score_start).all())
     )
     if not sound:
         raise ValueError("its parts do not fit together")
-    return PairTokens(
-        tokens=arrays["tokens"],
-        offsets=offsets,
-        score_start=score_start,
-        rows=arrays["rows"],
-        dropped=int(arrays["dropped"]),
-    )
 
 
 def _feed_tokenizer(

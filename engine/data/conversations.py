@@ -7,19 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jinja2
-from transformers import PreTrainedTokenizerBase
-
+from engine.data.templates import ChatTemplate
 from engine.errors import InputError
-
-_TEMPLATE_ERRORS = (
-    jinja2.TemplateError,
-    TypeError,
-    ValueError,
-    KeyError,
-    IndexError,
-    AttributeError,
-)
 
 
 class Texts(NamedTuple):
@@ -32,16 +21,13 @@ class Texts(NamedTuple):
 
 
 def row_texts(
-    row: Mapping[str, Any],
-    where: str,
-    tokenizer: PreTrainedTokenizerBase,
-    eos: str | None,
+    row: Mapping[str, Any], where: str, template: ChatTemplate, eos: str | None
 ) -> Texts:
     """The texts of one row; plain-text completions end with `eos`, once.
 
     Raises:
-        InputError: a row that is not a preference pair, or that the template refuses;
-            it begins with `where`.
+        InputError: a row that is not a preference pair, that the template refuses or
+            leaves words of out, or that has half a character; it begins with `where`.
     """
     chosen = _field(row, "chosen", where)
     rejected = _field(row, "rejected", where)
@@ -52,69 +38,113 @@ def row_texts(
         )
     prompt = _field(row, "prompt", where) if "prompt" in row else None
     if isinstance(chosen, str) and isinstance(rejected, str):
-        if prompt is None:
-            prompt, chosen, rejected = _split_text(chosen, rejected)
-        if not isinstance(prompt, str):
+        texts = _plain_texts(prompt, chosen, rejected, where, eos)
+    else:
+        assert isinstance(chosen, list) and isinstance(rejected, list)
+        texts = _templated_texts(row, prompt, chosen, rejected, where, template)
+    for field, text in zip(("prompt", "chosen", "rejected"), texts[:3], strict=True):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
             raise InputError(
-                f"{where}, field 'prompt', is a list of messages, but chosen is text; "
-                "make all three text or all three lists of messages"
-            )
-        if eos is None:
-            raise InputError(
-                f"{where}, is plain text, whose end the tokenizer cannot mark: it has "
-                "no eos_token; set it in tokenizer_config.json, or give messages"
-            )
-        chosen = chosen if chosen.endswith(eos) else chosen + eos
-        rejected = rejected if rejected.endswith(eos) else rejected + eos
-        return Texts(prompt, prompt + chosen, prompt + rejected, templated=False)
-    assert isinstance(chosen, list) and isinstance(rejected, list)
+                f"{where}, field {field!r}, has half a character "
+                f"(\\u{ord(text[error.start]):04x}, a surrogate on its own), which no "
+                "tokenizer takes; mend the text, which was cut or decoded wrongly"
+            ) from None
+    return texts
+
+
+def _plain_texts(
+    prompt: str | list[dict] | None,
+    chosen: str,
+    rejected: str,
+    where: str,
+    eos: str | None,
+) -> Texts:
+    if prompt is None:
+        prompt, chosen, rejected = _split_text(chosen, rejected)
+    if not isinstance(prompt, str):
+        raise InputError(
+            f"{where}, field 'prompt', is a list of messages, but chosen is text; "
+            "make all three text or all three lists of messages"
+        )
+    if eos is None:
+        raise InputError(
+            f"{where}, is plain text, whose end the tokenizer cannot mark: it has "
+            "no eos_token; set it in tokenizer_config.json, or give messages"
+        )
+    chosen = chosen if chosen.endswith(eos) else chosen + eos
+    rejected = rejected if rejected.endswith(eos) else rejected + eos
+    return Texts(prompt, prompt + chosen, prompt + rejected, templated=False)
+
+
+def _templated_texts(
+    row: Mapping[str, Any],
+    prompt: str | list[dict] | None,
+    chosen: list[dict],
+    rejected: list[dict],
+    where: str,
+    template: ChatTemplate,
+) -> Texts:
     if isinstance(prompt, list):
         messages = prompt
     else:
         shared = _shared_turns(chosen, rejected, where)
         messages, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-        if prompt is not None and prompt not in [m.get("content") for m in messages]:
+        if prompt is not None and prompt.strip() not in map(_said, messages):
             raise InputError(
                 f"{where}, field 'prompt', is text that is no message of what chosen "
                 "and rejected start with; give messages, or leave the column out"
             )
-    render = _Renderer(row, where, tokenizer)
-    return Texts(
-        render("prompt", messages, add_generation_prompt=True),
-        render("chosen", messages + chosen),
-        render("rejected", messages + rejected),
-        templated=True,
-    )
+    if not template.exists:
+        raise InputError(
+            f"{where}, holds lists of messages, but the tokenizer has no chat "
+            "template; name one that has in model.tokenizer (an instruct model's), "
+            "or give prompt, chosen and rejected as text"
+        )
+    tools, arguments = _tools(row, where), _arguments(row, where)
 
-
-class _Renderer:
-    """The tokenizer's chat template with a row's own `tools` and template arguments."""
-
-    def __init__(
-        self, row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase
-    ):
-        if tokenizer.chat_template is None:
-            raise InputError(
-                f"{where}, holds lists of messages, but the tokenizer has no chat "
-                "template; name one that has in model.tokenizer (an instruct model's), "
-                "or give prompt, chosen and rejected as text"
-            )
-        self._where = where
-        self._tokenizer = tokenizer
-        self._arguments = {"tools": _tools(row, where), **_arguments(row, where)}
-
-    def __call__(self, field: str, messages: list[dict], **arguments) -> str:
+    def render(field: str, messages: list[dict], **options: bool) -> str:
         try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, **arguments, **self._arguments
-            )
-        except _TEMPLATE_ERRORS as error:
+            return template.render(messages, tools, arguments, **options)
+        except ValueError as error:
             raise InputError(
-                f"{self._where}, field {field!r}: the tokenizer's chat template "
-                f"refuses it ({_one_line(error)}); change the messages or the template"
+                f"{where}, field {field!r}: the tokenizer's chat template refuses it "
+                f"({error}); change the messages or the template"
             ) from error
-        assert isinstance(text, str)
-        return text
+
+    start = render("prompt", messages, add_generation_prompt=True)
+    # Templates leave the reasoning of earlier answers out, as they are meant to.
+    asked = [i for i, m in enumerate(messages) if m["role"] != "assistant"]
+
+    def render_asked(changed: list[dict]) -> str:
+        copy = list(messages)
+        for i, message in zip(asked, changed, strict=True):
+            copy[i] = message
+        return template.render(copy, tools, arguments)
+
+    template.check_words(
+        f"{where}, field 'prompt'", [messages[i] for i in asked], start, 0, render_asked
+    )
+    texts = []
+    for field, answer in (("chosen", chosen), ("rejected", rejected)):
+        text = render(field, messages + answer)
+        template.check_words(
+            f"{where}, field {field!r}",
+            answer,
+            text,
+            len(start) if text.startswith(start) else None,
+            lambda answer: template.render(messages + answer, tools, arguments),
+        )
+        texts.append(text)
+    return Texts(start, *texts, templated=True)
+
+
+def _said(message: dict) -> str:
+    """A message's text, its parts joined, without the white space around it."""
+    content = message.get("content", "")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    return "".join(part["text"] for part in parts).strip()
 
 
 def _field(row: Mapping[str, Any], field: str, where: str) -> str | list[dict]:
@@ -156,7 +186,10 @@ def _message(message: Any, where: str, number: int) -> dict[str, Any]:
     content = message.get("content", "")
     parts = content if isinstance(content, list) else []
     if not isinstance(content, str | list) or any(
-        not isinstance(part, Mapping) or part.get("type") != "text" for part in parts
+        not isinstance(part, Mapping)
+        or part.get("type") != "text"
+        or not isinstance(part.get("text"), str)
+        for part in parts
     ):
         raise InputError(
             f"{where}, message {number}, has the content {_short(content)}; {rule}, or "

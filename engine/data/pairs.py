@@ -10,15 +10,23 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from engine.data import cache as token_cache
+from engine.data.doubts import report, warn_beyond_positions
+from engine.data.pair_tokens import Limits, PairTokens
 from engine.data.rows import PreferenceRows, as_rows
 from engine.data.sources import load_mixture
-from engine.data.tokenization import Limits, PairTokens, encode_pairs
+from engine.data.templates import ChatTemplate
+from engine.data.tokenization import encode_pairs
+from engine.errors import InputError
+from engine.paths import as_path
 
 __all__ = [
+    "Limits",
     "PairTokens",
     "PreferenceRows",
+    "check_limits",
     "load_mixture",
     "tokenize_pairs",
+    "warn_beyond_positions",
 ]
 
 logger = logging.getLogger(__name__)
@@ -55,18 +63,22 @@ def tokenize_pairs(
         max_length=max_length,
         truncation_mode=truncation_mode,
     )
+    ChatTemplate(tokenizer).warn_of_date()
     key = token_cache.cache_key(rows, tokenizer, limits)
-    root = token_cache.default_cache_dir() if cache_dir is None else Path(cache_dir)
-    path = root / "tokens" / f"{key}.npz"
-    pairs = token_cache.load(path)
+    root = token_cache.default_cache_dir() if cache_dir is None else as_path(cache_dir)
+    path = root / "tokens" / f"{key}.arrow"
+    pairs = token_cache.load(path, limits)
     if pairs is None:
         began = time.perf_counter()
         pairs = encode_pairs(rows, tokenizer, limits)
         seconds = time.perf_counter() - began
         logger.info("tokenised %d pairs in %.1f s", len(pairs), seconds)
         token_cache.store(path, pairs)
+        # From here on they are on disk only, where the folder takes them.
+        pairs = token_cache.load(path, limits) or pairs
     else:
         logger.info("read %d tokenised pairs from %s", len(pairs), path)
+    report(pairs.doubts, rows)
     if pairs.dropped:
         logger.warning(
             "%d of %d pairs are dropped: max_length=%s (%s) leaves nothing to score",
@@ -76,3 +88,27 @@ def tokenize_pairs(
             truncation_mode,
         )
     return pairs
+
+
+def check_limits(pairs: PairTokens, limits: Limits) -> None:
+    """Refuses options of length that tokens were not cut by, as nothing applies them.
+
+    Raises:
+        InputError: naming the option; or, where it is not known what the pairs were cut
+            by, one that is longer than max_length.
+    """
+    if pairs.limits is None:
+        longest = int(pairs.lengths.max())
+        if limits.max_length is not None and longest > limits.max_length:
+            raise InputError(
+                f"max_length={limits.max_length} has no effect on data that is "
+                f"tokenised: its longest sequence has {longest} tokens; cut it before"
+            )
+        return
+    for name, wanted, found in zip(Limits._fields, limits, pairs.limits, strict=True):
+        if wanted != found:
+            raise InputError(
+                f"{name}={wanted!r} has no effect on data that is tokenised: it was "
+                f"cut with {name}={found!r}; give tokenize_pairs and the trainer the "
+                "same, or give the trainer the rows"
+            )

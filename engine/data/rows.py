@@ -1,6 +1,7 @@
 """Preference rows in memory, each knowing the source and the row that it came from."""
 
 import json
+import logging
 from collections.abc import Buffer, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from jaxtyping import Int64
 
 from engine.config.fields import did_you_mean
 from engine.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 FIELDS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
 _HASH_ROWS = 4096  # rows hashed at a time, whatever the chunks of the table
@@ -27,7 +30,7 @@ class Source:
     def __len__(self) -> int:
         return len(self.data)
 
-    def take(self, indices: Int64[np.ndarray, " n"]) -> list[dict[str, Any]]:
+    def rows_at(self, indices: Int64[np.ndarray, " n"]) -> list[dict[str, Any]]:
         """The rows at `indices`, with the columns of `FIELDS` that they have."""
         if isinstance(self.data, datasets.Dataset):
             columns = self.data[indices.tolist()]
@@ -38,7 +41,7 @@ class Source:
         rows = [self.data[i] for i in indices.tolist()]
         return [{k: row[k] for k in FIELDS if k in row} for row in rows]
 
-    def feed(self, update: Callable[[Buffer], object]):
+    def update_hash(self, update: Callable[[Buffer], object]):
         """Gives the content of every row to a hash, at about the speed of the hash."""
         if not isinstance(self.data, datasets.Dataset):
             for row in self.data:
@@ -57,38 +60,42 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class PreferenceRows:
-    """Rows of several sources in the order of use: row `rows[i]` of source `of[i]`."""
+    """Rows of several sources, in the order of use.
+
+    Row i is row indices[i] of the source numbered source_ids[i].
+    """
 
     sources: tuple[Source, ...]
-    of: Int64[np.ndarray, " n"]
-    rows: Int64[np.ndarray, " n"]
+    source_ids: Int64[np.ndarray, " n"]
+    indices: Int64[np.ndarray, " n"]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.indices)
 
     def where(self, index: int) -> str:
         """The origin of a row, for messages."""
-        source = self.sources[int(self.of[index])]
-        return f"{source.name}, row {int(self.rows[index])} (counting from 0)"
+        source = self.sources[int(self.source_ids[index])]
+        return f"{source.name}, row {int(self.indices[index])} (counting from 0)"
 
     def batches(self, size: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         """(index of the first row, rows) for each `size` rows, in order."""
         for first in range(0, len(self), size):
-            of, rows = self.of[first : first + size], self.rows[first : first + size]
-            batch: list[dict[str, Any]] = [{} for _ in rows]
-            for number in np.unique(of).tolist():
-                places = np.flatnonzero(of == number)
-                taken = self.sources[number].take(rows[places])
-                for place, row in zip(places.tolist(), taken, strict=True):
+            source_ids = self.source_ids[first : first + size]
+            indices = self.indices[first : first + size]
+            batch: list[dict[str, Any]] = [{} for _ in indices]
+            for number in np.unique(source_ids).tolist():
+                places = np.flatnonzero(source_ids == number)
+                rows = self.sources[number].rows_at(indices[places])
+                for place, row in zip(places.tolist(), rows, strict=True):
                     batch[place] = row
             yield first, batch
 
-    def feed(self, update: Callable[[Buffer], object]):
+    def update_hash(self, update: Callable[[Buffer], object]):
         """Gives a hash what the rows hold and their order; names do not count."""
         for source in self.sources:
-            source.feed(update)
-        update(self.of.tobytes())
-        update(self.rows.tobytes())
+            source.update_hash(update)
+        update(self.source_ids.tobytes())
+        update(self.indices.tobytes())
 
 
 def as_rows(data: Any) -> PreferenceRows:
@@ -100,6 +107,7 @@ def as_rows(data: Any) -> PreferenceRows:
     if isinstance(data, PreferenceRows):
         return data
     if isinstance(data, datasets.Dataset):
+        _warn_of_format(data)
         return one_after_another((checked_source("the data set", data),))
     if not isinstance(data, list | tuple):
         way_out = ""
@@ -123,8 +131,8 @@ def one_after_another(sources: tuple[Source, ...]) -> PreferenceRows:
     sizes = [len(source) for source in sources]
     return PreferenceRows(
         sources=sources,
-        of=np.repeat(np.arange(len(sources)), sizes),
-        rows=np.concatenate([np.arange(size) for size in sizes]),
+        source_ids=np.repeat(np.arange(len(sources)), sizes),
+        indices=np.concatenate([np.arange(size) for size in sizes]),
     )
 
 
@@ -138,15 +146,35 @@ def checked_source(
     """
     if len(data) == 0:
         raise InputError(f"{name} has no rows; give at least one preference pair")
+    # Rows of a list may differ: each is looked at when it is tokenised.
+    columns = getattr(data, "column_names", None) or list(map(str, data[0]))
+    for field in ("chosen", "rejected"):
+        if field not in columns:
+            raise InputError(
+                f"{name} has no column {field!r}{did_you_mean(field, columns)}; it "
+                f"has {', '.join(columns)}, and needs chosen, rejected and "
+                "(unless both start with it) prompt: rename its columns"
+            )
     if isinstance(data, datasets.Dataset):
-        columns = data.column_names
-        for field in ("chosen", "rejected"):
-            if field not in columns:
-                raise InputError(
-                    f"{name} has no column {field!r}{did_you_mean(field, columns)}; it "
-                    f"has {', '.join(columns)}, and needs chosen, rejected and "
-                    "(unless both start with it) prompt: rename its columns"
-                )
         kept = [field for field in FIELDS if field in columns]
         data = data.with_format(None).select_columns(kept)
     return Source(name=name, data=data)
+
+
+def _warn_of_format(data: datasets.Dataset):
+    """Says that `with_transform` and the like are not applied to what is read."""
+    kind = data.format["type"]
+    if kind == "custom":
+        logger.warning(
+            "the data set's transform (with_transform or set_transform) is not applied "
+            "to its %d rows; apply it with map() instead",
+            len(data),
+        )
+    elif kind is not None or list(data.format["columns"]) != data.column_names:
+        logger.warning(
+            "the data set's format (%s, columns %s) is not used: its %d rows are read "
+            "as Python values, from all columns; leave out set_format or with_format",
+            kind or "python",
+            ", ".join(data.format["columns"]),
+            len(data),
+        )

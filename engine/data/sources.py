@@ -1,40 +1,31 @@
 """Preference rows from files, folders and the hub."""
 
-import contextlib
-import glob
 import logging
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import datasets
 import numpy as np
-from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from engine.config.run import MixtureConfig, SourceConfig
-from engine.data.rows import (
-    FIELDS,
-    PreferenceRows,
-    Source,
-    checked_source,
-    one_after_another,
-)
+from engine.data import folders
+from engine.data.files import Rows, joined, read_files, select
+from engine.data.rows import PreferenceRows, Source, checked_source, one_after_another
+from engine.data.stages import reading
+from engine.data.text_files import COMPRESSED
 from engine.errors import InputError
+from engine.paths import is_url, matching_files
 
 logger = logging.getLogger(__name__)
 
 _ENDINGS = {
     ".json": "json",
     ".jsonl": "json",
+    ".ndjson": "json",
     ".csv": "csv",
+    ".tsv": "csv",
     ".parquet": "parquet",
     ".arrow": "arrow",
-}
-_BUILDERS = {"jsonl": "json"} | {name: name for name in _ENDINGS.values()}
-# A cell of a CSV file is the text that stands there, also where it reads 7, NA or null.
-_CSV_AS_TEXT = {
-    "keep_default_na": False,
-    "converters": {field: str for field in FIELDS},
 }
 
 
@@ -57,80 +48,40 @@ def load_mixture(mixture: MixtureConfig) -> PreferenceRows:
     total = (sizes / weights).min()
     # Rounding errors are far below 1e-6, and a whole number may lie just above.
     counts = np.minimum(np.floor(total * weights + 1e-6).astype(np.int64), sizes)
-    of = np.repeat(np.arange(len(sources)), counts)
-    of = np.random.default_rng(mixture.seed).permutation(of)
-    rows = np.empty(len(of), np.int64)
+    source_ids = np.repeat(np.arange(len(sources)), counts)
+    source_ids = np.random.default_rng(mixture.seed).permutation(source_ids)
+    indices = np.empty(len(source_ids), np.int64)
     for number, count in enumerate(counts.tolist()):
-        rows[of == number] = np.arange(count)
+        indices[source_ids == number] = np.arange(count)
     for source, count in zip(sources, counts.tolist(), strict=True):
         logger.info("%s: %d of %d rows are used", source.name, count, len(source))
-    return PreferenceRows(sources=sources, of=of, rows=rows)
+    return PreferenceRows(sources=sources, source_ids=source_ids, indices=indices)
 
 
 def _load_source(source: SourceConfig, cache_dir: str | None) -> Source:
     """One entry of `informs:`, sliced by its split and `num_rows`."""
-    files = source.data_files
-    files = [files] if isinstance(files, str) else list(files)
-    name = ", ".join(files)
+    names = source.data_files
+    names = [names] if isinstance(names, str) else list(names)
+    name = ", ".join(names)
     if source.split != "train":
         name = f"{name} ({source.split})"
-    kind = source.type or _kind_by_ending(files)
-    try:
-        with _quiet():
-            if kind == "hf":
-                data = _read_hf(source, files, cache_dir)
-            else:
-                _check_files(files)
-                extra = _CSV_AS_TEXT if kind == "csv" else {}
-                data = datasets.load_dataset(
-                    _BUILDERS[kind],
-                    data_files=files,
-                    split=source.split,
-                    cache_dir=cache_dir,
-                    **extra,
-                )
-    except InputError:
-        raise
-    except _READ_ERRORS as error:
-        what = kind
-        if kind == "hf" and not os.path.isdir(files[0]):
-            what = "a hub id, and is no folder here"
-        reason = _reason(error)
-        raise InputError(f"{name} cannot be read as {what}: {reason}") from error
-    assert isinstance(data, datasets.Dataset)
+    kind = source.type or _kind_by_ending(names)
+    kind = "json" if kind == "jsonl" else kind
+    if kind == "hf":
+        data = _read_hf(source, names, cache_dir)
+    else:
+        splits = {"train": _existing_files(names)}
+        data = _slice(name, splits, kind, source.split, cache_dir)
     if source.num_rows is not None:
-        data = data.select(range(min(source.num_rows, len(data))))
+        data = select(data, 0, min(source.num_rows, len(data)))
     return checked_source(name, data)
-
-
-# What `datasets`, the hub client, pandas and Arrow raise on bad files and names.
-_READ_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    RuntimeError,
-    StopIteration,
-    DatasetsError,
-)
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of what went wrong, without the wrapper that says nothing."""
-    wrapped = isinstance(error, DatasetGenerationError)
-    while wrapped and error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    reason = lines[0].strip() if lines else type(error).__name__
-    if "corresponds to no data" in reason:
-        reason += " It has no rows, or the split's slice leaves none."
-    return reason
 
 
 def _kind_by_ending(files: list[str]) -> str:
     kinds = set()
     for file in files:
         stem, ending = os.path.splitext(file)
-        if ending in (".gz", ".zst", ".xz", ".bz2"):
+        if ending in COMPRESSED:
             ending = os.path.splitext(stem)[1]
         kinds.add(_ENDINGS.get(ending, "hf"))
     if len(kinds) > 1:
@@ -141,66 +92,84 @@ def _kind_by_ending(files: list[str]) -> str:
     return kinds.pop()
 
 
-def _check_files(files: list[str]):
-    """Refuses, before any reader runs, files that are not there or hold nothing."""
-    for file in files:
-        if "://" in file:
+def _existing_files(names: list[str]) -> list[str]:
+    """The files that names and patterns mean, none of them empty."""
+    files = []
+    for name in names:
+        if is_url(name):
+            files.append(name)
             continue
-        if os.path.isdir(file):
-            raise InputError(f"{file} is a folder; read it with type hf, or name files")
-        found = [file] if os.path.exists(file) else glob.glob(file, recursive=True)
+        if os.path.isdir(name):
+            raise InputError(f"{name} is a folder; read it with type hf, or name files")
+        found = matching_files(name)
         if not found:
-            raise InputError(f"{file} does not exist (from {os.getcwd()})")
+            raise InputError(f"{name} does not exist (from {os.getcwd()})")
         for path in found:
-            if os.path.getsize(path) == 0:
+            if not os.path.isdir(path) and os.path.getsize(path) == 0:
                 raise InputError(f"{path} is empty; give at least one preference pair")
+        files += [path for path in found if not os.path.isdir(path)]
+    return files
 
 
-def _read_hf(source: SourceConfig, files: list[str], cache_dir: str | None) -> Any:
+def _slice(
+    name: str,
+    splits: dict[str, list[str]],
+    kind: str,
+    split: str,
+    cache_dir: str | None,
+    delimiter: str | None = None,
+) -> Rows:
+    """The rows that `split` (`train[:90%]+test`) takes of the files of each split."""
+    with reading(f"{name} cannot be read as {kind}"):
+        instruction = datasets.ReadInstruction.from_spec(split)
+        # Only the splits that are named are read; lengths of others are never asked.
+        lengths = dict.fromkeys(splits, 0)
+        parts = instruction.to_absolute(lengths)
+    data = {
+        part.splitname: read_files(
+            name, kind, splits[part.splitname], cache_dir, delimiter
+        )
+        for part in parts
+    }
+    with reading(f"{name} cannot be read as {kind}"):
+        lengths |= {key: len(rows) for key, rows in data.items()}
+        parts = instruction.to_absolute(lengths)
+    return joined(
+        [select(data[p.splitname], p.from_, max(p.from_, p.to)) for p in parts]
+    )
+
+
+def _read_hf(source: SourceConfig, names: list[str], cache_dir: str | None) -> Rows:
     """A hub id, a folder of data files, or a folder that `save_to_disk` wrote."""
-    if len(files) != 1:
+    if len(names) != 1:
         raise InputError(
-            f"data_files={files}: type hf takes one hub id or folder; give each an "
+            f"data_files={names}: type hf takes one hub id or folder; give each an "
             "entry of its own in informs, or the files their type (json, csv, parquet, "
             "arrow)"
         )
-    path = files[0]
-    if os.path.isfile(path):
-        raise InputError(
-            f"{path} is a file whose name does not tell its type; set type to json, "
-            "csv, parquet or arrow (plain text has no chosen and rejected)"
+    path = names[0]
+    found = folders.find(path, source.dataset_split_name, cache_dir)
+    if isinstance(found, dict):  # that save_to_disk wrote
+        return _sliced_splits(path, found, source.split)
+    if found.readable:
+        return _slice(
+            path, found.splits, found.kind, source.split, cache_dir, found.delimiter
         )
-    names = os.listdir(path) if os.path.isdir(path) else []
-    if "dataset_dict.json" in names or "state.json" in names:
-        return _read_saved(path, source.split)
-    if not names and (os.path.isabs(path) or path.startswith((".", "~"))):
-        raise InputError(f"{path} is not a folder with data in it")
-    return datasets.load_dataset(
-        path, name=source.dataset_split_name, split=source.split, cache_dir=cache_dir
+    with reading(f"{path} cannot be read as a hub id"):
+        data: Any = datasets.load_dataset(
+            path,
+            name=source.dataset_split_name,
+            split=source.split,
+            cache_dir=cache_dir,
+        )
+    assert isinstance(data, datasets.Dataset)
+    return data
+
+
+def _sliced_splits(path: str, saved: dict[str, datasets.Dataset], split: str) -> Rows:
+    with reading(f"{path} cannot be read as hf"):
+        instruction = datasets.ReadInstruction.from_spec(split)
+        parts = instruction.to_absolute({k: len(v) for k, v in saved.items()})
+    return joined(
+        [select(saved[p.splitname], p.from_, max(p.from_, p.to)) for p in parts]
     )
-
-
-def _read_saved(path: str, split: str) -> datasets.Dataset:
-    saved = datasets.load_from_disk(path)
-    if isinstance(saved, datasets.Dataset):
-        saved = datasets.DatasetDict({str(saved.split or "train"): saved})
-    instruction = datasets.ReadInstruction.from_spec(split)
-    parts = instruction.to_absolute({str(k): len(v) for k, v in saved.items()})
-    return datasets.concatenate_datasets(
-        [saved[p.splitname].select(range(p.from_, max(p.from_, p.to))) for p in parts]
-    )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """`datasets` without its bars and its own error lines: ours say it once."""
-    bars = datasets.are_progress_bars_disabled()
-    verbosity = datasets.logging.get_verbosity()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        if not bars:
-            datasets.enable_progress_bars()

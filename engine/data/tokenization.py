@@ -6,7 +6,6 @@ prompt + completion each as a whole, so that tokens may merge across the boundar
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -15,54 +14,16 @@ from jaxtyping import Bool, Int32, Int64
 from transformers import PreTrainedTokenizerBase
 
 from engine.data.conversations import Texts, row_texts
+from engine.data.doubts import Doubts
+from engine.data.pair_tokens import Limits, PairTokens
 from engine.data.rows import PreferenceRows
+from engine.data.stages import tokenising
+from engine.data.templates import ChatTemplate
 from engine.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 _CHUNK = 1000  # rows tokenised at a time
-
-
-class Limits(NamedTuple):
-    """What is cut from a sequence, in this order. None: no limit."""
-
-    max_prompt_length: int | None  # the prompt's end stays, behind its BOS
-    max_completion_length: int | None  # the completion's start stays
-    max_length: int | None  # of both together
-    truncation_mode: str  # which part `max_length` leaves: keep_start or keep_end
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class PairTokens:
-    """Tokenised pairs: sequence 2p is the chosen one of pair p, 2p + 1 the rejected.
-
-    Sequence i is tokens[offsets[i]:offsets[i + 1]]; its tokens from score_start[i] on
-    are scored, at least one, and the first has a token before it (score_start >= 1).
-    """
-
-    tokens: Int32[np.ndarray, " tokens"]
-    offsets: Int64[np.ndarray, " bounds"]
-    score_start: Int32[np.ndarray, " sequences"]
-    rows: Int64[np.ndarray, " pairs"]  # the row that each pair comes from
-    dropped: int  # pairs that had nothing to score
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def lengths(self) -> Int64[np.ndarray, " sequences"]:
-        """Tokens of each sequence, prompt included."""
-        return np.diff(self.offsets)
-
-    @property
-    def num_scored(self) -> Int64[np.ndarray, " sequences"]:
-        """Scored tokens of each sequence."""
-        return self.lengths - self.score_start
-
-    @property
-    def max_id(self) -> int:
-        """The largest token id, which the model's vocabulary must hold."""
-        return int(self.tokens.max())
 
 
 class Ragged(NamedTuple):
@@ -89,17 +50,22 @@ def encode_pairs(
         InputError: a row that is not a preference pair, naming it; or no pair is left.
     """
     encode = _Encoder(tokenizer)
+    template, doubts = ChatTemplate(tokenizer), Doubts()
     parts: list[PairTokens] = []
     unstable = 0
     for first, batch in rows.batches(_CHUNK):
         texts = [
-            row_texts(row, rows.where(first + i), tokenizer, encode.eos_text)
+            row_texts(row, rows.where(first + i), template, encode.eos_text)
             for i, row in enumerate(batch)
         ]
-        prompts, pairs = encode(texts)
+        for i, row in enumerate(batch):
+            doubts.see_row(first + i, row)
+        where = f"{rows.where(first)}, and the {len(texts) - 1} rows after it"
+        prompts, pairs = encode(texts, where)
         boundary = _boundaries(prompts, pairs)
         unstable += int((boundary < np.diff(prompts.offsets)).sum())
         parts.append(_cut(pairs, boundary, encode.bos, limits, first))
+        doubts.see_pairs(parts[-1])
     if unstable:
         logger.info(
             "in %d of %d rows the prompt's tokens change when a completion follows "
@@ -114,6 +80,8 @@ def encode_pairs(
         score_start=np.concatenate([part.score_start for part in parts]),
         rows=np.concatenate([part.rows for part in parts]),
         dropped=sum(part.dropped for part in parts),
+        doubts=doubts.found(),
+        limits=limits,
     )
     if len(result) == 0:
         raise InputError(
@@ -142,7 +110,7 @@ class _Encoder:
             known = self._ids([eos_text], False)[0] == [self._eos]
             self.eos_text = eos_text if known else ""
 
-    def __call__(self, texts: list[Texts]) -> tuple[Ragged, Ragged]:
+    def __call__(self, texts: list[Texts], where: str) -> tuple[Ragged, Ragged]:
         """Tokens of the prompts [n], and of chosen0, rejected0, chosen1, ... [2n]."""
         prompts: list[list[int]] = [[]] * len(texts)
         pairs: list[list[int]] = [[]] * (2 * len(texts))
@@ -151,21 +119,24 @@ class _Encoder:
             if not places:
                 continue
             flat = [t for i in places for t in texts[i][:3]]
-            ids = self._ids(flat, not templated)
+            ids = self._ids(flat, not templated, where)
             if not templated:
                 self._mend(flat, ids)
             for k, i in enumerate(places):
                 prompts[i], pairs[2 * i], pairs[2 * i + 1] = ids[3 * k : 3 * k + 3]
         return Ragged.of(prompts), Ragged.of(pairs)
 
-    def _ids(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-        encoded = self._tokenizer(
-            texts,
-            add_special_tokens=add_special_tokens,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # lengths above the model's are cut later, or meant
-        )
+    def _ids(
+        self, texts: list[str], add_special_tokens: bool, where: str = "one letter"
+    ) -> list[list[int]]:
+        with tokenising(where):
+            encoded = self._tokenizer(
+                texts,
+                add_special_tokens=add_special_tokens,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,  # lengths above the model's are cut later, or meant
+            )
         return encoded["input_ids"]  # pyright: ignore[reportReturnType]
 
     def _mend(self, texts: list[str], ids: list[list[int]]):

@@ -18,7 +18,14 @@ from dpo_kernels.op.backends import load_backend
 from dpo_kernels.op.devices import Device
 from engine.config.dpo import DPOConfig
 from engine.data.batches import BatchPlan, Order, Padded
-from engine.data.pairs import PairTokens, PreferenceRows, tokenize_pairs
+from engine.data.pairs import (
+    Limits,
+    PairTokens,
+    PreferenceRows,
+    check_limits,
+    tokenize_pairs,
+    warn_beyond_positions,
+)
 from engine.errors import InputError
 from engine.models import DecoderConfig
 from engine.objective.losses import LOSSES, LossOptions
@@ -97,7 +104,7 @@ def prepare(
     }
     for some in (plan, *eval_plans.values()):
         check_op(arguments, model, dtype, some, mesh)
-    warn_of_positions(arguments, model, train)
+    warn_beyond_positions(train, arguments.max_length, model.max_position)
     return Prepared(
         arguments=arguments,
         mesh=mesh,
@@ -115,17 +122,22 @@ def prepare(
 def prepare_pairs(
     config: DPOConfig, data: PreferenceData, tokenizer: PreTrainedTokenizerBase
 ) -> PairTokens:
-    """The tokens of `data` under the length options; tokens are passed through."""
-    if isinstance(data, PairTokens):
-        return data
-    return tokenize_pairs(
-        data,
-        tokenizer,
-        max_length=config.max_length,
+    """The tokens of `data` under the length options; what is tokens already stays.
+
+    Raises:
+        InputError: a row that is not a preference pair; tokens that were not cut by
+            these options.
+    """
+    limits = Limits(
         max_prompt_length=config.max_prompt_length,
         max_completion_length=config.max_completion_length,
+        max_length=config.max_length,
         truncation_mode=config.truncation_mode,
     )
+    if isinstance(data, PairTokens):
+        check_limits(data, limits)
+        return data
+    return tokenize_pairs(data, tokenizer, **limits._asdict())
 
 
 def check_vocabulary(
@@ -192,21 +204,6 @@ def check_schedule(config: DPOConfig, total_steps: int) -> None:
         raise InputError(
             f"warmup_steps={config.warmup_steps} must be less than the run's "
             f"{total_steps} steps, or learning_rate is never reached; lower it"
-        )
-
-
-def warn_of_positions(
-    config: DPOConfig, model: DecoderConfig, pairs: PairTokens
-) -> None:
-    """Say so where rows are longer than the model was made for."""
-    longer = int((pairs.lengths > model.max_position).sum())
-    if longer:
-        logger.warning(
-            "%d sequences are longer than the %d positions that the model was made for "
-            "(max_position_embeddings); lower max_length=%s, or expect poor answers",
-            longer,
-            model.max_position,
-            config.max_length,
         )
 
 

@@ -2,12 +2,10 @@
 
 import json
 
-import numpy as np
 import pytest
+import tokenizers
 
-from engine.data.batches import check_distinct
 from engine.errors import InputError, stage
-from engine.parallel.batch import ScoredTokens
 
 
 def test_what_a_library_raises_is_one_line():
@@ -24,10 +22,17 @@ def test_what_the_machine_says_is_one_line():
         raise OSError(28, "No space left on device")
 
 
-def test_our_own_mistakes_keep_their_traceback():
-    twice = np.zeros((1, 1, 2), np.int32)
-    with pytest.raises(AssertionError, match="scored twice"), stage("x"):
-        check_distinct(ScoredTokens(twice, twice, np.array([[[2]]], np.int32)))
+def test_what_is_no_exception_by_name_is_one_line(tmp_path):
+    """tokenizers raises a plain Exception, from compiled code."""
+    path = tmp_path / "tokenizer.json"
+    path.write_text('{"version": "9.9", "model": {"type": "Future"}}')
+    with pytest.raises(InputError, match="^reading: "), stage("reading"):
+        tokenizers.Tokenizer.from_file(str(path))
+
+
+def test_what_is_passed_on():
+    with pytest.raises(AssertionError), stage("x"):
+        raise AssertionError
     with pytest.raises(KeyboardInterrupt), stage("x"):
         raise KeyboardInterrupt
     with pytest.raises(InputError, match="^mine$"), stage("x"):

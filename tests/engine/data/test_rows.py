@@ -21,7 +21,7 @@ def test_datasets_and_lists_from_python():
     assert prompts(as_rows(picked)) == ["p7", "p2", "p5"]
     rows = as_rows(data)
     assert as_rows(rows) is rows
-    np.testing.assert_array_equal(rows.rows, np.arange(10))
+    np.testing.assert_array_equal(rows.indices, np.arange(10))
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,10 @@ def test_datasets_and_lists_from_python():
         ({"prompt": ["p"]}, "the data set is a dict; give a datasets.Dataset"),
         (["text"], "row 0 (counting from 0), is a str; each row must be a dict"),
         (Dataset.from_list([{"text": "x"}]), "has no column 'chosen'"),
+        (
+            [{"text": "x", "id": 3}],
+            "has no column 'chosen'; it has text, id, and needs",
+        ),
     ],
 )
 def test_bad_data_from_python(data, message):

@@ -171,15 +171,18 @@ def test_templates_are_left_as_they_are():
 
 
 def test_tools_and_template_arguments_reach_the_template():
-    template = "{{ messages|length }}{{ tools|tojson if tools else '' }}{{ x }}"
+    template = (
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        "{{ tools|tojson if tools else '' }}{{ x }}"
+    )
     base = {"chosen": messages("p", "c"), "rejected": messages("p", "r", "s")}
     rows = [
         {**base, "tools": '[{"f": 1}]', "chat_template_kwargs": {"x": "y"}},
         {**base, "tools": [{"f": 1}], "chat_template_kwargs": None},
     ]
     pairs = tokenize(rows, make(template=template))
-    assert sum(sequence(pairs, 0), []) == ids('2[{"f": 1}]y')
-    assert sum(sequence(pairs, 3), []) == ids('3[{"f": 1}]')
+    assert sum(sequence(pairs, 0), []) == ids('pc[{"f": 1}]y')
+    assert sum(sequence(pairs, 3), []) == ids('prs[{"f": 1}]')
 
 
 def test_text_and_messages_may_be_mixed():

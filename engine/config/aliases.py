@@ -1,0 +1,140 @@
+"""Other trainers' option names, and what they are called here: hints for errors.
+
+The names are those of transformers' TrainingArguments, TRL's DPOConfig and DPOTrainer,
+and EasyDeL. None of them is accepted: sizes and units differ, as the notes say.
+"""
+
+from typing import NamedTuple
+
+
+class Alias(NamedTuple):
+    """Our dotted key (None: there is no such option), and what differs, or why."""
+
+    key: str | None
+    note: str = ""
+
+
+_BATCH = "pairs of one optimizer step over all devices and accumulation steps, not per "
+_NEVER = "the model is saved once, at the end, in save_directory"
+_DTYPE = "bfloat16 or float32"
+_ONLY_ADAMW = "it is always AdamW"
+
+ALIASES = {
+    # Lengths of a run
+    "max_steps": Alias("trainer.max_training_steps"),
+    "epochs": Alias("trainer.num_train_epochs"),
+    "num_epochs": Alias("trainer.num_train_epochs"),
+    "per_device_train_batch_size": Alias("trainer.total_batch_size", _BATCH + "device"),
+    "per_gpu_train_batch_size": Alias("trainer.total_batch_size", _BATCH + "GPU"),
+    "train_batch_size": Alias("trainer.total_batch_size", _BATCH + "device"),
+    "batch_size": Alias("trainer.total_batch_size", _BATCH + "device"),
+    "auto_find_batch_size": Alias("trainer.total_batch_size", "it is never changed"),
+    "dataloader_drop_last": Alias("trainer.drop_last"),
+    "data_seed": Alias("trainer.seed"),
+    "per_device_batch_size": Alias("trainer.total_batch_size", _BATCH + "device"),
+    "global_batch_size": Alias("trainer.total_batch_size"),
+    "micro_batch_size": Alias(
+        "trainer.gradient_accumulation_steps", "a count of microbatches, not their size"
+    ),
+    "gradient_accumulation": Alias("trainer.gradient_accumulation_steps"),
+    "group_by_length": Alias(None, "batches are padded to a few lengths"),
+    "do_train": Alias("actions", "a list of train and validate"),
+    "do_eval": Alias("eval_mixture", "what it names is evaluated"),
+    "full_determinism": Alias(None, "every run is deterministic"),
+    # Optimizer
+    "lr": Alias("trainer.learning_rate"),
+    "scheduler": Alias("trainer.lr_scheduler_type", "constant, linear or cosine"),
+    "lr_scheduler": Alias("trainer.lr_scheduler_type", "constant, linear or cosine"),
+    "learning_rate_end": Alias(
+        "trainer.lr_scheduler_type", "linear and cosine end at 0, constant does not"
+    ),
+    "warmup_ratio": Alias("trainer.warmup_steps", "optimizer steps, not a share"),
+    "optim": Alias(None, _ONLY_ADAMW),
+    "optimizer": Alias(None, _ONLY_ADAMW),
+    "adam_eps": Alias("trainer.adam_epsilon"),
+    "label_smoothing_factor": Alias("trainer.label_smoothing"),
+    "clip_grad": Alias("trainer.max_grad_norm"),
+    "gradient_clipping": Alias("trainer.max_grad_norm"),
+    # Model
+    "model_name_or_path": Alias("model.name_or_path"),
+    "pretrained_model_name_or_path": Alias("model.name_or_path"),
+    "ref_model": Alias("reference_model", "a section with name_or_path"),
+    "ref_model_name_or_path": Alias("reference_model.name_or_path"),
+    "processing_class": Alias("model.tokenizer"),
+    "tokenizer_name_or_path": Alias("model.tokenizer"),
+    "bf16": Alias("model.dtype", _DTYPE),
+    "fp16": Alias("model.dtype", _DTYPE),
+    "tf32": Alias("model.dtype", _DTYPE),
+    "torch_dtype": Alias("model.dtype", _DTYPE),
+    "model_init_kwargs": Alias("model", "its keys are the options of loading"),
+    "gradient_checkpointing": Alias("model.remat", "none, dots or full"),
+    "attn_implementation": Alias(None, "it is chosen for the device"),
+    "peft_config": Alias(None, "all parameters are trained"),
+    "use_peft": Alias(None, "all parameters are trained"),
+    "trust_remote_code": Alias(None, "code of a checkpoint or data set is never run"),
+    "sharding_array": Alias("sharding", "its keys are data, fsdp and tensor"),
+    # Data
+    "train_dataset": Alias("mixture", "a section with informs"),
+    "dataset": Alias("mixture", "a section with informs"),
+    "eval_dataset": Alias("eval_mixture", "a section with informs"),
+    "dataset_name": Alias("mixture.informs.0.data_files"),
+    "dataset_config": Alias("mixture.informs.0.dataset_split_name"),
+    "dataset_train_split": Alias("mixture.informs.0.split"),
+    "dataset_test_split": Alias("eval_mixture.informs.0.split"),
+    "max_train_samples": Alias("mixture.informs.0.num_rows"),
+    "dataset_num_proc": Alias(None, "the tokenizer's own threads are used"),
+    "dataloader_num_workers": Alias(None, "batches are made in a thread of their own"),
+    "remove_unused_columns": Alias(None, "columns that are not needed are never read"),
+    "max_eval_samples": Alias("eval_mixture.informs.0.num_rows"),
+    "max_seq_length": Alias("trainer.max_length"),
+    "max_sequence_length": Alias("trainer.max_length"),
+    "max_target_length": Alias("trainer.max_completion_length"),
+    "max_response_length": Alias("trainer.max_completion_length"),
+    "padding_free": Alias(None, "batches are padded to a few lengths"),
+    "padding_value": Alias(None, "padding is never seen by the model"),
+    "label_pad_token_id": Alias(None, "padding is never scored"),
+    # Loss
+    "loss": Alias("trainer.loss_type"),
+    "dpo_beta": Alias("trainer.beta"),
+    "dpo_loss_type": Alias("trainer.loss_type"),
+    "f_divergence_type": Alias(None, "it is always the reverse KL divergence"),
+    "precompute_ref_log_probs": Alias(None, "the reference is scored in each step"),
+    "use_liger_kernel": Alias("trainer.implementation", "of the log-probabilities"),
+    "use_liger_loss": Alias("trainer.implementation", "of the log-probabilities"),
+    # Reports
+    "output_dir": Alias("trainer.save_directory"),
+    "logging_dir": Alias("trainer.save_directory", "metrics.jsonl is written there"),
+    "overwrite_output_dir": Alias("trainer.save_directory"),
+    "run_name": Alias("trainer.model_name"),
+    "logging_steps": Alias("trainer.log_steps", "a whole number of optimizer steps"),
+    "report_steps": Alias("trainer.log_steps"),
+    "report_to": Alias("trainer.use_wandb", "true or false"),
+    "disable_tqdm": Alias("trainer.progress_bar", "the opposite"),
+    "eval_strategy": Alias("trainer.eval_steps", "without it: once, at the end"),
+    "evaluation_strategy": Alias("trainer.eval_steps", "without it: once, at the end"),
+    "evaluation_steps": Alias("trainer.eval_steps"),
+    "per_device_eval_batch_size": Alias(
+        "trainer.eval_batch_size", "pairs over all devices, not per device"
+    ),
+    "save_steps": Alias(None, _NEVER),
+    "save_strategy": Alias(None, _NEVER),
+    "save_total_limit": Alias(None, _NEVER),
+    "save_interval_minutes": Alias(None, _NEVER),
+    "load_best_model_at_end": Alias(None, _NEVER),
+    "resume_from_checkpoint": Alias(None, "a run starts at its first step"),
+    "push_to_hub": Alias(None, "nothing is uploaded; the model is in save_directory"),
+    "hub_model_id": Alias(None, "nothing is uploaded; the model is in save_directory"),
+    "deepspeed": Alias("sharding", "its keys are data, fsdp and tensor"),
+    "fsdp_config": Alias("sharding", "its keys are data, fsdp and tensor"),
+}
+
+
+def other_name(name: str) -> str:
+    """`; here it is 'ours' (what differs)` for another trainer's option, or nothing."""
+    alias = ALIASES.get(name.replace("-", "_").lower())
+    if alias is None:
+        return ""
+    if alias.key is None:
+        return f"; nothing here is like it: {alias.note}; remove it"
+    note = f" ({alias.note})" if alias.note else ""
+    return f"; here it is {alias.key!r}{note}"

@@ -1,0 +1,119 @@
+"""Data that can be trained on, but is surely not meant: one warning of each kind."""
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from engine.data.pair_tokens import Doubt, PairTokens
+from engine.data.rows import PreferenceRows
+
+logger = logging.getLogger(__name__)
+
+# The start of a list of messages as JSON, or as Python writes it.
+_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
+_LEAST_PROMPT = (
+    3  # characters: of a shorter one it may be chance that answers repeat it
+)
+MEANINGS = {
+    "messages as text": (
+        "hold messages as text in a cell (JSON), which is trained on as it stands, "
+        "without the chat template; give lists of messages, in JSON or Parquet files"
+    ),
+    "prompt repeated": (
+        "repeat the prompt at the start of chosen and rejected, so that the model sees "
+        "it twice; leave it out of both, or leave the field prompt out"
+    ),
+    "equal sides": (
+        "have the same tokens in chosen and rejected (of what the limits of length "
+        "leave), so that nothing is learned from them; remove them, or raise max_length"
+    ),
+}
+
+
+class Doubts:
+    """Counts what is seen while rows are tokenised."""
+
+    def __init__(self):
+        self._rows: dict[str, list[int]] = {}
+
+    def _add(self, kind: str, row: int):
+        self._rows.setdefault(kind, []).append(row)
+
+    def see_row(self, index: int, row: Mapping[str, Any]):
+        """Looks at the fields of a row that is well formed."""
+        prompt, *sides = (row.get(k) for k in ("prompt", "chosen", "rejected"))
+        texts = [side for side in (prompt, *sides) if isinstance(side, str)]
+        if any(_MESSAGES.match(text) for text in texts):
+            self._add("messages as text", index)
+        if prompt is not None and all(_begins_with(side, prompt) for side in sides):
+            self._add("prompt repeated", index)
+
+    def see_pairs(self, pairs: PairTokens):
+        """Looks at the tokens of some pairs."""
+        start, end = pairs.offsets[:-1].reshape(-1, 2), pairs.offsets[1:].reshape(-1, 2)
+        length = end - start
+        for p in np.flatnonzero(length[:, 0] == length[:, 1]).tolist():
+            chosen, rejected = (
+                pairs.tokens[a:b] for a, b in zip(start[p], end[p], strict=True)
+            )
+            if np.array_equal(chosen, rejected):
+                self._add("equal sides", int(pairs.rows[p]))
+
+    def found(self) -> tuple[Doubt, ...]:
+        """One of each kind that was seen."""
+        return tuple(
+            Doubt(kind, len(rows), rows[0]) for kind, rows in self._rows.items()
+        )
+
+
+def report(doubts: tuple[Doubt, ...], rows: PreferenceRows):
+    """Logs one warning of each kind."""
+    for kind, count, first in doubts:
+        logger.warning(
+            "%d of %d rows (the first: %s) %s",
+            count,
+            len(rows),
+            rows.where(first),
+            MEANINGS[kind],
+        )
+
+
+def warn_beyond_positions(pairs: PairTokens, max_length: int | None, positions: int):
+    """Logs a warning where sequences may be longer than a model knows positions.
+
+    Args:
+        positions: the model's `max_position_embeddings`.
+    """
+    if max_length is not None and max_length <= positions:
+        return
+    beyond = np.flatnonzero(pairs.lengths.reshape(-1, 2).max(axis=1) > positions)
+    found = f"none of {len(pairs)} pairs is so long"
+    if len(beyond):
+        found = (
+            f"{len(beyond)} of {len(pairs)} pairs are longer, the first of them row "
+            f"{pairs.rows[beyond[0]]} (counting from 0)"
+        )
+    logger.warning(
+        "max_length=%s is above the %d positions of the model "
+        "(max_position_embeddings): %s; lower max_length",
+        max_length,
+        positions,
+        found,
+    )
+
+
+def _begins_with(side: Any, prompt: Any) -> bool:
+    if isinstance(prompt, str) and isinstance(side, str):
+        start = prompt.strip()
+        return len(start) >= _LEAST_PROMPT and side.lstrip().startswith(start)
+    if isinstance(prompt, str) or isinstance(side, str):
+        return False
+    start = list(map(_gist, prompt))
+    return list(map(_gist, side[: len(start)])) == start
+
+
+def _gist(message: Mapping[str, Any]) -> tuple[Any, Any]:
+    return message.get("role"), message.get("content")

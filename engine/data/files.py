@@ -1,0 +1,112 @@
+"""All rows of data files of one kind, whichever it is."""
+
+import glob
+import os
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from engine.data.rows import FIELDS
+from engine.data.stages import reading
+from engine.data.text_files import PackedRows, read_csv, read_json
+from engine.errors import InputError
+from engine.paths import is_url
+
+Rows = datasets.Dataset | PackedRows
+
+
+def read_files(
+    name: str,
+    kind: str,
+    files: list[str],
+    cache_dir: str | None,
+    delimiter: str | None,
+) -> Rows:
+    """All rows of files of one kind, in order."""
+    with reading(f"{name} cannot be read as {kind}"):
+        local = [_download(file, cache_dir) for file in files]
+    if kind in ("json", "csv"):
+        parts: list[Rows] = []
+        for path, file in zip(local, files, strict=True):
+            if kind == "json":
+                parts.append(read_json(path, file))
+            else:
+                tabs = os.path.splitext(file.removesuffix(".gz"))[1] == ".tsv"
+                mark = delimiter or ("\t" if tabs else ",")
+                parts.append(read_csv(path, file, mark))
+        return joined(parts)
+    if kind == "parquet":
+        with reading(f"{name} cannot be read as {kind}"):
+            # One without rows stops the reader, with other files beside it or not.
+            rows = {path: pq.read_metadata(path).num_rows for path in local}
+            schemas = {path: pq.read_schema(path) for path in local if rows[path]}
+        if not schemas:
+            raise InputError(f"{name} has no rows; give at least one pair")
+        names = dict(zip(local, files, strict=True))
+        _check_columns({names[path]: _columns(s) for path, s in schemas.items()})
+        local = list(schemas)
+    with reading(f"{name} cannot be read as {kind}"):
+        data = datasets.load_dataset(
+            kind,
+            data_files=[_escaped(path) for path in local],
+            split="train",
+            cache_dir=cache_dir,
+        )
+    assert isinstance(data, datasets.Dataset)
+    return data
+
+
+def _check_columns(columns: dict[str, dict[str, str]]):
+    """Refuses files (by name) whose needed columns are not of the same types."""
+    (first, wanted), *rest = columns.items()
+    for name, found in rest:
+        for field in FIELDS:
+            ours, theirs = wanted.get(field), found.get(field)
+            if ours != theirs:
+                raise InputError(
+                    f"{name}: the column {field!r} is {theirs or 'not there'}, but "
+                    f"{ours or 'not there'} in {first}; give each an entry of its own "
+                    "in informs"
+                )
+
+
+def _columns(schema: pa.Schema) -> dict[str, str]:
+    """The type of each column that we read; texts of all widths are one type."""
+    return {
+        field.name: str(field.type).replace("large_string", "string")
+        for field in schema
+        if field.name in FIELDS
+    }
+
+
+def select(data: Rows, start: int, stop: int) -> Rows:
+    """The rows from `start` up to, but not with, `stop`."""
+    if isinstance(data, datasets.Dataset):
+        return data.select(range(start, stop))
+    return data[start:stop]
+
+
+def joined(parts: list[Rows]) -> Rows:
+    """Parts of one kind, end to end."""
+    first, *rest = parts
+    if isinstance(first, datasets.Dataset):
+        return datasets.concatenate_datasets(parts)  # pyright: ignore
+    for part in rest:
+        assert isinstance(part, PackedRows)
+        first = first.joined(part)
+    return first
+
+
+def _download(file: str, cache_dir: str | None) -> str:
+    """The local copy of a URL (unpacked); a local file is its own."""
+    if not is_url(file):
+        return file
+    config = datasets.DownloadConfig(cache_dir=cache_dir)
+    manager = datasets.DownloadManager(download_config=config)
+    return str(manager.download_and_extract(file))
+
+
+def _escaped(path: str) -> str:
+    """`path` as a pattern that means this file alone."""
+    return path if is_url(path) else glob.escape(path)

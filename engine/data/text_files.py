@@ -1,0 +1,260 @@
+"""CSV and JSON files, read to the letter: a cell or string is the text that is there.
+
+Nothing is guessed: a row that does not fit the header, bytes that are not UTF-8 and
+broken JSON are refused by file and line, where inferring readers shift columns, fill in
+empty text, or turn what looks like a date into a timestamp.
+"""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import os
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, overload
+
+import pyarrow as pa
+
+from engine.data.rows import FIELDS
+from engine.errors import InputError
+
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_BAD_ARCHIVE = (OSError, EOFError, zlib.error, lzma.LZMAError)
+_LOOKS_LIKE = {
+    b"\xff\xfe": ", it looks like UTF-16",
+    b"\xfe\xff": ", it looks like UTF-16",
+    b"\x1f\x8b": ", it looks like an archive whose name should end in .gz",
+}
+_NAMED = 3  # cells of a bad row that an error shows
+_SHOWN = 40  # characters of a cell that it shows
+
+
+class PackedRows(Sequence[Mapping[str, Any]]):
+    """Rows in memory as JSON text, unpacked when read: about the size of the file."""
+
+    def __init__(self, packed: list[str], columns: tuple[str, ...]):
+        self._packed = packed
+        self.column_names = columns  # of the files: those that no row needs, too
+
+    @classmethod
+    def of(
+        cls, rows: Iterable[tuple[Mapping[str, Any], Iterable[str]]]
+    ) -> "PackedRows":
+        """The rows' needed fields; with each row come all its columns' names."""
+        packed, columns = [], {}
+        for row, names in rows:
+            columns |= dict.fromkeys(names)
+            fields = {key: row[key] for key in FIELDS if key in row}
+            packed.append(json.dumps(fields, sort_keys=True, ensure_ascii=False))
+        return cls(packed, tuple(columns))
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> "PackedRows": ...
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return PackedRows(self._packed[index], self.column_names)
+        return json.loads(self._packed[index])
+
+    def joined(self, other: "PackedRows") -> "PackedRows":
+        """These rows, then the other ones."""
+        columns = dict.fromkeys((*self.column_names, *other.column_names))
+        return PackedRows(self._packed + other._packed, tuple(columns))
+
+
+def read_csv(path: str, name: str, delimiter: str = ",") -> PackedRows:
+    """The rows of a CSV file, under the columns that its first row names.
+
+    Raises:
+        InputError: a row of another width than the header, a quote that is not closed,
+            a column named twice, or what `read_text` refuses; it names the line.
+    """
+    text = read_text(path, name)
+
+    def rows() -> Iterator[tuple[dict[str, str], list[str]]]:
+        header: list[str] | None = None
+        for line, cells in _records(text, name, delimiter):
+            if header is None:
+                header = cells
+                _check_header(name, line, header)
+            elif len(cells) != len(header):
+                raise InputError(_another_width(name, line, cells, header))
+            else:
+                yield dict(zip(header, cells, strict=True)), header
+        if header is None:
+            raise InputError(f"{name} is empty; give at least one preference pair")
+
+    return PackedRows.of(rows())
+
+
+def read_json(path: str, name: str) -> PackedRows:
+    """The rows of a file with one JSON object a line, or one JSON list of objects.
+
+    Raises:
+        InputError: a line or a list that is not JSON, an entry that is no object, or
+            what `read_text` refuses; it names the line.
+    """
+    text = read_text(path, name)
+    start = text.lstrip()[:1]
+
+    def rows() -> Iterator[tuple[dict[str, Any], Iterable[str]]]:
+        for place, row in _entries(text, name) if start == "[" else _lines(text, name):
+            if not isinstance(row, dict):
+                raise InputError(
+                    f"{name}, {place}, holds a {type(row).__name__}; each must be an "
+                    'object with "chosen", "rejected" and mostly "prompt"'
+                )
+            yield row, row
+
+    if not start:
+        raise InputError(f"{name} is empty; give at least one preference pair")
+    return PackedRows.of(rows())
+
+
+def read_text(path: str, name: str) -> str:
+    """The text of a UTF-8 file, unpacked by its ending, without a byte-order mark.
+
+    Raises:
+        InputError: a damaged archive, or bytes that are not UTF-8, by line and byte.
+    """
+    ending = os.path.splitext(path)[1]
+    try:
+        data = _unpacked(path, ending)
+    except _BAD_ARCHIVE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if ending in COMPRESSED:
+            reason = f"it is no sound {ending} archive ({reason}); pack it again"
+        raise InputError(f"{name} cannot be read: {reason}") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # Places count from the start of the file, which a byte-order mark is part of.
+        mark = 3 if data.startswith(b"\xef\xbb\xbf") else 0
+        at = error.start + mark
+        line = data.count(b"\n", 0, at) + 1
+        byte = at - (data.rfind(b"\n", 0, at) + 1) + 1
+        like = _LOOKS_LIKE.get(data[:2], "")
+        raise InputError(
+            f"{name}, line {line}, byte {byte}, is not UTF-8 text (0x{data[at]:02x}"
+            f"{like}); save the file as UTF-8"
+        ) from None
+
+
+def _unpacked(path: str, ending: str) -> bytes:
+    if ending == ".zst":
+        with pa.input_stream(path, compression="zstd") as stream:
+            return stream.read()
+    openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    with openers.get(ending, open)(path, "rb") as file:
+        return file.read()  # pyright: ignore[reportReturnType], opened as bytes
+
+
+@contextmanager
+def _any_length_of_cell() -> Iterator[None]:
+    before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _records(text: str, name: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """(line of the file, cells) of each row that is not empty."""
+    lines = io.StringIO(text, newline="")
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    while True:
+        line = reader.line_num + 1  # a quoted cell may hold lines of its own
+        try:
+            with _any_length_of_cell():
+                cells = next(reader, None)
+        except csv.Error as error:
+            reason = str(error)
+            if "unexpected end of data" in reason:
+                reason = "a quoted cell that begins in this row is never closed"
+            raise InputError(
+                f"{name}, line {line}: {reason}; put a cell that holds a quote in "
+                'double quotes, and write each quote in it twice ("")'
+            ) from None
+        if cells is None:
+            return
+        if cells:
+            yield line, cells
+
+
+def _check_header(name: str, line: int, header: list[str]):
+    for cell in header:
+        if cell and header.count(cell) > 1:
+            raise InputError(
+                f"{name}, line {line}: the column {cell!r} is named twice in the "
+                "header; give each column a name of its own"
+            )
+
+
+def _another_width(name: str, line: int, cells: list[str], header: list[str]) -> str:
+    shown = [c if len(c) <= _SHOWN else f"{c[:_SHOWN]}..." for c in cells[:_NAMED]]
+    found = ", ".join(map(repr, shown)) + ", ..." * (len(cells) > _NAMED)
+    way_out = "fill in the missing ones"
+    if len(cells) > len(header):
+        way_out = 'put a cell that holds a comma in double quotes: "Well, yes"'
+        if not any(cells[len(header) :]):
+            way_out = "remove the commas at its end"
+    return (
+        f"{name}, line {line}: {len(cells)} {'cell' if len(cells) == 1 else 'cells'} "
+        f"({found}) under a header of {len(header)} ({', '.join(header)}); {way_out}"
+    )
+
+
+def _lines(text: str, name: str) -> Iterator[tuple[str, Any]]:
+    """(where, value) of each line that is not blank."""
+    # Not splitlines(): JSON strings may hold U+2028 and others of its line breaks.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"line {number}", _parsed(line, name, number)
+
+
+def _entries(text: str, name: str) -> Iterator[tuple[str, Any]]:
+    """(where, value) of each entry of a JSON list."""
+    for number, value in enumerate(_parsed(text, name, 1)):
+        yield f"entry {number} of its list (counting from 0)", value
+
+
+class _Twice(Exception):
+    """A key that one JSON object has twice."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, if none of its keys that are read is there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        for key in (*FIELDS, "role", "content"):
+            if [name for name, _ in pairs].count(key) > 1:
+                raise _Twice(key)
+    return found
+
+
+def _parsed(text: str, name: str, first_line: int) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except _Twice as error:
+        raise InputError(
+            f"{name}, line {first_line}: an object has the key {str(error)!r} twice; "
+            "give each key once"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{name}, line {first_line + error.lineno - 1}, is not JSON ({error.msg}, "
+            f"column {error.colno}); write one object a line, or one list of objects"
+        ) from None
+    except RecursionError:
+        raise InputError(
+            f"{name}, line {first_line}, is JSON nested too deeply to be read"
+        ) from None

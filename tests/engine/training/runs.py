@@ -1,0 +1,66 @@
+"""Small training runs, and what the tests of training look at."""
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from transformers import AutoTokenizer
+
+from engine import DPOConfig, DPOTrainer, load_model
+from engine.parallel.sharding import make_mesh
+from engine.training.events import Listener
+from tests.json_lines import read_lines
+
+FIXTURE = Path(__file__).parents[2] / "fixtures" / "trl" / "text"
+ROWS = read_lines(FIXTURE / "data.jsonl")
+
+
+def make_trainer(
+    directory: Path,
+    evaluate: bool = True,
+    eval_dataset: Any = None,
+    reference_model: Any = None,
+    listeners: tuple[Listener, ...] = (),
+    **settings,
+) -> DPOTrainer:
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    defaults = {"total_batch_size": 4, "learning_rate": 1e-3, "log_steps": 2}
+    if evaluate and eval_dataset is None:
+        eval_dataset = ROWS[:6]
+    return DPOTrainer(
+        model=load_model(FIXTURE / "model", mesh=mesh, dtype="float32"),
+        reference_model=reference_model,
+        arguments=DPOConfig(save_directory=str(directory), **defaults | settings),
+        train_dataset=ROWS,
+        eval_dataset=eval_dataset,
+        processing_class=AutoTokenizer.from_pretrained(FIXTURE / "model"),
+        listeners=listeners,
+    )
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """The names of the functions that XLA compiles meanwhile."""
+    names: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            found = re.match(r"Compiling (?:jit\()?(\w+)", record.getMessage())
+            if found:
+                names.append(found[1])
+
+    logger = logging.getLogger("jax._src.interpreters.pxla")
+    handler, level = Handler(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    propagate, logger.propagate = logger.propagate, False
+    try:
+        yield names
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
