@@ -25,15 +25,20 @@ from engine.parallel.sharding import BATCH, make_mesh, param_specs
 from engine.training.metrics import means
 from engine.training.optimizer import make_optimizer
 from engine.training.preparation import step_options
-from engine.training.step import TrainState, init_state, make_train_step, put_batch
+from engine.training.step import (
+    TrainState,
+    init_state,
+    make_train_step,
+    put_batch,
+    update,
+)
 
 OURS, PLAIN, PLAIN_OPTAX = "dpo_kernels", "plain JAX, log_softmax", "plain JAX, optax"
-MAX_GRAD_NORM = 1.0
 ARGUMENTS = DPOConfig(
     total_batch_size=8,
     learning_rate=1e-4,
     weight_decay=0.01,
-    max_grad_norm=MAX_GRAD_NORM,
+    max_grad_norm=1.0,
 )
 METRICS = ("loss", "rewards/chosen", "rewards/rejected")  # and grad_norm
 
@@ -211,13 +216,7 @@ def make_plain_step(
         value_and_grad = jax.value_and_grad(loss, has_aux=True)
         (value, metrics), grads = value_and_grad(state.params, ref_params, tokens, mask)
         norm = optax.global_norm(grads)
-        factor = jnp.minimum(1.0, MAX_GRAD_NORM / (norm + 1e-6))
-        grads = jax.tree.map(lambda g: g * factor, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        new_state = state._replace(
-            step=state.step + 1, params=params, opt_state=opt_state
-        )
+        new_state = update(state, grads, norm, optimizer, ARGUMENTS.max_grad_norm)
         return new_state, metrics | {"loss": value, "grad_norm": norm}
 
     return jax.jit(step, donate_argnums=0)

@@ -216,6 +216,26 @@ def init_state(model: Decoder, optimizer: optax.GradientTransformation) -> Train
     return TrainState(step=step, params=params, opt_state=opt_state)
 
 
+def update(
+    state: TrainState,
+    grads: Params,
+    norm: Float[Array, ""],
+    optimizer: optax.GradientTransformation,
+    max_grad_norm: float | None,
+) -> TrainState:
+    """The state after an update by gradients whose global norm is `norm`.
+
+    They are scaled down to `max_grad_norm` where they exceed it.
+    """
+    if max_grad_norm:
+        factor = jnp.minimum(1.0, max_grad_norm / (norm + 1e-6))
+        grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an int
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params: Any = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, opt_state)
+
+
 def make_train_step(
     model: Decoder,
     reference: Decoder | None,
@@ -235,13 +255,7 @@ def make_train_step(
         ref = None if ref_graphdef is None else nnx.merge(ref_graphdef, ref_params)
         grads, sums = _gradients(graphdef, state.params, ref, batch, options, specs)
         norm = _global_norm(grads, specs)
-        if options.max_grad_norm:
-            factor = jnp.minimum(1.0, options.max_grad_norm / (norm + 1e-6))
-            grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
-        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an int
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        new_params: Any = optax.apply_updates(state.params, updates)
-        new_state = TrainState(state.step + 1, new_params, opt_state)
+        new_state = update(state, grads, norm, optimizer, options.max_grad_norm)
         return new_state, sums | {"grad_norm": norm}
 
     step_spec: Any = P()
