@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from bench.device import plan
 from dpo_kernels import token_logprobs
-from dpo_kernels.op.backends import supported_backends
+from dpo_kernels.op.backends import load_backend, supported_backends
 from dpo_kernels.op.devices import traced_device
 from dpo_kernels.op.tiling import Problem
 
@@ -50,20 +50,32 @@ def make_inputs(shape: plan.Shape, seed: int | Array = 0) -> Inputs:
     )
 
 
-def backends(shape: plan.Shape) -> tuple[str, ...]:
-    """What can do bfloat16 at this shape here, the fastest first."""
+def problem(shape: plan.Shape) -> Problem:
+    """The op at this shape in bfloat16, on the device that is here."""
     T, D, V = shape
-    return supported_backends(
-        Problem(
-            T=T,
-            D=D,
-            V=V,
-            dtype=jnp.dtype(jnp.bfloat16),
-            workspace_bytes=plan.WORKSPACE,
-            device=traced_device(),
-            ragged=False,
-        )
+    return Problem(
+        T=T,
+        D=D,
+        V=V,
+        dtype=jnp.dtype(jnp.bfloat16),
+        workspace_bytes=plan.WORKSPACE,
+        device=traced_device(),
+        ragged=False,
     )
+
+
+def backends(shape: plan.Shape) -> tuple[str, ...]:
+    """What can do that, the fastest first."""
+    return supported_backends(problem(shape))
+
+
+def missing(shape: plan.Shape, name: str) -> str | None:
+    """Why that backend cannot."""
+    try:
+        load_backend(name, problem(shape))
+    except NotImplementedError as error:
+        return str(error)
+    return None
 
 
 def matmul(inputs: Inputs) -> Array:

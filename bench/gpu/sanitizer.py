@@ -13,15 +13,14 @@ from typing import Any
 from bench import processes
 from bench.device import plan
 from bench.device.subject import Subject
+from bench.gpu import sizes
 from bench.gpu.worker import Context
 
 # T, D, V, and rows that count: none that a block divides, few blocks and several.
 SHAPES = ((129, 64, 1000, None), (300, 192, 1000, 200))
 # First, where warpgroups share memory: what an interpreter cannot check.
 CHECKS = tuple(
-    (name, tool)
-    for name in ("mosaic_gpu", "triton")
-    for tool in ("racecheck", "memcheck")
+    (name, tool) for name in sizes.BACKENDS for tool in ("racecheck", "memcheck")
 )
 LEAST_S = 5.0  # of the time left, under which no further check is begun
 ERRORS = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard")

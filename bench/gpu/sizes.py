@@ -5,6 +5,8 @@ Imports neither JAX nor torch.
 
 from bench.device.plan import MIB, Plan, Shape
 
+BACKENDS = ("mosaic_gpu", "triton")  # those that are for GPUs, the fastest first
+
 
 def _sweep(T: int, D: int, V: int, Ts: list[int], Vs: list[int]) -> tuple[Shape, ...]:
     return tuple([(T, D, v) for v in Vs] + [(t, D, V) for t in Ts])

@@ -20,7 +20,7 @@ from bench.device import plan, programs
 from bench.device.programs import OURS, Inputs
 from bench.device.subject import Subject
 from bench.device.timing import Times
-from bench.gpu import goals, shared
+from bench.gpu import goals, shared, sizes
 from bench.gpu.measure import measure
 from bench.gpu.pool import Pool, Program
 from bench.gpu.truth import REFERENCE_SEED
@@ -222,8 +222,8 @@ Task = Callable[[Make], Iterable[Program]]  # of `make_inputs` or `abstract`
 
 def tasks(context: Context) -> dict[str, Task]:
     """What is compiled, and then timed, together: the most telling first."""
-    sizes = context.plan
-    main = sizes.main
+    size = context.plan
+    main = size.main
 
     def of(candidates: Callable[..., Iterable[Program]], shape: plan.Shape) -> Task:
         return lambda make: candidates(shape, make(shape, 0))
@@ -235,21 +235,33 @@ def tasks(context: Context) -> dict[str, Task]:
         def every(make: Make) -> Iterable[Program]:
             x = make(shape, 0)
             yield from main_candidates(shape, x)
-            if shape in sizes.with_truth:
+            if shape in size.with_truth:
                 yield from plain_candidates(shape, x)
 
         return every
 
     found = {f"speed {main}": of(main_candidates, main), f"more of {main}": rest}
-    for shape in sizes.small:
+    for shape in size.small:
         found[f"speed {shape}"] = of(small_candidates, shape)
-    for shape in sizes.shapes[1:]:
+    for shape in size.shapes[1:]:
         found[f"speed {shape}"] = other(shape)
     return found
 
 
+def say_what_is_missing(context: Context) -> None:
+    """A row for each of the GPU's backends that cannot run here."""
+    T, D, V = shape = context.plan.main
+    for name in sizes.BACKENDS:
+        about = {"op": plan.FORWARD, "implementation": f"{OURS} {name}"}
+        subject = Subject(**about, T=T, D=D, V=V)
+        reason = programs.missing(shape, name)
+        if reason is not None and context.wanted(subject):
+            context.row(subject, missing=reason)
+
+
 def run(context: Context) -> None:
     """One task after the other: what is late costs no row of what was before it."""
+    say_what_is_missing(context)
     todo, pool = tasks(context), Pool(context)
     for name in context.tasks(todo):
         compiled = pool.compile(todo[name](programs.abstract))
