@@ -92,6 +92,35 @@ def test_speed_has_every_candidate_the_main_ones_first(rehearsed):
     assert {key[1] for key in found} >= {"plain JAX, token chunks", "plain JAX, optax"}
 
 
+def test_the_main_shape_is_timed_before_anything_else_is_compiled(
+    tmp_path, monkeypatch
+):
+    """And so on: a task's rows do not wait for the next one's programs."""
+    log = []
+
+    def compile(pool, candidates):
+        log.append([(one.subject.T, one.subject.op) for one in candidates])
+        return {one.subject: None for one in todo[main](programs.abstract)}
+
+    def timed(*_):
+        log.append("timed")
+        return {}
+
+    monkeypatch.setattr(Pool, "compile", compile)
+    monkeypatch.setattr(speed, "measure", timed)
+    context = context_at(tmp_path, sizes=sizes.REHEARSAL)
+    todo = speed.tasks(context)
+    main = next(iter(todo))
+    speed.run(context)
+    assert log[0] == [
+        (MAIN[0], op) for op in (plan.MATMUL, plan.FORWARD, plan.GRADIENT)
+    ]
+    assert log[1::2] == ["timed"] * 4 and "timed" not in log[::2]
+    assert [programs[0] for programs in log[::2]] == [
+        (T, plan.MATMUL) for T in (MAIN[0], MAIN[0], 16, 48)
+    ]
+
+
 def test_correctness_of_real_cases_sums_and_small_ones(rehearsed):
     found = rehearsed[1]["correctness"]
     assert [row["op"] for row in found].count("sequence_sums") == 1
