@@ -10,12 +10,13 @@
 #   make check-gpu-aot  compile every GPU kernel for an H200, with or without a GPU
 #   make check-tpu-aot  compile the TPU kernels for v5e, v5p, v6e and 7x, without a TPU
 #   make bench-gpu      verify and measure everything on the GPU that is here
+#   make bench-gpu-quick  the product, ours, a peer and errors at one shape, in 3 minutes
 #   make bench-tpu      verify and measure the TPU kernels on the TPU that is here
 #   make clean   remove the environment and every cache
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint test-engine test-kernels test-isa record-compiled format \
-	bench check-gpu-aot check-tpu-aot bench-gpu bench-tpu clean
+	bench check-gpu-aot check-tpu-aot bench-gpu bench-gpu-quick bench-tpu clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -69,8 +70,16 @@ bench: $(VENV)/.test
 	$(PY) -m bench.op.memory
 
 # BENCH_GPU="--sections correctness" runs some of it; --rehearse needs no GPU.
-bench-gpu: $(VENV)/.gpu
-	$(PY) -m bench.gpu $(BENCH_GPU)
+# GPU_PYTHON=python3 takes a Python that has JAX for GPUs already and installs nothing:
+# bench/README.md lists what it needs.
+GPU_PYTHON ?= $(PY)
+GPU_STAGE := $(if $(filter $(PY),$(GPU_PYTHON)),$(VENV)/.gpu)
+
+bench-gpu: $(GPU_STAGE)
+	$(GPU_PYTHON) -m bench.gpu $(BENCH_GPU)
+
+bench-gpu-quick: $(GPU_STAGE)
+	$(GPU_PYTHON) -m bench.gpu.quick $(BENCH_GPU)
 
 # BENCH_TPU="--rehearse" needs no TPU.
 bench-tpu: $(VENV)/.tpu

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from engine import load_model
-from engine.commands.train import load_tokenizer
+from engine.models.tokenizer import load_tokenizer
 from engine.config.run import load_run_config
 from tests.json_lines import read_lines
 

@@ -13,33 +13,18 @@ import sys
 import time
 from pathlib import Path
 
-from bench import rows
-from bench.gpu import plan, shared, summary
+from bench import processes, rows
+from bench.gpu import shared, sizes, summary
 from bench.gpu.supervisor import Run, run_section
 
-PROBE = """
-import jax
-print(jax.devices()[0].platform, jax.devices()[0].device_kind, sep="|")
-"""
+PROBE_S = 60.0
 PLOT_S = 6.0  # kept back for the plots
 
 
 def probe(run: Run) -> str | None:
     """The device's name, by a process of its own; None without a GPU."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", PROBE],
-            env=run.environment(),
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return None
-    platform, _, kind = done.stdout.strip().rpartition("\n")[2].partition("|")
-    wanted = "cpu" if run.rehearse else "gpu"
-    return kind if done.returncode == 0 and platform == wanted else None
+    platform, kind = processes.first_device(run.environment("probe"), PROBE_S)
+    return kind if platform == ("cpu" if run.rehearse else "gpu") else None
 
 
 class Results:
@@ -65,10 +50,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, tiny shapes")
     parser.add_argument(
         "--sections",
-        default=",".join(plan.BUDGETS),
+        default=",".join(sizes.BUDGETS),
         help="some of them; the others' rows are kept (%(default)s)",
     )
-    parser.add_argument("--limit", type=float, default=plan.LIMIT_S, help="seconds")
+    parser.add_argument("--limit", type=float, default=sizes.LIMIT_S, help="seconds")
     parser.add_argument("--output", type=Path, help="default: bench/results/gpu.json")
     parser.add_argument("--plots", type=Path, help="default: docs/")
     parser.add_argument(
@@ -77,24 +62,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.sections = [name for name in args.sections.split(",") if name]
     for name in args.sections:
-        if name not in plan.BUDGETS:
-            parser.error(f"no section {name!r}; there are {', '.join(plan.BUDGETS)}")
+        if name not in sizes.BUDGETS:
+            parser.error(f"no section {name!r}; there are {', '.join(sizes.BUDGETS)}")
     return args
 
 
 def run_sections(run: Run, sections: list[str], end: float) -> None:
     """One after the other; what one leaves of its time is the next ones'."""
-    planned = sum(plan.BUDGETS[name] for name in sections)
+    planned = sum(sizes.BUDGETS[name] for name in sections)
     # All of the time is given out, also where only some sections are asked for.
     spare = end - time.time() - planned
     for name in sections:
         start = time.time()
-        seconds = min(plan.BUDGETS[name] + max(0.0, spare), end - start)
+        seconds = min(sizes.BUDGETS[name] + max(0.0, spare), end - start)
         if seconds <= 0:
             run.log(f"  {name}: no time left")
             continue
         run_section(run, name, seconds)
-        spare += plan.BUDGETS[name] - (time.time() - start)
+        spare += sizes.BUDGETS[name] - (time.time() - start)
+
+
+def draw(output: Path, plots: Path) -> None:
+    """Draw in a process of its own, too: a plot that fails costs no results."""
+    words = processes.command("bench.gpu.plot", [str(output), str(plots)])
+    subprocess.run(words, cwd=rows.ROOT, check=False)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,12 +98,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     plots = args.plots or (work if args.rehearse else rows.ROOT / "docs")
     results = Results(output, args.sections)
-    sizes = plan.REHEARSAL if args.rehearse else plan.REAL
+    plan = sizes.REHEARSAL if args.rehearse else sizes.REAL
     run = Run(
         work=work,
         rehearse=args.rehearse,
         torch_python=args.torch_python,
-        hang_s=sizes.hang_s,
+        hang_s=plan.hang_s,
         take=results.take,
     )
     device = probe(run)
@@ -132,9 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     everything = [*results.kept, *results.new]
     print("\n" + summary.report(everything))
     print("wrote", output)
-    # In a process of its own too: a plot that fails costs no results.
-    draw = [sys.executable, "-m", "bench.gpu.plot", str(output), str(plots)]
-    subprocess.run(draw, cwd=rows.ROOT, check=False)
+    draw(output, plots)
     return 0 if summary.correct(results.new, args.sections) else 1
 
 

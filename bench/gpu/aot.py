@@ -11,10 +11,7 @@ kernel has no wgmma in it. Nothing runs: this says nothing about speed.
 """
 
 import argparse
-import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bench import rows
+from bench import processes, rows
 from bench.aot import VARIANTS, compile_op
 from bench.gpu.triton_resources import CASES as TRITON_CASES
 from bench.gpu.triton_resources import resources as triton_resources
@@ -202,23 +199,15 @@ def show(results: Sequence[rows.Row]) -> str:
 def measure_elsewhere(quick: bool) -> list[rows.Row]:
     """`measure` in a process whose environment makes the compiler dump its kernels."""
     with tempfile.TemporaryDirectory() as dump:
-        environment = {**os.environ, **TARGETS["h200"].environment}
-        environment["MOSAIC_GPU_DUMP_TO"] = dump
-        done = subprocess.run(
-            [sys.executable, "-m", "bench.gpu.aot", "--worker", dump]
-            + ["--quick"] * quick,
-            cwd=rows.ROOT,
-            env={key: value for key, value in environment.items() if value is not None},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    if done.returncode:
-        sys.exit(
-            f"{done.stderr}\ncompiling for an H200 failed; are jax-cuda13-plugin, "
-            "triton and jax-triton installed?"
-        )
-    return json.loads(done.stdout.splitlines()[-1])
+        changes = {**TARGETS["h200"].environment, "MOSAIC_GPU_DUMP_TO": dump}
+        words = ["--worker", dump] + ["--quick"] * quick
+        try:
+            return processes.ask("bench.gpu.aot", words, changes)
+        except processes.ProcessError as error:
+            sys.exit(
+                "compiling for an H200 failed; are jax-cuda13-plugin, triton and "
+                f"jax-triton installed? {error}"
+            )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -230,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
-        print(json.dumps(list(measure(args.quick, args.worker))))
+        processes.answer(list(measure(args.quick, args.worker)))
         return 0
     results = measure_elsewhere(args.quick)
     results += [triton_row(case) for case in TRITON_CASES[: 2 if args.quick else None]]

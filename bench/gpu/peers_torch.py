@@ -9,10 +9,13 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.gpu import plan, shared
-from bench.gpu.timing import clocks, take_turns
+from bench.device import plan
+from bench.device.subject import Subject, why
+from bench.device.timing import take_turns
+from bench.gpu import shared
+from bench.gpu.clocks import clocks
 from bench.gpu.torch_peers import PEERS, Peer, TorchInputs, missing
-from bench.gpu.worker import Context, Subject, why
+from bench.gpu.worker import Context
 
 MATMUL_NAME = "torch.matmul"
 

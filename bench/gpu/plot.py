@@ -19,7 +19,8 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.ticker import NullLocator, ScalarFormatter  # noqa: E402
 
 from bench import rows  # noqa: E402
-from bench.gpu import plan  # noqa: E402
+from bench.device import plan  # noqa: E402
+from bench.gpu import sizes  # noqa: E402
 
 NAME = "gpu-time-and-memory.png"
 OURS = "dpo_kernels"
@@ -119,7 +120,7 @@ def draw(found: Sequence[rows.Row], path: Path) -> None:
     """The four panels, in one file."""
     some = lines(found)
     one = next(iter(some.values()))[0]
-    main = (plan.REHEARSAL if one.get("rehearsal") else plan.REAL).main
+    main = (sizes.REHEARSAL if one.get("rehearsal") else sizes.REAL).main
     figure, panels = pyplot.subplots(2, 2, figsize=(11, 9), layout="constrained")
     for column, letter in enumerate("VT"):
         for line, value in enumerate(("ms", "peak_bytes")):

@@ -1,4 +1,4 @@
-"""The GPU's memory checker over each backend, at shapes that fill no block.
+"""The GPU's race and memory checkers over each backend, at shapes that fill no block.
 
 python -m bench.gpu.sanitizer NAME      what is checked, by itself
 """
@@ -10,12 +10,18 @@ import subprocess
 import sys
 from typing import Any
 
-from bench.gpu import plan
-from bench.gpu.worker import Context, Subject
+from bench import processes
+from bench.device import plan
+from bench.device.subject import Subject
+from bench.gpu import sizes
+from bench.gpu.worker import Context
 
 # T, D, V, and rows that count: none that a block divides, few blocks and several.
 SHAPES = ((129, 64, 1000, None), (300, 192, 1000, 200))
-TOOLS = ("memcheck", "racecheck")
+# First, where warpgroups share memory: what an interpreter cannot check.
+CHECKS = tuple(
+    (name, tool) for name in sizes.BACKENDS for tool in ("racecheck", "memcheck")
+)
 LEAST_S = 5.0  # of the time left, under which no further check is begun
 ERRORS = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard")
 
@@ -78,20 +84,13 @@ def check(context: Context, checker: str | None, tool: str, name: str) -> None:
         context.row(subject, missing="compute-sanitizer is not installed")
         return
     context.trying(subject)
+    words = [checker, "--tool", tool, "--print-limit", "5"]
+    words += processes.command("bench.gpu.sanitizer", [name])
+    # XLA's own trials of products are none of our business, and many.
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
     try:
-        done = subprocess.run(
-            [
-                *(checker, "--tool", tool, "--print-limit", "5"),
-                *(sys.executable, "-m", "bench.gpu.sanitizer", name),
-            ],
-            # XLA's own trials of products are none of our business, and many.
-            env=os.environ
-            | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_gpu_autotune_level=0"},
-            capture_output=True,
-            text=True,
-            timeout=context.seconds_left(),
-            check=False,
-        )
+        with context.pulse:
+            done = processes.run(words, {"XLA_FLAGS": flags}, context.seconds_left())
     except subprocess.TimeoutExpired:
         context.row(subject, unfinished="no time was left")
         return
@@ -104,17 +103,15 @@ def check(context: Context, checker: str | None, tool: str, name: str) -> None:
 
 
 def run(context: Context) -> None:
-    """Memory first, over all backends; then races."""
-    from dpo_kernels.op.backends import BACKENDS
-
+    """A task for each backend and tool."""
     checker = shutil.which("compute-sanitizer")
-    names = [name for name in BACKENDS if name != "xla"]
+    checks = {f"{tool} of {name}": (name, tool) for name, tool in CHECKS}
     if context.rehearse:
         work("xla")
-        names = ["xla"]
-    for task in context.tasks(TOOLS):
-        for name in names:
-            check(context, checker, task, name)
+        checks = {"memcheck of xla": ("xla", "memcheck")}
+    for task in context.tasks(checks):
+        name, tool = checks[task]
+        check(context, checker, tool, name)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,11 @@ from unittest import mock
 import jax
 
 from bench import rows
-from bench.gpu import plan, programs
-from bench.gpu.timing import clocks, take_turns
-from bench.gpu.worker import Subject, why
+from bench.device import plan, programs
+from bench.device.subject import Subject, why
+from bench.device.timing import take_turns
+from bench.gpu import sizes as gpu_sizes
+from bench.gpu.clocks import clocks
 from dpo_kernels.op.compilation import Compiler
 
 RESULTS = "gpu_tiles"
@@ -184,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     """Search, print the winners."""
     args = parse(argv)
     deadline = time.time() + args.limit
-    sizes = plan.REHEARSAL if args.rehearse else plan.REAL
+    sizes = gpu_sizes.REHEARSAL if args.rehearse else gpu_sizes.REAL
     output = args.output or rows.RESULTS / f"{RESULTS}.json"
     found: list[rows.Row] = []
 

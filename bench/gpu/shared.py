@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.gpu.plan import Shape
+from bench.device.plan import Shape
 
 SPACE = 40 * 2**30  # bytes that the shapes with a truth take, and some more
 

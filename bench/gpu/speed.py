@@ -4,10 +4,11 @@
     forward      2TDV
     gradient     forward and gradient: 8TDV; 6TDV where the workspace keeps the logits
 
-`pct_peak` is a row's share of R. Gradients are compared with `truth.py`'s.
+`pct_peak` is a row's share of R. Gradients are compared with `truth.py`'s. What the run
+is for, every backend at the main shape, has its rows before anything else is compiled.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,13 +16,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from bench.gpu import plan, programs, shared
-from bench.gpu.programs import OURS, Inputs, Program, start, wait
-from bench.gpu.timing import Times
+from bench.device import plan, programs
+from bench.device.programs import OURS, Inputs
+from bench.device.subject import Subject
+from bench.device.timing import Times
+from bench.gpu import goals, shared, sizes
+from bench.gpu.measure import measure
+from bench.gpu.pool import Pool, Program
 from bench.gpu.truth import REFERENCE_SEED
-from bench.gpu.worker import Context, Subject
+from bench.gpu.worker import Context
 from bench.op.peers import CHUNKED, PEERS
-from dpo_kernels.op.compilation import Compiler
 
 ALL_ROWS, HALF = "num_valid is T", "num_valid is T/2"
 
@@ -66,7 +70,7 @@ def main_candidates(shape: plan.Shape, x: Inputs) -> Iterator[Program]:
             programs.forward(f),
             x,
             setting=setting,
-            goal=plan.FORWARD_GOALS.get(name),
+            goal=goals.FORWARD_GOALS.get(name),
         )
     for name in found:
         f = programs.ours(name, plan.WORKSPACE)
@@ -77,7 +81,7 @@ def main_candidates(shape: plan.Shape, x: Inputs) -> Iterator[Program]:
             programs.gradient(f),
             x,
             setting=setting,
-            goal=plan.GRADIENT_GOAL if name == found[0] else None,
+            goal=goals.GRADIENT_GOAL if name == found[0] else None,
         )
 
 
@@ -85,8 +89,10 @@ def more_candidates(
     context: Context, shape: plan.Shape, x: Inputs, reference: Inputs
 ) -> Iterator[Program]:
     """Of the main shape: larger workspaces, padding, plain JAX, the DPO loss."""
+    yield bare(shape, x)
     fastest = programs.backends(shape)[0]
-    for workspace in plan.KEEPING:
+    keeping = context.plan.keeping
+    for workspace in keeping:
         yield program(
             plan.GRADIENT,
             f"{OURS} {fastest}",
@@ -95,7 +101,7 @@ def more_candidates(
             x,
             setting=plan.mib(workspace),
             flops=plan.KEEPS,
-            goal=plan.KEEPING_GOAL if workspace == plan.KEEPING[0] else None,
+            goal=goals.KEEPING_GOAL if workspace == keeping[0] else None,
             goal_of_ms=True,
         )
     padded = programs.ours(fastest, plan.WORKSPACE, padded=True)
@@ -111,7 +117,7 @@ def more_candidates(
             note="tflops counts the padding rows too" if inputs is half else "",
         )
     yield from plain_candidates(shape, x)
-    for workspace in (plan.WORKSPACE, plan.KEEPING[0]):
+    for workspace in (plan.WORKSPACE, keeping[0]):
         f = programs.ours(fastest, workspace)
         yield program(
             plan.DPO,
@@ -152,19 +158,26 @@ def distances(x: Any, truth: Any) -> Any:
 class Errors:
     """Of a shape's gradients; says nothing where there is no truth."""
 
-    def __init__(self, context: Context, shape: plan.Shape):
-        def load(*names: str) -> list[Array]:
-            arrays = [shared.load(context.work, shape, name) for name in names]
-            return [jnp.asarray(x) for x in arrays if x is not None]
+    FILES = {
+        plan.GRADIENT: ("dhidden", "dhead"),
+        plan.DPO: ("dpo_dhidden", "dpo_dhead"),
+    }
 
-        self._truth = {
-            plan.GRADIENT: load("dhidden", "dhead"),
-            plan.DPO: load("dpo_dhidden", "dpo_dhead"),
-        }
+    def __init__(self, context: Context, shape: plan.Shape):
+        self._work, self._shape = context.work, shape
+        self._truth: dict[str, list[Array]] = {}
+
+    def _load(self, op: str) -> list[Array]:
+        """Once, when it is first asked for: some gigabytes of the device."""
+        if op not in self._truth:
+            names = self.FILES.get(op, ())
+            arrays = [shared.load(self._work, self._shape, name) for name in names]
+            self._truth[op] = [jnp.asarray(x) for x in arrays if x is not None]
+        return self._truth[op]
 
     def __call__(self, program: Program, out: Any) -> Mapping[str, Any]:
         """The larger of the two gradients' errors."""
-        truth = self._truth.get(program.subject.op)
+        truth = self._load(program.subject.op)
         if not truth or program.subject.setting == HALF:
             return {}
         found = distances(list(out[1]), truth)
@@ -177,7 +190,7 @@ def padding_ratio(context: Context, times: Mapping[Subject, Times]) -> None:
     if ALL_ROWS not in seconds or HALF not in seconds:
         return
     (some, full), (_, half) = seconds[ALL_ROWS], seconds[HALF]
-    goal, ratio = plan.PADDED_GOAL, half / full
+    goal, ratio = goals.PADDED_GOAL, half / full
     context.row(
         replace(some, op="half the rows over all", setting=""),
         ratio=round(ratio, 3),
@@ -199,44 +212,62 @@ def small_candidates(shape: plan.Shape, x: Inputs) -> Iterator[Program]:
             programs.gradient(programs.ours(name, plan.WORKSPACE)),
             x,
             setting=plan.mib(plan.WORKSPACE),
-            goal=plan.SMALL_GOAL if name == found[0] else None,
+            goal=goals.SMALL_GOAL if name == found[0] else None,
         )
 
 
 Make = Callable[[plan.Shape, int], Inputs]
+Task = Callable[[Make], Iterable[Program]]  # of `make_inputs` or `abstract`
 
 
-def candidates(context: Context, shape: plan.Shape, make: Make) -> list[Program]:
-    """All of a shape; `make` gives inputs, or what can be compiled for."""
-    sizes, x = context.plan, make(shape, 0)
-    if shape in sizes.small:
-        return list(small_candidates(shape, x))
-    found = list(main_candidates(shape, x))
-    if shape == sizes.main:
-        reference = make(shape, REFERENCE_SEED)
-        found += more_candidates(context, shape, x, reference)
-    elif shape in sizes.with_truth:
-        found += plain_candidates(shape, x)
+def tasks(context: Context) -> dict[str, Task]:
+    """What is compiled, and then timed, together: the most telling first."""
+    size = context.plan
+    main = size.main
+
+    def of(candidates: Callable[..., Iterable[Program]], shape: plan.Shape) -> Task:
+        return lambda make: candidates(shape, make(shape, 0))
+
+    def rest(make: Make) -> Iterable[Program]:
+        return more_candidates(context, main, make(main, 0), make(main, REFERENCE_SEED))
+
+    def other(shape: plan.Shape) -> Task:
+        def every(make: Make) -> Iterable[Program]:
+            x = make(shape, 0)
+            yield from main_candidates(shape, x)
+            if shape in size.with_truth:
+                yield from plain_candidates(shape, x)
+
+        return every
+
+    found = {f"speed {main}": of(main_candidates, main), f"more of {main}": rest}
+    for shape in size.small:
+        found[f"speed {shape}"] = of(small_candidates, shape)
+    for shape in size.shapes[1:]:
+        found[f"speed {shape}"] = other(shape)
     return found
 
 
-def run(context: Context) -> None:
-    """A task for each shape: the main one, few rows, the others.
+def say_what_is_missing(context: Context) -> None:
+    """A row for each of the GPU's backends that cannot run here."""
+    T, D, V = shape = context.plan.main
+    for name in sizes.BACKENDS:
+        about = {"op": plan.FORWARD, "implementation": f"{OURS} {name}"}
+        subject = Subject(**about, T=T, D=D, V=V)
+        reason = programs.missing(shape, name)
+        if reason is not None and context.wanted(subject):
+            context.row(subject, missing=reason)
 
-    All are compiled before the first is timed, so that times are taken in quiet.
-    """
-    sizes, use = context.plan, Compiler()
-    shapes = (sizes.main, *sizes.small, *sizes.shapes[1:])
-    tasks = {f"speed {shape}": shape for shape in shapes}
-    futures = {
-        name: start(context, use, candidates(context, shape, programs.abstract))
-        for name, shape in tasks.items()
-        if not context.is_done(name)
-    }
-    compiled = {name: wait(context, some) for name, some in futures.items()}
-    for name in context.tasks(tasks):
-        shape = tasks[name]
-        here = candidates(context, shape, programs.make_inputs)
-        errors = Errors(context, shape)
-        times = programs.measure(context, here, compiled.pop(name), errors)
-        padding_ratio(context, times)
+
+def run(context: Context) -> None:
+    """One task after the other: what is late costs no row of what was before it."""
+    say_what_is_missing(context)
+    todo, pool = tasks(context), Pool(context)
+    for name in context.tasks(todo):
+        compiled = pool.compile(todo[name](programs.abstract))
+        if compiled:
+            here = todo[name](programs.make_inputs)
+            shape = next(iter(compiled))
+            errors = Errors(context, (shape.T, shape.D, shape.V))
+            padding_ratio(context, measure(context, here, compiled, errors))
+    pool.close()

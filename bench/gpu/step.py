@@ -17,11 +17,14 @@ import statistics
 from concurrent import futures
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
-from bench.gpu import plan
-from bench.gpu.timing import clocks
-from bench.gpu.worker import Context, Subject
+from bench import processes
+from bench.device import plan
+from bench.device.subject import Subject
+from bench.gpu.clocks import clocks
+from bench.gpu.worker import Context
 from bench.step import candidates as step_candidates
 from bench.step.candidates import OURS, PICK, PLAIN, PLAIN_OPTAX, Workload
 
@@ -51,11 +54,11 @@ def head_shape(name: str, workload: Workload) -> plan.Shape:
 def start_heads(name: str, workload: Workload) -> list[Future]:
     """The policy's head with its gradients, and the reference's, being compiled."""
     import jax
-    from engine.training.scoring import STATS
 
-    from bench.gpu import programs
+    from bench.device import programs
     from dpo_kernels import token_logprobs
     from dpo_kernels.op.compilation import Compiler
+    from engine.training.metrics import STATS
 
     def op(stats: tuple[str, ...]) -> programs.Logprobs:
         def ours(hidden: Any, head: Any, targets: Any, num_valid: Any) -> Any:
@@ -79,8 +82,8 @@ def head_seconds(name: str, workload: Workload, heads: list[Future]) -> float:
     """Of the head alone in one step; the median of three, for each program."""
     import jax
 
-    from bench.gpu.programs import make_inputs
-    from bench.gpu.timing import seconds_of
+    from bench.device.programs import make_inputs
+    from bench.device.timing import seconds_of
 
     x, total = make_inputs(head_shape(name, workload)), 0.0
     for head in heads:
@@ -100,13 +103,16 @@ def peak_in_use() -> int | None:
     return stats.get("peak_bytes_in_use") if stats else None
 
 
-def run_side(connection: Connection, name: str, workload: Workload) -> None:
+def run_side(connection: Connection, name: str, workload: Workload, lock: Path) -> None:
     """A process's whole life: compile, then whatever it is asked for."""
     import jax
 
-    heads = start_heads(name, workload)
-    candidate = step_candidates.make_candidate(name, workload)
-    futures.wait(heads)  # so that nothing compiles beside a step that is timed
+    # XLA keeps its trials of products apart within a process, not among several: what
+    # it times beside another process's work it may choose wrongly.
+    with processes.alone(lock):
+        heads = start_heads(name, workload)
+        candidate = step_candidates.make_candidate(name, workload)
+        futures.wait(heads)  # so that nothing compiles beside a step that is timed
     connection.send(
         {
             "temp_bytes": candidate.temporaries,
@@ -132,7 +138,9 @@ class Side:
         spawn = multiprocessing.get_context("spawn")
         self._connection, theirs = spawn.Pipe()
         self._process = spawn.Process(
-            target=run_side, args=(theirs, name, workload), daemon=True
+            target=run_side,
+            args=(theirs, name, workload, context.work / "step.lock"),
+            daemon=True,
         )
         self._process.start()
         theirs.close()
@@ -199,11 +207,6 @@ def hand_over(
     )
 
 
-def loss_of(name: str, metrics: dict[str, float]) -> float:
-    """Ours are sums over the pairs."""
-    return metrics["loss"] / metrics["pairs"] if name == OURS else metrics["loss"]
-
-
 def compare(context: Context, workload: Workload) -> None:
     """Start all sides, let them take turns, hand over the rows of those that live."""
     wanted = [n for n in SIDES if context.wanted(subject_of(n, workload))]
@@ -216,13 +219,16 @@ def compare(context: Context, workload: Workload) -> None:
         context.row(sides.pop(name).subject, **reason)
 
     for name in wanted:
-        compiled = sides[name].answer()
-        first = sides[name].ask(STEP) if compiled else None
-        if compiled is None or first is None:
-            lost(name, "compiling" if compiled is None else "at the first step")
-            continue
-        found[name] |= {"compiled": compiled}
-        found[name]["loss"] = loss_of(name, first["metrics"])
+        found[name]["compiled"] = sides[name].answer()
+        if found[name]["compiled"] is None:
+            lost(name, "compiling")
+    # Only now: a step would disturb what another side still tries out.
+    for name in list(sides):
+        first = sides[name].ask(STEP)
+        if first is None:
+            lost(name, "at the first step")
+        else:
+            found[name]["loss"] = first["metrics"]["loss"]
     for _ in range(context.plan.rounds):
         for name in list(sides):
             one = sides[name].ask(STEP)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bench import rows
-from bench.gpu import plan
+from bench.device import plan
 
 OURS = "dpo_kernels"
 Row = rows.Row

@@ -6,7 +6,6 @@ gets a row that says so, what has a row and what is done is left out.
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,13 +14,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import rows
-from bench.gpu.worker import Settings, Subject
+from bench import processes, rows
+from bench.device.subject import Subject
+from bench.gpu.worker import Settings
 
 GRACE_S = 5.0  # after its deadline a section may finish what it is at
 LAST_WORDS = 40  # lines of a log that may hold the reason of a death
 MOST_DEATHS = 12  # of one section
 TORCH = ("peers", "sweep_peers")
+XLA_FLAGS = os.environ.get("XLA_FLAGS", "")  # what was asked for; rows have it
 
 
 @dataclass(kw_only=True)
@@ -36,17 +37,19 @@ class Run:
     take: Callable[[rows.Row], None]  # called with each row
     log: Callable[[str], None] = print
 
-    def environment(self) -> dict[str, str]:
+    def environment(self, section: str) -> dict[str, str]:
         """The GPU, or the CPU in a rehearsal; memory only as it is needed.
 
-        Products that XLA has tried out for one section need no trial in the next.
+        A product that XLA has tried out in a section is not tried again when that is
+        started anew. Other sections do not rely on it: those that check results run
+        kernels beside the trials, which then choose by times that mean nothing.
         """
-        flags = os.environ.get("XLA_FLAGS", "")
-        cache = self.work / "autotuned"
+        flags = XLA_FLAGS
+        cache = self.work / f"autotuned-{section}"
         cache.mkdir(exist_ok=True)
         if not self.rehearse:
             flags += f" --xla_gpu_per_fusion_autotune_cache_dir={cache}"
-        return os.environ | {
+        return {
             "JAX_PLATFORMS": "cpu" if self.rehearse else "cuda",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "XLA_FLAGS": flags.strip(),
@@ -80,9 +83,9 @@ class Section:
         """What it prints."""
         return self.run.work / f"{self.name}.log"
 
-    def start(self) -> subprocess.Popen:
-        """A process that does what is left to do."""
-        settings = Settings(
+    def settings(self) -> Settings:
+        """What a process that does what is left to do is told."""
+        return Settings(
             section=self.name,
             events=str(self.events),
             work=str(self.run.work),
@@ -91,12 +94,16 @@ class Section:
             settled=sorted(self.settled),
             done=sorted(self.done),
         )
+
+    def start(self) -> subprocess.Popen:
+        """The next process."""
+        words = [json.dumps(asdict(self.settings()))]
         python = self.run.torch_python if self.name in TORCH else sys.executable
         with self.log.open("ab") as log:
             return subprocess.Popen(
-                [python, "-m", "bench.gpu.worker", json.dumps(asdict(settings))],
+                processes.command("bench.gpu.worker", words, python),
                 cwd=rows.ROOT,
-                env=self.run.environment(),
+                env=processes.environment(self.run.environment(self.name)),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 # Ended with whatever it has started.
@@ -137,6 +144,8 @@ class Section:
         if self.trying is not None and Subject(**self.trying) == subject:
             self.trying = None
         rest: dict[str, Any] = {"device": self.run.device}
+        if XLA_FLAGS:
+            rest["xla_flags"] = XLA_FLAGS
         rest |= {name: x for name, x in value.items() if name not in names}
         named: dict[str, Any] = {name: value[name] for name in names}
         found = rows.row(**named, **rest, section=self.name)
@@ -153,25 +162,14 @@ class Section:
         return (blamed is not None or progress) and self.deaths < MOST_DEATHS
 
     def last_words(self) -> str:
-        """The last line of the log that looks like a reason."""
+        """Of the process that died; above them are those of the ones before it."""
         lines = self.log.read_text(errors="replace").splitlines()[-LAST_WORDS:]
-        lines = [line.strip() for line in lines if line.strip()]
-        telling = [line for line in lines if "Error" in line or "error:" in line]
-        return (telling or lines or ["nothing was printed"])[-1][:300]
+        return processes.last_words("\n".join(lines))
 
 
 def nobody(section: str) -> Subject:
     """For a death that no candidate is to blame for."""
     return Subject(op=section, implementation="", T=0, D=0, V=0, dtype="")
-
-
-def end(process: subprocess.Popen) -> None:
-    """The process and all that it has started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.wait()
 
 
 def run_section(run: Run, name: str, seconds: float) -> list[str]:
@@ -205,7 +203,7 @@ def run_process(section: Section) -> bool:
                 return section.died(f"hung for {section.run.hang_s:.0f} s")
             time.sleep(0.05)
     finally:
-        end(process)
+        processes.end(process)
         section.listen()
     if process.returncode == 0:
         return False

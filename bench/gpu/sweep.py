@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 
-from bench.gpu import plan, programs
-from bench.gpu.programs import Inputs, Program
+from bench.device import plan, programs
+from bench.device.programs import Inputs
+from bench.gpu.measure import measure
+from bench.gpu.pool import Pool, Program
 from bench.gpu.speed import plain_candidates, program
 from bench.gpu.worker import Context
-from dpo_kernels.op.compilation import Compiler
 
 
 def candidates(shape: plan.Shape, x: Inputs) -> Iterator[Program]:
@@ -28,11 +29,8 @@ def run(context: Context) -> None:
     tasks = {f"sweep {shape}": shape for shape in context.plan.sweep}
     for name in context.tasks(tasks):
         shape = tasks[name]
-        use = Compiler()
-        futures = programs.start(
-            context, use, candidates(shape, programs.abstract(shape))
-        )
-        compiled = programs.wait(context, futures)
-        use.close()
-        here = candidates(shape, programs.make_inputs(shape))
-        programs.measure(context, here, compiled)
+        pool = Pool(context)
+        compiled = pool.compile(candidates(shape, programs.abstract(shape)))
+        if compiled:
+            measure(context, candidates(shape, programs.make_inputs(shape)), compiled)
+        pool.close()

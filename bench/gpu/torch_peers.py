@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from bench.gpu import plan
+from bench.device import plan
 
 CCE, LIGER = "cut_cross_entropy", "liger_kernel"
 BETA = 0.1

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from bench.gpu import plan, programs, shared
-from bench.gpu.worker import Context, Subject
-from dpo_kernels.op.compilation import Compiler
+from bench.device import plan, programs
+from bench.device.subject import Subject
+from bench.gpu import shared
+from bench.gpu.pool import PulsingCompiler
+from bench.gpu.worker import Context
 from dpo_kernels.verify.real import in_blocks
 
 REFERENCE_SEED = 1  # of the DPO loss's other model
@@ -69,7 +71,7 @@ def write_dpo(context: Context, shape: plan.Shape, truth: Future) -> None:
 
 def run(context: Context) -> None:
     """Write all files; no rows."""
-    sizes, use = context.plan, Compiler()
+    sizes, use = context.plan, PulsingCompiler(context.pulse)
     dpo = programs.dpo_gradient(logprobs64, sizes.sequences)
 
     def dpo_truth(*xs: programs.Inputs) -> Any:

@@ -10,15 +10,18 @@ import importlib
 import json
 import os
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.gpu import plan
+from bench.device.subject import Subject
+from bench.gpu import sizes
 
+BEAT_S = 10.0
 SECTIONS = {
     "correctness": "bench.gpu.correctness",
     "truth": "bench.gpu.truth",
@@ -29,24 +32,6 @@ SECTIONS = {
     "sweep": "bench.gpu.sweep",
     "sweep_peers": "bench.gpu.sweep_torch",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """What a row is about: enough to tell it from every other row."""
-
-    op: str
-    implementation: str
-    T: int
-    D: int
-    V: int
-    dtype: str = "bfloat16"
-    setting: str = ""
-
-    @property
-    def key(self) -> str:
-        """One string for all fields."""
-        return json.dumps(list(asdict(self).values()))
 
 
 @dataclass(kw_only=True)
@@ -62,15 +47,53 @@ class Settings:
     done: list[str] = field(default_factory=list)  # tasks
 
 
+class Pulse:
+    """Signs of life as long as something slow goes on that cannot speak for itself.
+
+    `begin` and `end` may be called from any thread; or `with pulse:` around it.
+    """
+
+    def __init__(self, beat: Callable[[], None], every_s: float = BEAT_S):
+        """`beat` is called every so many seconds, in a thread."""
+        self._beat, self._every_s = beat, every_s
+        self._lock, self._going_on, self._thread = threading.Lock(), 0, None
+
+    def begin(self) -> None:
+        """One more thing goes on."""
+        with self._lock:
+            self._going_on += 1
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, daemon=True)
+                self._thread.start()
+
+    def end(self) -> None:
+        """One thing less."""
+        with self._lock:
+            self._going_on -= 1
+
+    def __enter__(self) -> None:
+        self.begin()
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(self._every_s)
+            if self._going_on:
+                self._beat()
+
+
 class Context:
     """What a section does its talking with."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
-        self.plan = plan.REHEARSAL if settings.rehearse else plan.REAL
+        self.plan = sizes.REHEARSAL if settings.rehearse else sizes.REAL
         self.work = Path(settings.work)
         self.rehearse = settings.rehearse
         self._settled, self._done = set(settings.settled), set(settings.done)
+        self.pulse = Pulse(lambda: self._tell("beat", None))
 
     def tasks(self, names: Iterable[str]) -> Iterable[str]:
         """Those still to do while time is left; each is done when the next begins."""
@@ -107,12 +130,6 @@ class Context:
     def _tell(self, kind: str, value: Any) -> None:
         with open(self.settings.events, "a") as events:
             events.write(json.dumps({kind: value}) + "\n")
-
-
-def why(error: BaseException) -> str:
-    """The last words of an error, short enough for a row."""
-    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-    return f"{type(error).__name__}: {lines[0].strip()}"[:300]
 
 
 def leave(code: int) -> None:

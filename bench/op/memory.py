@@ -14,9 +14,6 @@ the tests and `dpo verify` show.
 """
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bench import rows
+from bench import processes, rows
 
 SHAPES = ((4096, 4096, 128256), (4096, 4096, 151936), (8192, 2304, 256000))
 WORKSPACE = 256 * rows.MIB  # the default
@@ -190,23 +187,14 @@ def measure(
 
 def measure_elsewhere(name: str, quick: bool) -> list[rows.Row]:
     """`measure` in a process with the target's environment."""
-    environment: dict[str, str | None] = {**os.environ, **TARGETS[name].environment}
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.op.memory", "--worker", name]
-        + ["--quick"] * quick,
-        cwd=rows.ROOT,
-        env={key: value for key, value in environment.items() if value is not None},
-        # Shown on failure only: the compilers warn that their devices are missing.
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
+    target, words = TARGETS[name], ["--worker", name] + ["--quick"] * quick
+    try:
+        return processes.ask("bench.op.memory", words, target.environment)
+    except processes.ProcessError as error:
         sys.exit(
-            f"{done.stderr}\ncompiling for {name} failed; "
-            f"is the package {TARGETS[name].compiler} installed?"
+            f"compiling for {name} failed; is the package {target.compiler} installed? "
+            f"{error}"
         )
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def within(row: rows.Row) -> str:
@@ -247,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.worker:
         shapes = SHAPES[: 1 if args.quick else None]
-        print(json.dumps(list(measure(TARGETS[args.worker], shapes))))
+        processes.answer(list(measure(TARGETS[args.worker], shapes)))
         return 0
     results: list[rows.Row] = []
     for name in [args.target] if args.target else TARGETS:

@@ -12,30 +12,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from engine.training.preparation import step_options
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from engine.config.dpo import DPOConfig
-from engine.data.batches import Batch, BatchPlan
+from engine.data.batches import BatchPlan, Order, Padded
 from engine.data.tokenization import PairTokens
 from engine.models import Decoder, DecoderConfig, init_model, parse_hf_config
 from engine.objective.losses import LOSSES, LossOptions, PairLogps
+from engine.parallel.batch import Batch, put_batch
 from engine.parallel.sharding import BATCH, make_mesh, param_specs
 from engine.training.metrics import means
-from engine.training.optimizer import make_optimizer
-from engine.training.step import TrainState, init_state, make_train_step, put_batch
+from engine.training.optimizer import learning_rate_schedule, make_optimizer
+from engine.training.prepare import loss_options, step_options
+from engine.training.step import (
+    StepOut,
+    TrainState,
+    init_state,
+    make_train_step,
+    split_model,
+    update,
+)
+from engine.training.trainer import make_reference
 
+STEPS = 1000  # of the schedule
 OURS, PLAIN, PLAIN_OPTAX = "dpo_kernels", "plain JAX, log_softmax", "plain JAX, optax"
-MAX_GRAD_NORM = 1.0
 ARGUMENTS = DPOConfig(
     total_batch_size=8,
     learning_rate=1e-4,
     weight_decay=0.01,
-    max_grad_norm=MAX_GRAD_NORM,
+    max_grad_norm=1.0,
 )
-METRICS = ("loss", "rewards/chosen", "rewards/rejected")  # and grad_norm
+METRICS = ("loss", "rewards/chosen", "rewards/rejected", "grad_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +97,9 @@ class Workload:
 
     def batch(self) -> Batch:
         """All pairs, as the trainer lays them out."""
-        plan = BatchPlan(self.tokens(), pairs_per_batch=self.pairs)
-        return plan.batch(0, 0)[0]
+        order = Order(num_pairs=self.pairs, pairs_per_batch=self.pairs)
+        plan = BatchPlan(order, Padded(self.tokens(), self.pairs, 1, 1))
+        return next(plan.batches())[0]
 
     def head_rows(self, name: str) -> int:
         """Rows of hidden states that are multiplied by the head."""
@@ -129,8 +139,16 @@ class Candidate:
         self._state, metrics = self._step(self._state, *self._inputs)
         jax.block_until_ready((self._state, metrics))
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        host = {name: float(x) for name, x in metrics.items()}
-        return {"wall": wall, "cpu": cpu, "metrics": host}
+        return {"wall": wall, "cpu": cpu, "metrics": _on_host(jax.device_get(metrics))}
+
+
+def _on_host(metrics: StepOut | dict[str, Array]) -> dict[str, float]:
+    """The metrics that both sides have, from what their steps return."""
+    if isinstance(metrics, StepOut):
+        found = means(metrics.sums) | {"grad_norm": float(metrics.grad_norm)}
+    else:
+        found = {name: float(x) for name, x in metrics.items()}
+    return {name: found[name] for name in METRICS}
 
 
 def make_candidate(name: str, workload: Workload) -> Candidate:
@@ -139,15 +157,25 @@ def make_candidate(name: str, workload: Workload) -> Candidate:
     model = init_model(config, mesh=mesh, dtype=workload.dtype)
     # Another one than the policy: with equal ones every reward would be 0.
     reference = init_model(config, mesh=mesh, dtype=workload.dtype, seed=1)
-    ref_params = nnx.state(reference, nnx.Param)
-    optimizer = make_optimizer(ARGUMENTS, config, total_steps=1000)
-    state = init_state(model, optimizer)
-    batch = workload.batch()
+    frozen_model = make_reference(model, reference, ARGUMENTS)
+    optimizer = make_optimizer(ARGUMENTS, config, total_steps=STEPS)
+    state, batch = init_state(model, optimizer), workload.batch()
     if name == OURS:
-        step = make_train_step(model, reference, optimizer, step_options(ARGUMENTS))
-        return Candidate(step, state, ref_params, put_batch(batch, mesh))
-    tokens = jnp.asarray(batch.tokens[0, :, :, : workload.length])
-    tokens_RS = tokens.reshape(2 * workload.pairs, workload.length)
+        schedule, options = (
+            learning_rate_schedule(ARGUMENTS, STEPS),
+            step_options(ARGUMENTS),
+        )
+        step = make_train_step(model, frozen_model, optimizer, schedule, options)
+        return Candidate(
+            step,
+            state,
+            split_model(model)[2],
+            frozen_model.operands,
+            put_batch(batch, mesh),
+            jax.tree.map(jnp.float32, loss_options(ARGUMENTS)),
+        )
+    ref_params = frozen_model.operands
+    tokens_RS = jnp.asarray(batch.rows.tokens[0, :, : workload.length])
     mask = np.arange(1, workload.length) >= workload.prompt
     mask_RS = jnp.tile(mask.astype(np.float32), (2 * workload.pairs, 1))
     step = make_plain_step(model, optimizer, PICK[name])
@@ -200,24 +228,19 @@ def make_plain_step(
             ref_rejected=ref[1],
             chosen_length=lengths[0],
             rejected_length=lengths[1],
+            weights=jnp.ones_like(lengths[0]),
         )
         rewards = {
             "rewards/chosen": options.beta * (policy[0] - ref[0]).mean(),
             "rewards/rejected": options.beta * (policy[1] - ref[1]).mean(),
         }
-        return LOSSES["sigmoid"].pairwise(pairs, options).mean(), rewards
+        return LOSSES["sigmoid"].function(pairs, options).per_pair.mean(), rewards
 
     def step(state: TrainState, ref_params, tokens, mask):
         value_and_grad = jax.value_and_grad(loss, has_aux=True)
         (value, metrics), grads = value_and_grad(state.params, ref_params, tokens, mask)
         norm = optax.global_norm(grads)
-        factor = jnp.minimum(1.0, MAX_GRAD_NORM / (norm + 1e-6))
-        grads = jax.tree.map(lambda g: g * factor, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        new_state = state._replace(
-            step=state.step + 1, params=params, opt_state=opt_state
-        )
+        new_state = update(state, grads, norm, optimizer, ARGUMENTS.max_grad_norm)
         return new_state, metrics | {"loss": value, "grad_norm": norm}
 
     return jax.jit(step, donate_argnums=0)
@@ -233,11 +256,6 @@ def run_candidate(connection: Connection, name: str, workload: Workload) -> None
         }
     )
     while connection.recv():
-        done = candidate()
-        if name == OURS:
-            sums = done["metrics"]
-            found = means(sums) | {"grad_norm": sums["grad_norm"]}
-            done["metrics"] = {key: found[key] for key in (*METRICS, "grad_norm")}
-        connection.send(done)
+        connection.send(candidate())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     connection.send(peak * (1 if sys.platform == "darwin" else 1024))

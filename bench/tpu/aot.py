@@ -12,9 +12,7 @@ another backend. Nothing runs: bench.tpu.schedule predicts speed.
 
 import argparse
 import json
-import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +20,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
-from bench import rows
+from bench import processes, rows
 from bench.aot import VARIANTS, compile_op
 from bench.op.memory import SPARE, TARGETS, WORKSPACE
 from bench.tpu.chips import CHIPS
@@ -53,7 +51,6 @@ PARALLEL = {"v5e": 4, "v5p": 4, "v6e": 4, "7x": 8}
 TOPOLOGIES = {name: chip.topology for name, chip in CHIPS.items()} | {"v5e": "v5e:2x2"}
 FORWARD = "token_logprobs_forward"
 BACKWARD = "token_logprobs_backward"
-MARK = "tpu_aot:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,35 +187,20 @@ def measure_elsewhere(wanted: Sequence[Program]) -> Iterator[rows.Row]:
     The compiler ends its process on some errors: the program that it was at gets a row
     that says so, and the others go on in a new one.
     """
-    environment: dict[str, str | None] = {
-        **os.environ,
-        **TARGETS["v6e"].environment,
-        # Other processes may compile at the same time; there is no TPU to share.
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
+    # Other processes may compile at the same time; there is no TPU to share.
+    changes = {**TARGETS["v6e"].environment, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     left = list(wanted)
     while left:
-        words = [json.dumps(asdict(program)) for program in left]
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "bench.tpu.aot", "--worker", *words],
-            cwd=rows.ROOT,
-            env={key: value for key, value in environment.items() if value is not None},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        last = ""
-        with worker:
-            assert worker.stdout is not None
-            for line in worker.stdout:
-                if line.startswith(MARK):
-                    left.pop(0)
-                    yield json.loads(line.removeprefix(MARK))
-                elif line.strip() and ("Error: " in line or "Error: " not in last):
-                    # Mosaic's own, of no public class, is followed by advice.
-                    last = line.strip()
-        if left:
-            yield _row(left.pop(0), error=f"the compiler died: {last}", compile_s=0.0)
+        words = ["--worker", *(json.dumps(asdict(program)) for program in left)]
+        try:
+            for row in processes.ask_as_it_goes("bench.tpu.aot", words, changes):
+                left.pop(0)
+                yield row
+            assert not left, "a worker that ends well has answered for every program"
+        except processes.ProcessError as died:
+            if left:
+                error = f"the compiler died: {died}"
+                yield _row(left.pop(0), error=error, compile_s=0.0)
 
 
 def _device(generation: str) -> str:
@@ -240,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
         for word in args.worker:
             fields = json.loads(word)
             program = Program(**fields | {"shape": tuple(fields["shape"])})
-            print(MARK + json.dumps(compile_row(program)), flush=True)
+            processes.answer(compile_row(program))
         return 0
     chosen = args.tpu or list(CHIPS)
     path = rows.RESULTS / "tpu_aot.json"

@@ -5,9 +5,7 @@ its options once, and with another Python where a program needs other packages.
 """
 
 import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
@@ -15,12 +13,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from bench import rows
+from bench import processes
 from bench.tpu.chips import CHIPS
 from bench.tpu.programs import Program, ProgramError, build
 from bench.tpu.trips import trips
-
-MARK = "tpu_compile:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +57,7 @@ def compile_elsewhere(job: Job, python: str = sys.executable) -> Compiled:
     """
     with tempfile.TemporaryDirectory(prefix="tpu-schedule-") as folder:
         dump = Path(folder) / "llo"
-        environment = {
-            **os.environ,
+        changes = {
             "TPU_SKIP_MDS_QUERY": "1",
             "JAX_PLATFORMS": "cpu",
             # Other processes may compile at the same time; there is no TPU to share.
@@ -70,18 +65,12 @@ def compile_elsewhere(job: Job, python: str = sys.executable) -> Compiled:
             "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
             "--xla_jf_dump_llo_pass_label_regex=final_bundles|static-per-bundle",
         }
-        done = subprocess.run(
-            [python, "-m", "bench.tpu.compile", json.dumps(asdict(job))],
-            cwd=rows.ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        answers = [x for x in done.stdout.splitlines() if x.startswith(MARK)]
-        if done.returncode or not answers:
-            raise ProgramError(_last_line(done.stderr))
-        facts = json.loads(answers[-1].removeprefix(MARK))
+        words = [json.dumps(asdict(job))]
+        try:
+            facts = processes.ask("bench.tpu.compile", words, changes, python)
+        except processes.ProcessError as error:
+            own = f"{ProgramError.__module__}.{ProgramError.__name__}: "
+            raise ProgramError(str(error).removeprefix(own)) from error
         schedules = _read(dump)
     return Compiled(schedules=schedules, facts=facts)
 
@@ -101,14 +90,6 @@ def _read(folder: Path) -> dict[str, Dump]:
         if name and name[2] in _FILES:
             found.setdefault(name[1], {})[_FILES[name[2]]] = path.read_text()
     return {name: Dump(**texts) for name, texts in found.items() if "bundles" in texts}
-
-
-def _last_line(stderr: str) -> str:
-    """The error itself, of a traceback."""
-    lines = [x for x in stderr.splitlines() if x.strip()]
-    errors = [x for x in lines if x[0] != " " and ("Error" in x or "RESOURCE" in x)]
-    line = (errors or lines or ["the compiler died without a word"])[-1]
-    return line.strip().removeprefix("bench.tpu.programs.ProgramError: ")
 
 
 def _facts(job: Job, program: Program, compiled: Any) -> dict[str, Any]:
@@ -158,4 +139,4 @@ def compile_here(job: Job) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(MARK + json.dumps(compile_here(Job(**json.loads(sys.argv[1])))))
+    processes.answer(compile_here(Job(**json.loads(sys.argv[1]))))

@@ -126,6 +126,28 @@ def init_state(model: Decoder, optimizer: optax.GradientTransformation) -> Train
     return TrainState(step=step, params=params, opt_state=init(params))
 
 
+def update(
+    state: TrainState,
+    grads: Params,
+    norm: Float[Array, ""],
+    optimizer: optax.GradientTransformation,
+    max_grad_norm: float | None,
+) -> TrainState:
+    """The state after an update by float32 gradients whose global norm is `norm`.
+
+    They are scaled down to `max_grad_norm` where they exceed it.
+    """
+    if max_grad_norm:
+        factor = jnp.minimum(1.0, max_grad_norm / (norm + 1e-6))
+        grads = jax.tree.map(lambda g: g * factor, grads)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an int
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, float32_copy(state.params)
+        )
+    params = add_updates(state.params, updates, state.step)
+    return TrainState(state.step + 1, params, opt_state)
+
+
 def make_train_step(
     model: Decoder,
     reference: Reference,
@@ -152,19 +174,11 @@ def make_train_step(
             state.params, frozen, ref, batch, numbers, specs
         )
         norm = global_norm(grads, specs)
-        if options.max_grad_norm:
-            factor = jnp.minimum(1.0, options.max_grad_norm / (norm + 1e-6))
-            grads = jax.tree.map(lambda g: g * factor, grads)
-        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an int
-            updates, opt_state = optimizer.update(
-                grads, state.opt_state, float32_copy(state.params)
-            )
-        params = add_updates(state.params, updates, state.step)
-        new_norm = global_norm(params, specs)
+        new = update(state, grads, norm, optimizer, options.max_grad_norm)
+        new_norm = global_norm(new.params, specs)
         finite = jnp.isfinite(sums.sums["pairs"]["loss"] + norm + new_norm)
         rate = jnp.asarray(schedule(state.step), jnp.float32)
-        out = StepOut(sums, norm, rate, finite)
-        return TrainState(state.step + 1, params, opt_state), out
+        return new, StepOut(sums, norm, rate, finite)
 
     specs_in = state_specs(model, optimizer)
     sharded = jax.shard_map(

@@ -4,12 +4,12 @@ import dataclasses
 import json
 import time
 
-from bench.gpu import plan
+from bench.gpu import sizes
 from bench.gpu.worker import Context, Settings
 
-MAIN = plan.REHEARSAL.main
+MAIN = sizes.REHEARSAL.main
 TINY = dataclasses.replace(
-    plan.REHEARSAL, shapes=(MAIN,), small=(), sweep=plan.REHEARSAL.sweep[:1]
+    sizes.REHEARSAL, shapes=(MAIN,), small=(), sweep=sizes.REHEARSAL.sweep[:1]
 )
 
 

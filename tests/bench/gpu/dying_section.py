@@ -3,7 +3,8 @@
 import os
 import time
 
-from bench.gpu.worker import Context, Subject
+from bench.device.subject import Subject
+from bench.gpu.worker import Context
 
 
 def subject(name):

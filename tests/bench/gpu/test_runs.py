@@ -3,19 +3,17 @@
 import dataclasses
 import sys
 import time
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
 from bench import rows
-from bench.gpu import (
-    plan,
-    plot,
-    summary,
-    supervisor,
-    timing,
-)
+from bench.device import plan, timing
+from bench.device.subject import Subject
+from bench.gpu import clocks, plot, summary, supervisor
 from bench.gpu.supervisor import Run, run_section
-from bench.gpu.worker import Subject
+from bench.gpu.worker import Pulse
 from tests.bench.gpu.context import MAIN, TINY, context_at, events
 
 
@@ -66,6 +64,43 @@ def test_a_section_that_cannot_start_is_one_row(run_at):
     assert "ModuleNotFoundError" in found[0]["error"]
 
 
+def test_a_slow_compilation_is_not_hung(run_at):
+    """Longer than the silence of `hang_s` that `test_what_dies...` has a row for."""
+    found, run = run_at
+    run_section(run, "tests.bench.gpu.slow_section", seconds=60)
+    (row,) = found
+    assert row["implementation"] == "compiles" and row["ms"] == 1000
+
+
+def test_a_pulse_beats_as_long_as_something_goes_on():
+    beats = []
+    pulse = Pulse(lambda: beats.append(None), every_s=0.01)
+    with pulse, pulse:
+        time.sleep(0.2)
+    assert beats
+    time.sleep(0.05)  # the last one may just have begun
+    before = len(beats)
+    time.sleep(0.1)
+    assert len(beats) == before
+
+
+def test_no_section_chooses_products_by_what_another_one_timed(run_at):
+    _, run = run_at
+    run = dataclasses.replace(run, rehearse=False)
+    flags = [run.environment(name)["XLA_FLAGS"] for name in ("correctness", "speed")]
+    caches = [text.rpartition("autotune_cache_dir=")[2] for text in flags]
+    assert caches[0] != caches[1] and all(Path(cache).is_dir() for cache in caches)
+    assert run.environment("speed")["JAX_PLATFORMS"] == "cuda"
+
+
+def test_rows_name_the_flags_that_were_asked_for(run_at, monkeypatch):
+    found, run = run_at
+    monkeypatch.setattr(supervisor, "XLA_FLAGS", "--xla_a=b")
+    section = supervisor.Section(run=run, name="x", deadline=0.0)
+    section.give(asdict(supervisor.nobody("x")))
+    assert found[0]["xla_flags"] == "--xla_a=b"
+
+
 def test_tasks_stop_when_time_is_over(tmp_path):
     context = context_at(tmp_path, seconds=0.0)
     assert list(context.tasks(["a", "b"])) == []
@@ -94,12 +129,12 @@ def test_candidates_take_turns_in_an_order_that_moves(monkeypatch):
 
 
 def test_clocks_are_what_nvidia_smi_knows():
-    assert timing.parse_clocks("1980, 3201, [N/A], 41\n") == {
+    assert clocks.parse_clocks("1980, 3201, [N/A], 41\n") == {
         "sm_mhz": 1980,
         "memory_mhz": 3201,
         "celsius": 41,
     }
-    assert timing.parse_clocks("") == {}
+    assert clocks.parse_clocks("") == {}
 
 
 def made(op, implementation, ms, peak, setting="", **rest):

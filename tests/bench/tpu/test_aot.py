@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from bench import compiled, rows
+from bench import compiled, processes, rows
 from bench.tpu import aot as tpu_aot
 from bench.tpu.aot import PARALLEL, Program
 from bench.tpu.chips import CHIPS
@@ -73,7 +73,7 @@ def test_a_compiler_that_dies_costs_its_own_program_only(
         "    if one['variant'] == 'plain':\n"
         f"        print('{printed}', flush=True)\n"
         "        sys.exit(1)\n"
-        f"    print({tpu_aot.MARK!r} + json.dumps(one), flush=True)\n"
+        f"    print({processes.MARK!r} + json.dumps(one), flush=True)\n"
     )
     worker.chmod(0o755)
     monkeypatch.setattr(tpu_aot.sys, "executable", str(worker))

@@ -2,16 +2,18 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from bench import rows
+from bench.op.peers import log_softmax
 from bench.tpu import compare as tpu_compare
 from bench.tpu.bundles import ScheduleError
 from bench.tpu.compile import Compiled, Job
 from bench.tpu.programs import ProgramError, build
 from dpo_kernels import token_logprobs
 from dpo_kernels.pallas_tpu import logprobs as pallas_tpu
+from dpo_kernels.verify.cases import bound
+from dpo_kernels.verify.table import relative_error
 
 T, D, V = SHAPE = (16, 128, 256)
 
@@ -21,7 +23,10 @@ def built(name: str, **options):
 
 
 def test_both_programs_are_the_op_s():
-    """In the interpreter: what they compute, with what the forward leaves given."""
+    """In the interpreter: what they compute, with what the forward leaves given.
+
+    Errors are those that plain JAX's in the same dtype allow.
+    """
     keys = jax.random.split(jax.random.key(0), 3)
     hidden = jax.random.normal(keys[0], (T, D)).astype("bfloat16")
     head = jax.random.normal(keys[1], (V, D)).astype("bfloat16") / 11
@@ -32,19 +37,27 @@ def test_both_programs_are_the_op_s():
         given = {"num_valid": jnp.int32(T), "implementation": "pallas_tpu"}
         return token_logprobs(hidden, head, targets, **given).logprob
 
+    @jax.jit
+    def plain(hidden, head):
+        logprob, pull = jax.vjp(lambda h, w: log_softmax(h, w, targets), hidden, head)
+        return logprob, *pull(dlogprob)
+
     with pallas_tpu.interpreted():
         forward, backward = built("forward"), built("backward")
-        arguments = (hidden, head, targets, jnp.int32(T))
-        logprob, pull = jax.vjp(op, hidden, head)
-        np.testing.assert_array_equal(forward.function(*arguments).logprob, logprob)
+        # Not the op's own backward: it is what the program has to be.
+        _, pull = jax.jit(lambda *x: jax.vjp(op, *x))(hidden, head)
         leaves, shapes = jax.tree.leaves(pull), backward.arguments[0]
         assert [x.shape for x in leaves] == [x.shape for x in shapes]
-        found = backward.function(leaves, dlogprob)
-        wanted = pull(dlogprob)
-    for ours, expected in zip(found, wanted, strict=True):
-        np.testing.assert_array_equal(
-            ours.astype("float32"), expected.astype("float32")
-        )
+        run = jax.jit(forward.function)
+        logprob = run(hidden, head, targets, jnp.int32(T)).logprob
+        found = logprob, *jax.jit(backward.function)(leaves, dlogprob)
+    truth = plain(hidden.astype("float32"), head.astype("float32"))
+    allowed = [
+        bound(relative_error(x, y), "bfloat16")
+        for x, y in zip(plain(hidden, head), truth, strict=True)
+    ]
+    for ours, expected, most in zip(found, truth, allowed, strict=True):
+        assert relative_error(ours, expected) <= most < 0.05
 
 
 def test_useful_work_and_the_scalar_operand_are_those_of_the_valid_rows():

@@ -6,16 +6,14 @@ turns in an order that moves on by one each round: clocks that rise and fall mee
 them alike. Inputs are the same in every call; the head alone is larger than any cache.
 """
 
-import shutil
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bench.gpu.plan import Plan
-from bench.gpu.worker import Subject
+from bench.device.plan import Plan
+from bench.device.subject import Subject
 
 MOST_ITERATIONS = 200
 Call = Callable[[], Any]  # queues the work, returns what to wait for
@@ -86,48 +84,3 @@ def take_turns(
         name: Times(seconds=tuple(seconds[name]), iterations=iterations[name])
         for name in calls
     }
-
-
-QUERY = {
-    "sm_mhz": "clocks.sm",
-    "memory_mhz": "clocks.mem",
-    "watts": "power.draw",
-    "celsius": "temperature.gpu",
-}
-
-
-def clocks(call: Call | None = None, wait: Wait | None = None) -> dict[str, float]:
-    """What nvidia-smi says while the device is busy with `call`; {} without it."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return {}
-    out = None
-    if call is not None and wait is not None:
-        once = max(seconds_of(call, wait, 3), 1e-6)
-        for _ in range(min(MOST_ITERATIONS, 1 + round(0.5 / once))):
-            out = call()
-    words = [
-        *(program, f"--query-gpu={','.join(QUERY.values())}"),
-        *("--format=csv,noheader,nounits", "--id=0"),
-    ]
-    try:
-        done = subprocess.run(
-            words, capture_output=True, text=True, timeout=10, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return {}
-    finally:
-        if wait is not None:
-            wait(out)
-    return parse_clocks(done.stdout)
-
-
-def parse_clocks(text: str) -> dict[str, float]:
-    """One line of nvidia-smi's answer; what it does not know is left out."""
-    found = {}
-    for name, word in zip(QUERY, text.split(","), strict=False):
-        try:
-            found[name] = float(word)
-        except ValueError:  # [N/A]
-            continue
-    return found
