@@ -80,9 +80,11 @@ def sequence_sums(
     weights: Float[Array, " T"] | None = None,
 ) -> tuple[Float[Array, " R"], Float[Array, " R"]]:
     """As `dpo_kernels.sequence_sums`, by a [R, T] one-hot matrix."""
+    acc = accumulator(values.dtype)
+    values = values.astype(acc)
     member_RT = segment_ids[None] == jnp.arange(num_segments)[:, None]
-    weights_T = jnp.ones_like(values) if weights is None else weights
+    weights_T = jnp.ones_like(values) if weights is None else weights.astype(acc)
     weights_RT = jnp.where(member_RT, weights_T[None], jnp.zeros_like(weights_T)[None])
     values_RT = jnp.where(weights_RT != 0, values[None], jnp.zeros_like(values)[None])
-    counts_R = (weights_RT != 0).sum(axis=-1).astype(values.dtype)
+    counts_R = (weights_RT != 0).sum(axis=-1).astype(acc)
     return (weights_RT * values_RT).sum(axis=-1), counts_R
