@@ -29,7 +29,8 @@ def token_logprobs(
     acc = accumulator(hidden.dtype)
     valid_T = jnp.ones(targets.shape, bool)
     if num_valid is not None:
-        valid_T = jnp.arange(targets.shape[0]) < num_valid
+        count = jnp.asarray(num_valid, jnp.int32)
+        valid_T = jnp.arange(targets.shape[0], dtype=jnp.int32) < count
         # Zeroed before use, not only after: a NaN in a padding row would otherwise
         # come back as 0 * NaN in the gradient of the head.
         hidden = jnp.where(valid_T[:, None], hidden, jnp.zeros_like(hidden))

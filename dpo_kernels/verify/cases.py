@@ -33,7 +33,7 @@ CASES = (
     Case(name="bias", bias=True, stats=STATS),
     Case(name="softcap", softcap=2.0, scale=0.7, stats=STATS),
     Case(name="padded", valid_share=0.6, stats=STATS),
-    Case(name="empty", valid_share=0.0),
+    Case(name="empty", valid_share=0.0, stats=STATS),
     Case(name="all", softcap=3.0, scale=1.3, bias=True, valid_share=0.9, stats=STATS),
 )
 
