@@ -55,7 +55,10 @@ class Inputs:
 def make_inputs(T: int, D: int, V: int, case: Case, dtype: str) -> Inputs:
     """Logits of standard deviation about 1: larger ones would hide a missing mask."""
     rng = np.random.default_rng([T, D, V])
-    hidden, head = rng.normal(size=(T, D)), rng.normal(size=(V, D)) / D**0.5
+    if case.offset:
+        hidden, head = _with_offset(rng, T, D, V, case.offset)
+    else:
+        hidden, head = rng.normal(size=(T, D)), rng.normal(size=(V, D)) / D**0.5
     targets = rng.integers(0, V, size=T).astype(np.int32)
     arrays = {"hidden": hidden, "head": head}
     if case.bias:
@@ -77,6 +80,23 @@ def make_inputs(T: int, D: int, V: int, case: Case, dtype: str) -> Inputs:
         options=LogitOptions(softcap=case.softcap, scale=case.scale, stats=case.stats),
         num_valid=num_valid,
     )
+
+
+def _with_offset(
+    rng: np.random.Generator, T: int, D: int, V: int, offset: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hidden and head whose logits are `offset` and a few steps more or less.
+
+    A step is what float32 resolves there, at least 1/2, and all products and sums are
+    whole steps: so no dtype rounds a logit, and any error is of what comes after them.
+    """
+    step = max(0.5, offset * float(jnp.finfo(jnp.float32).eps))
+    share = min(1.0, 2 / D)  # of entries that are not 0: two or so for each logit
+    hidden = np.rint(rng.normal(size=(T, D)))
+    signs = rng.choice([-1, 0, 1], size=(V, D), p=[share / 2, 1 - share, share / 2])
+    head = step * signs
+    hidden[:, 0] = head[:, 0] = offset**0.5
+    return hidden, head
 
 
 Op = Callable[..., TokenLogprobs]
