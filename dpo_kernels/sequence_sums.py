@@ -79,8 +79,8 @@ def sequence_sums(
         device=traced_device(),
     )
     backend = load_backend(implementation, problem)
-    # Typed alike before the vjp, so that what a broadcast over mesh axes sums in the
-    # backward is summed by JAX, outside.
+    # Inputs get the same varying axes before the vjp. So where one is replicated over
+    # a mesh axis, JAX sums its gradient over it, and the vjp need not.
     values, offsets = (make_varying(x, axes) for x in (values, offsets))
     weights = None if weights is None else make_varying(weights, axes)
     offsets = offsets.astype(jnp.int32)

@@ -26,7 +26,7 @@ def sums_by_id(
     """Sums and counts of the tokens of each id below `num_ids`, float32 or wider."""
     acc = accumulator(values.dtype)
     if ids.dtype.itemsize < 4:
-        ids = ids.astype(jnp.int32)  # which can count as far as `num_ids`
+        ids = ids.astype(jnp.int32)  # an int8 may not hold `num_ids`
     counted_T = (ids >= 0) & (ids < num_ids)
     if weights is not None:
         counted_T &= weights != 0
