@@ -110,7 +110,7 @@ def _load_rows(refs: Sequence[Any], row: Any, height: int) -> list[jax.Array]:
 
 def partial_fields(options: LogitOptions) -> tuple[str, ...]:
     """The fields of `Partials` that the forward kernel writes, in this order."""
-    stats = {"entropy": "sum_exp_z", "collision": "sum_exp2", "mean_logit": "sum_logit"}
+    stats = dict(entropy="sum_exp_diff", collision="sum_exp2", mean_logit="sum_logit")
     asked = (field for stat, field in stats.items() if stat in options.stats)
     return ("max", "sum_exp", "target_logit", *asked)
 
@@ -147,23 +147,26 @@ def _reduce(
 
     at_target = jnp.float32(-jnp.inf)
     for i, (z, column) in enumerate(logits):
-        e = jnp.exp2(z * (unit * _LOG2E) - _rows_of(shift * (unit * _LOG2E), z))
+        # The difference first, which is exact near the maximum. The cheaper
+        # multiply-add z * log2e - shift * log2e has the rounding of shift * log2e.
+        diff = z - _rows_of(shift, z)
+        e = jnp.exp2(diff * (unit * _LOG2E))
         add("sum_exp", e)
         keep(i, e, z, column)
         hit = _columns(z) == _rows_of(target - column, z)
         found_here = _folded(jnp.maximum, jnp.where(hit, z, -jnp.inf))
         at_target = jnp.maximum(at_target, found_here)
-        finite = jnp.where(z == -jnp.inf, 0.0, z) if masked else z
-        if "sum_exp_z" in fields:
-            add("sum_exp_z", e * finite)
+        if "sum_exp_diff" in fields:
+            finite = jnp.where(z == -jnp.inf, 0.0, diff) if masked else diff
+            add("sum_exp_diff", e * finite)
         if "sum_exp2" in fields:
             add("sum_exp2", e * e)
         if "sum_logit" in fields:
-            add("sum_logit", finite)
+            add("sum_logit", jnp.where(z == -jnp.inf, 0.0, z) if masked else z)
     found = {name: total.sum(axis=1) for name, total in sums.items()}
     found["max"] = top
     found["target_logit"] = at_target.max(axis=1)
-    in_units = ("max", "target_logit", "sum_exp_z", "sum_logit")
+    in_units = ("max", "target_logit", "sum_exp_diff", "sum_logit")
     return [found[name] * unit if name in in_units else found[name] for name in fields]
 
 
@@ -261,8 +264,8 @@ def dlogits(
 
     Both are as wide as the next multiple of 16 and of block_v.
 
-    `rows` are targets, lse, p_coef and target_grad, padded to whole tiles of a cluster
-    with -1, inf, 0 and 0.
+    `rows` are targets, shift, p_coef and target_grad, padded to whole tiles of a
+    cluster with -1, inf, 0 and 0.
     """
     T, V, height = hidden.shape[0], head.shape[0], tile.block_t // WARPGROUPS
     padded_v = pl.cdiv(V, tile.block_v) * tile.block_v
@@ -272,16 +275,17 @@ def dlogits(
         return _load_rows(refs[:4], row, height)
 
     def finish(acc, row, column, state, extra, outs, scratch):
-        target, lse, p_coef, target_grad = state
+        target, shift, p_coef, target_grad = state
         bias_g = extra[4] if bias is not None else None
-        to_log2 = _unit(options, bias_g) * _LOG2E
+        unit = _unit(options, bias_g)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for i, (x, at) in enumerate(_pieces(acc, column, width)):
             # No `end`: what lies past it is not written.
             z = _logits(x, at, bias_g, None, options)
             hit = _columns(z) == _rows_of(target - at, z)
-            p = jnp.exp2(z * to_log2 - _rows_of(lse * _LOG2E, z))
-            dx = jnp.where(hit, _rows_of(target_grad, z), _rows_of(p_coef, z) * p)
+            diff = z - _rows_of(shift * (1 / unit), z)
+            e = jnp.exp2(diff * (unit * _LOG2E))
+            dx = jnp.where(hit, _rows_of(target_grad, z), _rows_of(p_coef, z) * e)
             if options.softcap is not None:
                 dx *= _slope(z, options.softcap)
             if bias is not None:
