@@ -177,7 +177,8 @@ def make_train_step(
         new = update(state, grads, norm, optimizer, options.max_grad_norm)
         new_norm = global_norm(new.params, specs)
         finite = jnp.isfinite(sums.sums["pairs"]["loss"] + norm + new_norm)
-        rate = jnp.asarray(schedule(state.step), jnp.float32)
+        with jax.numpy_dtype_promotion("standard"):  # optax divides an int by a float
+            rate = jnp.asarray(schedule(state.step), jnp.float32)
         return new, StepOut(sums, norm, rate, finite)
 
     specs_in = state_specs(model, optimizer)
