@@ -1,21 +1,13 @@
 """What every command reads of a run file before any weight, and checks."""
 
-from contextlib import ExitStack
-
 from transformers import PreTrainedTokenizerBase
 
 from engine.config.run import MixtureConfig, RunConfig
 from engine.data.pairs import PairTokens
 from engine.data.sources import load_mixture
 from engine.errors import stage
-from engine.models import DecoderConfig
+from engine.models import check_checkpoint, check_save_directory, resolve_directory
 from engine.models.tokenizer import load_tokenizer
-from engine.models.weights import (
-    Reader,
-    check_tensors,
-    read_config,
-    resolve_directory,
-)
 from engine.parallel.sharding import make_mesh
 from engine.training.compilation import keep_programs
 from engine.training.prepare import EVAL, Prepared, prepare, prepare_pairs
@@ -27,13 +19,15 @@ def prepare_run(run: RunConfig) -> Prepared:
     Raises:
         InputError: whatever training would refuse.
     """
+    _check_save_directory(run)
     keep_programs()
     with stage("the devices cannot be used", "see JAX_PLATFORMS"):
         mesh = make_mesh(run.sharding.data, run.sharding.fsdp, run.sharding.tensor)
-    model = _check_checkpoint(run.model.name_or_path)
+    model = check_checkpoint(resolve_directory(run.model.name_or_path))
     reference = None
     if run.reference_model is not None:
-        reference = _check_checkpoint(run.reference_model.name_or_path)
+        name = run.reference_model.name_or_path
+        reference = check_checkpoint(resolve_directory(name))
     tokenizer = load_tokenizer(run.model.tokenizer or run.model.name_or_path)
     evaluations: dict[str, PairTokens] = {}
     train = _pairs(run, run.mixture, tokenizer)
@@ -51,13 +45,14 @@ def prepare_run(run: RunConfig) -> Prepared:
     )
 
 
-def _check_checkpoint(name_or_path: str) -> DecoderConfig:
-    """The configuration of a checkpoint whose tensors are all there."""
-    directory = resolve_directory(name_or_path)
-    config = read_config(directory)
-    with ExitStack() as opened:
-        check_tensors(config, Reader(directory, opened).shapes(), directory)
-    return config
+def _check_save_directory(run: RunConfig) -> None:
+    reference = run.reference_model
+    sources = {
+        "model.name_or_path": run.model.name_or_path,
+        "model.tokenizer": run.model.tokenizer,
+        "reference_model.name_or_path": reference and reference.name_or_path,
+    }
+    check_save_directory(run.trainer.save_directory, sources)
 
 
 def _pairs(

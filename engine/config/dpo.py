@@ -36,6 +36,8 @@ class DPOConfig:
     trainer_type: Literal["dpo"] = "dpo"
     model_name: str = "DPOTrainer"  # the run's name, in logs
     save_directory: str = "dpo_checkpoints"  # metrics.jsonl and the trained model
+    # Of the trained weights on disk; None: as they were in the model's files.
+    save_dtype: Literal["bfloat16", "float16", "float32"] | None = None
 
     # Loss. The reward of a completion is beta * (policy - reference) log-probability.
     beta: float = 0.1  # strength of the pull towards the reference, > 0

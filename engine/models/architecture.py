@@ -1,20 +1,37 @@
 """The static facts of a decoder, and the parameters that follow from them."""
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from engine.models.rope import Rope
-from engine.parallel.sharding import ModelShape, Parameter, Path, Role
+from engine.parallel.sharding import Parameter, ParameterPath, Role
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # names on disk
 SLIDING, FULL = "sliding_attention", "full_attention"  # as config.json names them
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderConfig(ModelShape):
+class Origin:
+    """The checkpoint that weights were read from, for who writes them again."""
+
+    directory: Path
+    dtypes: Mapping[str, str]  # of each tensor there, by its name: bfloat16, ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
     """Static facts of one decoder; made by `families.parse_hf_config`."""
 
     model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    ffn_size: int
     head_dim: int
     activation: str  # a value of ACTIVATIONS
     rms_eps: float
@@ -34,13 +51,20 @@ class DecoderConfig(ModelShape):
     embed_scale: float
     initializer_range: float
     source: str = field(repr=False, compare=False)  # config.json as read, as JSON
+    # None: the weights come from no checkpoint.
+    origin: Origin | None = field(default=None, repr=False, compare=False)
 
     @property
     def hf_config(self) -> dict[str, Any]:
         """`config.json` as it was read."""
         return json.loads(self.source)
 
-    def parameters(self) -> dict[Path, Parameter]:
+    def untied(self) -> "DecoderConfig":
+        """The same decoder with a head of its own."""
+        source = json.dumps(self.hf_config | {"tie_word_embeddings": False})
+        return replace(self, tie_word_embeddings=False, source=source)
+
+    def parameters(self) -> dict[ParameterPath, Parameter]:
         """Every parameter by its path in the module, in the order of the layers."""
         vocab = (self.vocab_size, self.hidden_size)
 
@@ -51,27 +75,32 @@ class DecoderConfig(ModelShape):
                 hf_name=hf_name, shape=shape, role=role, stacked=False, norm=norm
             )
 
-        found: dict[Path, Parameter] = {}
-        found[("embed",)] = single("model.embed_tokens.weight", vocab, Role.VOCAB)
+        table: dict[ParameterPath, Parameter] = {}
+        table[("embed",)] = single(EMBEDDING, vocab, Role.VOCAB)
         for name, parameter in _layer_parameters(self).items():
-            found["layers", name] = parameter
+            table["layers", name] = parameter
         final = single("model.norm.weight", vocab[1:], Role.REPLICATED, norm=True)
-        found[("final_norm",)] = final
+        table[("final_norm",)] = final
         if not self.tie_word_embeddings:
-            found[("head",)] = single("lm_head.weight", vocab, Role.VOCAB)
-        return found
+            table[("head",)] = single(HEAD, vocab, Role.VOCAB)
+        return table
+
+
+def max_positions(config: DecoderConfig) -> int:
+    """The longest sequence, in tokens, that the model was made for."""
+    return config.max_position
 
 
 def _layer_parameters(config: DecoderConfig) -> dict[str, Parameter]:
     d, f, h = config.hidden_size, config.ffn_size, config.head_dim
     q, kv = config.num_heads * h, config.num_kv_heads * h
-    found: dict[str, Parameter] = {}
+    table: dict[str, Parameter] = {}
 
     def add(
         name: str, hf_name: str, shape: tuple[int, ...], role: Role, norm: bool = False
     ):
         hf_name = "model.layers.{}." + hf_name
-        found[name] = Parameter(
+        table[name] = Parameter(
             hf_name=hf_name, shape=shape, role=role, stacked=True, norm=norm
         )
 
@@ -109,4 +138,4 @@ def _layer_parameters(config: DecoderConfig) -> dict[str, Parameter]:
     if config.qk_norm:
         norm("q_norm", "self_attn.q_norm", h)
         norm("k_norm", "self_attn.k_norm", h)
-    return found
+    return table

@@ -134,9 +134,9 @@ class Decoder(nnx.Module):
         ids = ids - shard * table.shape[0]
         own = (ids >= 0) & (ids < table.shape[0])
         # Rows are cast after the look-up, so that their gradients add up unrounded.
-        found = table[jnp.where(own, ids, 0)].astype(self.dtype)
-        found = jnp.where(own[:, :, None], found, jnp.zeros((), self.dtype))
-        hidden = lax.psum_scatter(found, FSDP, scatter_dimension=0, tiled=True)
+        rows = table[jnp.where(own, ids, 0)].astype(self.dtype)
+        rows = jnp.where(own[:, :, None], rows, jnp.zeros((), self.dtype))
+        hidden = lax.psum_scatter(rows, FSDP, scatter_dimension=0, tiled=True)
         hidden = lax.psum(hidden, TENSOR)
         return hidden * jnp.asarray(self.config.embed_scale, self.dtype)
 

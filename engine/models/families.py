@@ -1,6 +1,7 @@
 """What a Hugging Face `config.json` says about a decoder, checked and made static."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,9 @@ from typing import Any
 from engine.errors import InputError
 from engine.models.architecture import FULL, SLIDING, DecoderConfig
 from engine.models.rope import parse_rope
+from engine.models.values import flag, integer, number
+
+logger = logging.getLogger(__name__)
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -29,6 +33,7 @@ class Family:
     qk_norm: bool = False
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
     kv_heads: int | None = None  # None: as many as query heads
+    positions: int = 2048  # max_position_embeddings, where config.json has none
     attn_softcap: float | None = None
     final_softcap: float | None = None
 
@@ -36,22 +41,31 @@ class Family:
 FAMILIES = {
     "llama": Family(causal_lm="LlamaForCausalLM", reads_mlp_bias=True),
     "mistral": Family(
-        causal_lm="MistralForCausalLM", reads_attention_bias=False, kv_heads=8
+        causal_lm="MistralForCausalLM",
+        reads_attention_bias=False,
+        kv_heads=8,
+        positions=131072,
     ),
     "qwen2": Family(
         causal_lm="Qwen2ForCausalLM",
         qkv_bias=True,
         reads_attention_bias=False,
         kv_heads=32,
+        positions=32768,
     ),
     "qwen3": Family(
-        causal_lm="Qwen3ForCausalLM", qk_norm=True, head_dim=128, kv_heads=32
+        causal_lm="Qwen3ForCausalLM",
+        qk_norm=True,
+        head_dim=128,
+        kv_heads=32,
+        positions=32768,
     ),
     "gemma2": Family(
         causal_lm="Gemma2ForCausalLM",
         gemma=True,
         head_dim=256,
         kv_heads=4,
+        positions=8192,
         attn_softcap=50.0,
         final_softcap=30.0,
     ),
@@ -61,16 +75,16 @@ FAMILIES = {
         qk_norm=True,
         head_dim=256,
         kv_heads=4,
+        positions=131072,
     ),
 }
 
 # Keys that change the maths of some model in transformers, and the values that leave a
-# plain decoder as it is. Any other key is one that transformers itself ignores here.
+# plain decoder as it is. Any other key is one that transformers itself ignores here, or
+# that matters in training only: dropout, which a preference run turns off.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "attention_dropout": (0,),
     "quantization_config": (),
     "compression_config": (),
-    "pretraining_tp": (1,),
     "use_bidirectional_attention": (False,),
     "partial_rotary_factor": (1,),
     "is_encoder_decoder": (False,),
@@ -94,34 +108,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _integer(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = values.get(key)
-    value = default if value is None else value
-    if value is None:
-        raise InputError(
-            f"config.json: {key} is missing; it must be an integer above 0"
-        )
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"config.json: {key}={value!r} must be an integer above 0")
-    return value
-
-
-def _number(values: Mapping[str, Any], key: str, default: float | None) -> float | None:
-    """A positive number; null, when the key is there, means none."""
-    value = values.get(key, default)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise InputError(f"config.json: {key}={value!r} must be a number above 0")
-    return float(value)
-
-
-def _flag(values: Mapping[str, Any], key: str, default: bool) -> bool:
-    value = values.get(key)
-    value = default if value is None else value
-    if not isinstance(value, bool):
-        raise InputError(f"config.json: {key}={value!r} must be true or false")
-    return value
+def _own_code(values: Mapping[str, Any]) -> str:
+    """Why a checkpoint with Python files of its own cannot be had."""
+    if not values.get("auto_map"):
+        return ""
+    return " (its auto_map names code that comes with it, which is never run)"
 
 
 def _refuse_foreign(values: Mapping[str, Any], model_type: str, family: Family) -> None:
@@ -138,7 +129,7 @@ def _refuse_foreign(values: Mapping[str, Any], model_type: str, family: Family) 
     if family.causal_lm not in architectures:
         raise InputError(
             f"config.json: architectures={architectures} is not supported; model_type "
-            f"{model_type!r} needs a {family.causal_lm} checkpoint"
+            f"{model_type!r} needs a {family.causal_lm} checkpoint{_own_code(values)}"
         )
     for key, read in (
         ("attention_bias", family.reads_attention_bias or family.qkv_bias),
@@ -179,7 +170,7 @@ def _layer_types(
             raise InputError(
                 f"config.json: max_window_layers={first!r} must be an integer"
             )
-        if _flag(values, "use_sliding_window", False):
+        if flag(values, "use_sliding_window", False):
             window = 4096 if values.get("sliding_window", 4096) is not None else None
         used = window is not None
         every = tuple(SLIDING if used and i >= first else FULL for i in range(layers))
@@ -187,10 +178,10 @@ def _layer_types(
         window = 4096
         period = 2
         if model_type == "gemma3_text":
-            period = _integer(values, "sliding_window_pattern", 6)
+            period = integer(values, "sliding_window_pattern", 6)
         every = tuple(FULL if (i + 1) % period == 0 else SLIDING for i in range(layers))
     if window is not None:
-        window = _integer(values, "sliding_window", window)
+        window = integer(values, "sliding_window", window)
 
     named = values.get("layer_types")
     if named is not None:
@@ -218,10 +209,10 @@ def _layer_types(
 
 def _heads(values: Mapping[str, Any], family: Family) -> tuple[int, int, int]:
     """Query heads, kv heads, head dim."""
-    hidden = _integer(values, "hidden_size")
-    heads = _integer(values, "num_attention_heads")
+    hidden = integer(values, "hidden_size")
+    heads = integer(values, "num_attention_heads")
     absent = "num_key_value_heads" not in values and family.kv_heads
-    kv_heads = _integer(values, "num_key_value_heads", absent or heads)
+    kv_heads = integer(values, "num_key_value_heads", absent or heads)
     if heads % kv_heads:
         raise InputError(
             f"config.json: num_attention_heads={heads} must be a multiple of "
@@ -233,7 +224,7 @@ def _heads(values: Mapping[str, Any], family: Family) -> tuple[int, int, int]:
             f"config.json: hidden_size={hidden} is no multiple of num_attention_heads="
             f"{heads}; set head_dim"
         )
-    head_dim = _integer(values, "head_dim", head_dim or hidden // heads)
+    head_dim = integer(values, "head_dim", head_dim or hidden // heads)
     if head_dim % 2:
         raise InputError(
             f"config.json: head_dim={head_dim} must be even (rotary planes)"
@@ -263,35 +254,42 @@ def parse_hf_config(values: dict[str, Any]) -> DecoderConfig:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise InputError(
             f"config.json: model_type {model_type!r} is not supported; allowed: "
-            f"{', '.join(FAMILIES)}"
+            f"{', '.join(FAMILIES)}{_own_code(values)}"
         )
     family = FAMILIES[model_type]
     _refuse_foreign(values, model_type, family)
-    layers = _integer(values, "num_hidden_layers")
+    if values.get("auto_map"):
+        logger.warning(
+            "config.json: auto_map=%s names code that comes with the checkpoint, which "
+            "is never run; it is read as the %s that transformers has",
+            values["auto_map"],
+            family.causal_lm,
+        )
+    layers = integer(values, "num_hidden_layers")
     layer_types, window = _layer_types(values, model_type, layers)
     heads, kv_heads, head_dim = _heads(values, family)
-    hidden = _integer(values, "hidden_size")
-    max_position = _integer(values, "max_position_embeddings", 2048)
-    bias = family.reads_attention_bias and _flag(values, "attention_bias", False)
+    hidden = integer(values, "hidden_size")
+    max_position = integer(values, "max_position_embeddings", family.positions)
+    bias = family.reads_attention_bias and flag(values, "attention_bias", False)
     gemma = family.gemma
     scalar: float | None = head_dim
     cap = final_cap = None
     if gemma:
-        scalar = _number(values, "query_pre_attn_scalar", 256)
-        cap = _number(values, "attn_logit_softcapping", family.attn_softcap)
-        final_cap = _number(values, "final_logit_softcapping", family.final_softcap)
+        scalar = number(values, "query_pre_attn_scalar", 256)
+        cap = number(values, "attn_logit_softcapping", family.attn_softcap)
+        final_cap = number(values, "final_logit_softcapping", family.final_softcap)
     return DecoderConfig(
         model_type=model_type,
-        vocab_size=_integer(values, "vocab_size"),
+        vocab_size=integer(values, "vocab_size"),
         hidden_size=hidden,
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        ffn_size=_integer(values, "intermediate_size"),
+        ffn_size=integer(values, "intermediate_size"),
         activation=_activation(values, gemma),
-        rms_eps=_number(values, "rms_norm_eps", 1e-6) or 1e-6,
-        tie_word_embeddings=_flag(values, "tie_word_embeddings", gemma),
+        rms_eps=number(values, "rms_norm_eps", 1e-6) or 1e-6,
+        tie_word_embeddings=flag(values, "tie_word_embeddings", gemma),
         max_position=max_position,
         layer_types=layer_types,
         sliding_window=window,
@@ -301,10 +299,10 @@ def parse_hf_config(values: dict[str, Any]) -> DecoderConfig:
         final_softcap=final_cap,
         qkv_bias=family.qkv_bias or bias,
         o_bias=bias,
-        mlp_bias=family.reads_mlp_bias and _flag(values, "mlp_bias", False),
+        mlp_bias=family.reads_mlp_bias and flag(values, "mlp_bias", False),
         qk_norm=family.qk_norm,
         gemma=gemma,
         embed_scale=float(hidden) ** 0.5 if gemma else 1.0,
-        initializer_range=_number(values, "initializer_range", 0.02) or 0.02,
+        initializer_range=number(values, "initializer_range", 0.02) or 0.02,
         source=json.dumps(values),
     )

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from engine.models.architecture import DecoderConfig
 from engine.models.decoder import DTYPES, Decoder
 from engine.parallel.sharding import (
     Parameter,
-    Path,
+    ParameterPath,
     check_mesh,
     make_mesh,
     parameter_spec,
@@ -26,12 +27,12 @@ from engine.parallel.sharding import (
 
 def placed_parameters(
     config: DecoderConfig, mesh: Mesh
-) -> Iterator[tuple[Path, Parameter, tuple[int, ...], NamedSharding]]:
+) -> Iterator[tuple[ParameterPath, Parameter, tuple[int, ...], NamedSharding]]:
     """(path, parameter, shape in memory, sharding) of each; checks the mesh first."""
     check_mesh(config, mesh)
-    for path, one in config.parameters().items():
-        sharding = place(parameter_spec(one, config, mesh), mesh)
-        yield path, one, stored_shape(one, config, mesh), sharding
+    for path, param in config.parameters().items():
+        sharding = place(parameter_spec(param, config, mesh), mesh)
+        yield path, param, stored_shape(param, config, mesh), sharding
 
 
 def stored_dtype(name: str) -> Any:
@@ -66,11 +67,12 @@ def init_model(
     """
     mesh = make_mesh() if mesh is None else mesh
     stored = stored_dtype(param_dtype)
+    config = replace(config, origin=None)
     arrays = {}
-    for path, one, shape, sharding in placed_parameters(config, mesh):
+    for path, param, shape, sharding in placed_parameters(config, mesh):
         name = path[-1]
-        if one.norm or name.endswith("_bias"):
-            value = 1.0 if one.norm and not config.gemma else 0.0
+        if param.norm or name.endswith("_bias"):
+            value = 1.0 if param.norm and not config.gemma else 0.0
             block = np.full(sharding.shard_shape(shape), value, stored)
             arrays[path] = jax.make_array_from_callback(
                 shape, sharding, lambda _, block=block: block
@@ -79,7 +81,7 @@ def init_model(
         arrays[path] = _normal(
             jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())),
             config.initializer_range,
-            true=shape[: len(shape) - len(one.shape)] + one.shape,
+            true=shape[: len(shape) - len(param.shape)] + param.shape,
             shape=shape,
             dtype=stored,
             sharding=sharding,

@@ -1,5 +1,6 @@
 """Rotary position embeddings: how a `config.json` describes them, and their tables."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from engine.errors import InputError
+from engine.models.values import is_positive
+
+logger = logging.getLogger(__name__)
 
 ROPE_TYPES = ("default", "linear", "llama3")
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor")
@@ -36,12 +40,14 @@ class Rope:
 
 def _number(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
     value = values.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+    if not is_positive(value):
         raise InputError(f"config.json: rope {key}={value!r} must be a number above 0")
     return float(value)
 
 
-def _one(values: Mapping[str, Any], theta: float, max_position: int) -> Rope:
+def _parse_section(
+    values: Mapping[str, Any], theta: float | None, max_position: int
+) -> Rope:
     """The rope that `values` describes; `theta` stands in where it names none."""
     rope_type = values.get("rope_type", values.get("type", "default"))
     if rope_type not in ROPE_TYPES:
@@ -89,6 +95,44 @@ def _section(values: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
     return section
 
 
+def _without_theta(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A section in transformers 5's words, without `rope_theta`."""
+    plain = dict(section)
+    plain.pop("rope_theta", None)
+    old_word = plain.pop("type", "default")
+    return {"rope_type": old_word} | plain
+
+
+def _merge(
+    old: Mapping[str, Any] | None,
+    new: Mapping[str, Any] | None,
+    theta: float | None,
+    keeps_new_theta: bool,
+) -> Mapping[str, Any]:
+    """`rope_scaling` and `rope_parameters` as transformers reads a file that has both.
+
+    It takes the first, and with it that one's base frequency; for gemma3 it keeps the
+    second's where the first has none.
+    """
+    if not old or not new:
+        return old or new or {}
+    if _without_theta(old) != _without_theta(new):
+        raise InputError(
+            f"config.json: rope_scaling={dict(old)} and rope_parameters={dict(new)} "
+            "contradict each other; keep one"
+        )
+    merged = {**new, **old} if keeps_new_theta else old
+    used, other = merged.get("rope_theta", theta), new.get("rope_theta")
+    if other is not None and other != used:
+        logger.warning(
+            "config.json: rope_theta is %s, as transformers reads it; the %s in "
+            "rope_parameters is overruled by rope_scaling",
+            used,
+            other,
+        )
+    return merged
+
+
 def parse_rope(
     values: Mapping[str, Any],
     layer_kinds: tuple[str, ...],
@@ -102,32 +146,40 @@ def parse_rope(
     """
     gemma3 = model_type == "gemma3_text"
     old, new = _section(values, "rope_scaling"), _section(values, "rope_parameters")
-    if old and new and dict(old) != dict(new):
-        raise InputError(
-            f"config.json: rope_scaling={dict(old)} and rope_parameters={dict(new)} "
-            "contradict each other; keep one"
-        )
-    nested = new is not None and any(kind.endswith("_attention") for kind in new)
+    nested = [
+        key
+        for key, section in (("rope_scaling", old), ("rope_parameters", new))
+        if section and any(kind.endswith("_attention") for kind in section)
+    ]
     if nested and not gemma3:
         raise InputError(
-            "config.json: rope_parameters per layer type is supported for gemma3_text "
+            f"config.json: {nested[0]} per layer type is supported for gemma3_text "
             f"only, not for model_type {model_type!r}"
         )
-    if gemma3 and new and not nested:
+    if "rope_scaling" in nested or (gemma3 and new and not nested):
         raise InputError(
             "config.json: gemma3_text needs rope_parameters keyed by full_attention "
-            f"and sliding_attention, got {dict(new)}"
+            f"and sliding_attention, and a plain rope_scaling if any, got "
+            f"rope_parameters={new} and rope_scaling={old}"
         )
-    theta = _number(values, "rope_theta", 1e6 if gemma3 else 1e4)
+    # null there is an error only where a section has no rope_theta of its own
+    theta = values.get("rope_theta", 1e6 if gemma3 else 1e4)
     if not gemma3:
-        one = _one(new or old or {}, theta, max_position)
-        return (one,) * len(layer_kinds)
-    local = _number(values, "rope_local_base_freq", 1e4)
+        section = _merge(old, new, theta, keeps_new_theta=False)
+        return (_parse_section(section, theta, max_position),) * len(layer_kinds)
+    local = values.get("rope_local_base_freq", 1e4)
+    full = _section(new or {}, "full_attention")
+    full = _merge(old, full, theta, keeps_new_theta=True)
     described = {
-        "full_attention": (_section(new or {}, "full_attention") or old or {}, theta),
+        "full_attention": (full, theta),
         "sliding_attention": (_section(new or {}, "sliding_attention") or {}, local),
     }
-    return tuple(_one(*described[kind], max_position) for kind in layer_kinds)
+    ropes = {
+        kind: _parse_section(section, base, max_position)
+        for kind, (section, base) in described.items()
+        if kind in layer_kinds
+    }
+    return tuple(ropes[kind] for kind in layer_kinds)
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:

@@ -2,13 +2,13 @@
 
 import enum
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -18,7 +18,7 @@ DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 BATCH = (DATA, FSDP)  # rows of a batch
 VOCAB = (FSDP, TENSOR)  # rows of the embedding and of the head
 
-Path = tuple[str, ...]  # of a parameter in the module
+ParameterPath = tuple[str, ...]  # of a parameter in the module
 
 
 class Role(enum.Enum):
@@ -45,20 +45,43 @@ class Parameter:
     trainable: bool = True  # else no gradient, no optimizer state
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelShape(ABC):
-    """What a mesh must know of a model to shard it."""
+@runtime_checkable
+class ModelShape(Protocol):
+    """What a mesh must know of a model to shard it; `DecoderConfig` says it."""
 
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    ffn_size: int
+    @property
+    def vocab_size(self) -> int:
+        """V: tokens that the embedding and the head have rows for."""
+        ...
 
-    @abstractmethod
-    def parameters(self) -> dict[Path, Parameter]:
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        ...
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        ...
+
+    @property
+    def num_heads(self) -> int:
+        """N: query heads."""
+        ...
+
+    @property
+    def num_kv_heads(self) -> int:
+        """K."""
+        ...
+
+    @property
+    def ffn_size(self) -> int:
+        """F."""
+        ...
+
+    def parameters(self) -> Mapping[ParameterPath, Parameter]:
         """Every parameter by its path, in the order of the model's layers."""
+        ...
 
 
 def make_mesh(
@@ -70,18 +93,18 @@ def make_mesh(
     """A mesh over `devices` (all by default); one size may be -1: what is left."""
     devices = list(jax.devices() if devices is None else devices)
     sizes = {DATA: data, FSDP: fsdp, TENSOR: tensor}
-    said = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
     unknown = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(unknown) > 1 or known < 1 or min(sizes.values()) < -1:
         raise InputError(
-            f"sharding: {said} must be positive, at most one of them -1 (what is left)"
+            f"sharding: {asked} must be positive, at most one of them -1 (what is left)"
         )
     if unknown:
         sizes[unknown[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices):
         raise InputError(
-            f"sharding: {said} does not fit {len(devices)} devices; the "
+            f"sharding: {asked} does not fit {len(devices)} devices; the "
             f"product must be {len(devices)}"
         )
     shape = tuple(sizes[axis] for axis in AXES)
@@ -140,17 +163,6 @@ def parameter_spec(parameter: Parameter, config: ModelShape, mesh: Mesh) -> P:
     }[parameter.role]
 
 
-def nest(flat: Mapping[Path, Any]) -> dict[str, Any]:
-    """The nested dict of values by path."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        branch = tree
-        for name in path[:-1]:
-            branch = branch.setdefault(name, {})
-        branch[path[-1]] = value
-    return tree
-
-
 class Frozen(nnx.Variable):
     """A parameter that is not trained."""
 
@@ -184,7 +196,7 @@ def param_specs(config: ModelShape, mesh: Mesh) -> nnx.State[str, Any]:
         path: variable_type(parameter)(parameter_spec(parameter, config, mesh))
         for path, parameter in config.parameters().items()
     }
-    return nnx.State(nest(specs))
+    return nnx.State(unflatten_dict(specs))
 
 
 def param_shardings(config: ModelShape, mesh: Mesh) -> nnx.State[str, Any]:

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 from jax import lax
 from jaxtyping import Array, Int
 
 from engine.config.dpo import DPOConfig
 from engine.models import DecoderConfig
-from engine.parallel.sharding import Role, nest
+from engine.parallel.sharding import Role
 
 
 def learning_rate_schedule(config: DPOConfig, total_steps: int) -> optax.Schedule:
@@ -46,15 +47,12 @@ def make_optimizer(
     none. Gradients reach it clipped: their global norm needs the mesh, see `step.py`.
     """
     decayed = {Role.VOCAB, Role.COLUMN, Role.KV_COLUMN, Role.ROW}
-    mask = nnx.State(
-        nest(
-            {
-                path: parameter.role in decayed
-                for path, parameter in decoder.parameters().items()
-                if parameter.trainable
-            }
-        )
-    )
+    trained = {
+        path: param.role in decayed
+        for path, param in decoder.parameters().items()
+        if param.trainable
+    }
+    mask = nnx.State(unflatten_dict(trained))
     return optax.adamw(
         learning_rate_schedule(config, total_steps),
         b1=config.adam_beta1,

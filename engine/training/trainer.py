@@ -243,8 +243,12 @@ class Trainer:
 
     def save_model(self, directory: str | Path) -> None:
         """Write the model and its tokenizer in Hugging Face form."""
-        save_pretrained(self.model, directory)
-        self.run.tokenizer.save_pretrained(directory)
+        save_pretrained(
+            self.model,
+            directory,
+            tokenizer=self.run.tokenizer,
+            dtype=self.arguments.save_dtype,
+        )
         logger.info("saved the model and its tokenizer in %s", directory)
 
 

@@ -7,6 +7,7 @@ minutes on two CPU cores. What it writes beside itself, `model/`, `train.jsonl` 
 
 import itertools
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,16 +143,16 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def main() -> None:
-    """Writes the pairs, then the tokenizer, then the checkpoint."""
+    """Writes the pairs, then the checkpoint with its tokenizer."""
     train, held_out = preference_pairs(seed=0)
     write_jsonl(HERE / "train.jsonl", train)
     write_jsonl(HERE / "heldout.jsonl", held_out)
     tokenizer: Any = make_tokenizer()  # its methods' annotations are too wide to use
-    tokenizer.save_pretrained(HERE / "model")
     config = parse_hf_config(hf_config(tokenizer))
     model = init_model(config, dtype="float32", remat="none")
     pretrain(model, token_batches(tokenizer), tokenizer.pad_token_id)
-    save_pretrained(model, HERE / "model", dtype="bfloat16")
+    shutil.rmtree(HERE / "model")
+    save_pretrained(model, HERE / "model", tokenizer=tokenizer, dtype="bfloat16")
 
 
 if __name__ == "__main__":

@@ -217,6 +217,23 @@ def test_a_truncated_safetensors_file(run):
     assert run().startswith("model/model.safetensors: not a whole safetensors file (")
 
 
+def test_a_save_directory_that_is_the_models_own(run):
+    line = run("trainer.save_directory=./model/")
+    assert "is the directory of model.name_or_path='model'" in line
+
+
+def test_a_save_directory_that_is_a_file(run):
+    assert "save_directory='pairs.jsonl' is a file" in run(
+        "trainer.save_directory=pairs.jsonl"
+    )
+
+
+def test_a_save_directory_with_somebody_elses_model(run):
+    shutil.copytree("model", "another")
+    line = run("trainer.save_directory=another")
+    assert "has model.safetensors" in line and "another" in line
+
+
 def test_a_model_that_is_not_there(run):
     line = run("model.name_or_path=no-such-model")
     assert line.startswith("model 'no-such-model': there is no such directory, and ")

@@ -1,33 +1,11 @@
 import math
 
-import numpy as np
 import pytest
 
 from engine.errors import InputError
+from engine.models.architecture import max_positions
 from engine.models.families import FAMILIES, parse_hf_config
-from engine.models.rope import Rope, inverse_frequencies
-
-FULL, SLIDING = "full_attention", "sliding_attention"
-
-
-def values(model_type, **changes):
-    base = {
-        "model_type": model_type,
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 512,
-    }
-    merged = base | changes
-    return {key: value for key, value in merged.items() if value != "absent"}
-
-
-def parse(model_type, **changes):
-    return parse_hf_config(values(model_type, **changes))
+from tests.engine.hf_configs import FULL, LINEAR, LLAMA3, SLIDING, parse, values
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -124,78 +102,14 @@ def test_layer_types(model_type, changes, layers, window):
     assert config.sliding_window == window
 
 
-LLAMA3 = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-
-
-@pytest.mark.parametrize("type_key", ["rope_type", "type"])
-@pytest.mark.parametrize("scaling_key", ["rope_scaling", "rope_parameters"])
-def test_rope_scaling_old_and_new(scaling_key, type_key):
-    scaling = {type_key: "llama3", **LLAMA3}
-    if scaling_key == "rope_parameters":
-        config = parse("llama", rope_parameters=scaling | {"rope_theta": 5e5})
-    else:
-        config = parse("llama", rope_scaling=scaling, rope_theta=5e5)
-    want = Rope(
-        rope_type="llama3",
-        theta=5e5,
-        factor=8.0,
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-        original_max_position=64,
-    )
-    assert config.ropes == (want,) * 4
-    linear = parse("llama", **{scaling_key: {type_key: "linear", "factor": 2}})
-    assert linear.ropes[0] == Rope(rope_type="linear", theta=1e4, factor=2.0)
-
-
-def test_llama3_takes_the_model_length_where_it_names_no_original():
-    scaling = LLAMA3 | {"rope_type": "llama3"}
-    del scaling["original_max_position_embeddings"]
-    assert parse("llama", rope_scaling=scaling).ropes[0].original_max_position == 512
-
-
-def test_gemma3_ropes_old_and_new():
-    layers = {"sliding_window_pattern": 2}
-    local = Rope(rope_type="default", theta=7.0)
-    far = Rope(rope_type="linear", theta=9.0, factor=8.0)
-    old = parse(
-        "gemma3_text",
-        rope_theta=9.0,
-        rope_local_base_freq=7.0,
-        rope_scaling={"rope_type": "linear", "factor": 8.0},
-        **layers,
-    )
-    new = parse(
-        "gemma3_text",
-        rope_parameters={
-            FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 9.0},
-            SLIDING: {"rope_type": "default", "rope_theta": 7.0},
-        },
-        **layers,
-    )
-    assert old.ropes == new.ropes == (local, far, local, far)
-
-
-def test_llama3_frequencies_by_band():
-    """Wavelengths over 64 are stretched 8 times, under 16 left, blended between."""
-    rope = parse("llama", rope_scaling={"rope_type": "llama3", **LLAMA3}).ropes[0]
-    plain = inverse_frequencies(Rope(rope_type="default", theta=rope.theta), 16)
-    scaled = inverse_frequencies(rope, 16)
-    np.testing.assert_allclose(plain, 1e4 ** (-np.arange(8) / 8), rtol=1e-6)
-    wavelength = 2 * np.pi / plain
-    long, short = wavelength > 64, wavelength < 16
-    assert long.any() and short.any() and (~long & ~short).any()
-    np.testing.assert_allclose(scaled[long], plain[long] / 8, rtol=1e-6)
-    np.testing.assert_allclose(scaled[short], plain[short], rtol=1e-6)
-    between = ~long & ~short
-    share = (64 / wavelength[between] - 1) / 3
-    want = plain[between] * ((1 - share) / 8 + share)
-    np.testing.assert_allclose(scaled[between], want, rtol=1e-6)
+@pytest.mark.parametrize(
+    ("model_type", "positions"),
+    [("llama", 2048), ("mistral", 131072), ("qwen3", 32768), ("gemma2", 8192)],
+)
+def test_how_long_a_sequence_may_be(model_type, positions):
+    assert max_positions(parse(model_type)) == 512
+    config = parse(model_type, max_position_embeddings="absent")
+    assert max_positions(config) == positions
 
 
 @pytest.mark.parametrize(
@@ -220,9 +134,22 @@ def test_llama3_frequencies_by_band():
             "hidden_activation 'quick_gelu'",
         ),
         ("qwen3", {"num_experts": 8}, "num_experts=8"),
-        ("llama", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        (
+            "phi5",
+            {"auto_map": {"AutoConfig": "a.B"}},
+            "model_type 'phi5'.*code that comes with it, which is never run",
+        ),
+        (
+            "llama",
+            {
+                "auto_map": {"AutoModelForCausalLM": "a.B"},
+                "architectures": ["B"],
+            },
+            "architectures.*code that comes with it, which is never run",
+        ),
+        ("llama", {"rms_norm_eps": math.inf}, "rms_norm_eps=inf"),
+        ("llama", {"rope_theta": math.nan}, "rope_theta=nan"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config="),
-        ("llama", {"pretraining_tp": 2}, "pretraining_tp=2"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50"),
@@ -279,6 +206,7 @@ def test_llama3_frequencies_by_band():
             "gemma3_text only",
         ),
         ("gemma3_text", {"rope_parameters": {"rope_type": "default"}}, "keyed by"),
+        ("gemma3_text", {"rope_scaling": {FULL: LINEAR}}, "a plain rope_scaling"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(model_type, changes, message):
@@ -287,12 +215,18 @@ def test_what_is_not_implemented_is_refused_by_name(model_type, changes, message
     assert "\n" not in str(error.value)
 
 
+def test_code_beside_a_known_architecture_is_passed_over(caplog):
+    """As transformers does that is told to trust no code."""
+    assert parse("llama", auto_map={"AutoModel": "own.Own"}) == parse("llama")
+    assert "never run; it is read as the LlamaForCausalLM" in caplog.text
+
+
 def test_null_and_neutral_options_are_no_options():
     plain = parse("llama")
     neutral = parse(
         "llama",
-        attention_dropout=0.0,
-        pretraining_tp=1,
+        attention_dropout=0.1,  # a preference run trains without it, as in TRL
+        pretraining_tp=2,  # no longer read by transformers
         quantization_config=None,
         rope_scaling=None,
         num_experts=None,

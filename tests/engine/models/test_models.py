@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from flax import nnx
 
 from engine.errors import InputError
 from engine.models import generate, init_model, load_model, parse_hf_config
+from engine.models.architecture import Origin
 from engine.models.generate import full_logits, greedy_generate
 from engine.parallel.sharding import check_mesh, make_mesh, padded_vocab
 from tests.engine.tiny_models import (
@@ -91,10 +93,13 @@ def test_greedy_generation_takes_the_likeliest_token_until_the_end(monkeypatch):
 
 def test_random_weights_are_the_same_on_every_mesh():
     config = tiny_config("gemma2", initializer_range=0.1)
-    one, eight = (
-        nnx.to_pure_dict(nnx.state(init_model(config, mesh=mesh, seed=3), nnx.Param))
+    config = dataclasses.replace(config, origin=Origin(directory=FIXTURES, dtypes={}))
+    models = [
+        init_model(config, mesh=mesh, seed=3)
         for mesh in (one_device(), make_mesh(2, 2, 2))
-    )
+    ]
+    assert models[0].config.origin is None  # its numbers are from no checkpoint
+    one, eight = (nnx.to_pure_dict(nnx.state(model, nnx.Param)) for model in models)
     assert padded_vocab(config, make_mesh(2, 2, 2)) == 104
     one, eight = (vocab_rows(jax.tree.map(np.asarray, x), 101) for x in (one, eight))
     jax.tree.map(np.testing.assert_array_equal, one, eight)

@@ -1,0 +1,201 @@
+"""Where a trained model goes: what may be replaced there, and how that is done."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from engine.errors import InputError, library_errors, one_line
+from engine.models.checkpoint import CONFIG, INDEX, is_tokenizer_file, listed
+from engine.paths import as_path
+
+# In the header of every weight file, beside transformers' `format`: who wrote it, and
+# the names of all that was written with it. Nothing else is ever replaced or removed.
+WRITER, FILES = "writer", "files"
+OUR_NAME = "dpo-engine"
+GENERATION = "generation_config.json"
+
+_WAY_OUT = "give another save_directory"
+_STAGING = ".model.part"
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_OLD_PARTS = re.compile(r"\.(model.*\.safetensors(\.index\.json)?|config\.json)\.part")
+
+
+def check_save_directory(
+    directory: str | Path, sources: Mapping[str, str | Path | None]
+) -> Path:
+    """The directory, `~` expanded, if a model may be saved there; makes nothing.
+
+    Args:
+        sources: what the run reads, by the name of its option; None and hub ids are
+            passed over.
+    Raises:
+        InputError: it is a source's own directory, a file, not to be written to, or has
+            a model or a tokenizer that no earlier save put there.
+    """
+    shown = f"save_directory={str(directory)!r}"
+    with library_errors(
+        lambda error: f"{shown} cannot be used ({one_line(error)}); {_WAY_OUT}"
+    ):
+        directory = as_path(directory)
+        _check_place(directory, shown)
+        for option, source in sources.items():
+            folder = None if source is None else as_path(source)
+            if folder is None or not folder.is_dir() or not directory.exists():
+                continue
+            if os.path.samefile(folder, directory):
+                raise InputError(
+                    f"{shown} is the directory of {option}={str(source)!r}, which the "
+                    f"trained model would replace; {_WAY_OUT}"
+                )
+        if directory.is_dir():
+            earlier_save(directory)
+    return directory
+
+
+def _check_place(directory: Path, shown: str) -> None:
+    """Whether there is, or can be made, a directory to write into."""
+    if directory.is_symlink() and not directory.exists():
+        raise InputError(f"{shown} is a link to nothing; {_WAY_OUT}")
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{shown} is a file; {_WAY_OUT}")
+    parent = directory.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise InputError(
+            f"{shown} cannot be made, as {str(parent)!r} is a file; {_WAY_OUT}"
+        )
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{shown} cannot be written: no permission in {str(parent)!r}; {_WAY_OUT}"
+        )
+
+
+def _survey(directory: Path) -> tuple[frozenset[str], list[str]]:
+    """Names of what an earlier save wrote, and of what others put where one writes."""
+    ours: set[str] = set()
+    foreign = []
+    for path in sorted(directory.iterdir()):
+        if _WEIGHTS.fullmatch(path.name):
+            names = _written_with(path)
+            ours |= {path.name, *names} if names else set()
+            foreign += [] if names else [path.name]
+    for path in sorted(directory.iterdir()):
+        meant = path.name in (CONFIG, INDEX, GENERATION) or is_tokenizer_file(path.name)
+        if meant and path.name not in ours:
+            foreign.append(path.name)
+    return frozenset(ours), foreign
+
+
+def earlier_save(directory: Path) -> frozenset[str]:
+    """Names of what an earlier save wrote into a directory.
+
+    Raises:
+        InputError: there is a model or a tokenizer that is not from one.
+    """
+    ours, foreign = _survey(directory)
+    if foreign:
+        raise InputError(
+            f"save_directory={str(directory)!r} has {listed(foreign)}, which this "
+            "program did not write there and does not replace; give another "
+            "save_directory, or move what is there"
+        )
+    return ours
+
+
+def _written_with(path: Path) -> set[str]:
+    """The names in the header of a weight file of ours; none in any other file's."""
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError):
+        return set()
+    if metadata.get(WRITER) != OUR_NAME:
+        return set()
+    names = json.loads(metadata[FILES])
+    return {name for name in names if not re.search(r"^/|(^|/)\.\.?(/|$)", name)}
+
+
+@contextlib.contextmanager
+def replacing(directory: Path) -> Iterator[Path]:
+    """A directory to write a model into, which then takes the place of an earlier one.
+
+    What is written has reached the disk before anything in `directory` changes; then
+    each file is renamed into place, and what only the earlier save had is removed. If
+    writing fails, `directory` is as it was.
+
+    Raises:
+        InputError: `check_save_directory`'s reasons; the disk is full or fails.
+    """
+    check_save_directory(directory, {})
+    staging = directory / _STAGING
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(directory)
+        staging.mkdir()
+        yield staging
+        written = _files(staging)
+        for name in written:
+            _flush(staging / name)
+    except BaseException as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+        raise InputError(
+            f"{directory}: the model could not be saved ({one_line(error)}); what was "
+            "there before is as it was; free some space, or give another save_directory"
+        ) from error
+    _publish(staging, directory, written)
+
+
+def _publish(staging: Path, directory: Path, written: list[str]) -> None:
+    """Renames what was written into place, the weights first, and removes the old."""
+    earlier, foreign = _survey(directory)
+    foreign += [n for n in written if (directory / n).exists() and n not in earlier]
+    if foreign:
+        names = listed(dict.fromkeys(foreign))
+        raise InputError(
+            f"{directory}: has {names}, which this program did not write there and "
+            f"does not replace; the new model is whole in {staging}: move it elsewhere"
+        )
+    try:
+        for name in sorted(written, key=lambda name: not _WEIGHTS.fullmatch(name)):
+            (directory / name).parent.mkdir(exist_ok=True)
+            os.replace(staging / name, directory / name)
+        for name in earlier - set(written):
+            (directory / name).unlink(missing_ok=True)
+        shutil.rmtree(staging)
+        _flush(directory)
+    except OSError as error:
+        raise InputError(
+            f"{directory}: the model could not be put in its place "
+            f"({one_line(error)}); what is not there yet is in {staging}"
+        ) from error
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """What an interrupted save has left; earlier versions left single files."""
+    shutil.rmtree(directory / _STAGING, ignore_errors=True)
+    for path in directory.iterdir():
+        if _OLD_PARTS.fullmatch(path.name):
+            path.unlink()
+
+
+def _files(folder: Path) -> list[str]:
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
