@@ -66,7 +66,11 @@ def token_logprobs(
         num_valid: rows at and after it are padding: they may hold anything, give 0 and
             get gradient 0, and whole blocks of them are skipped. May be traced.
         bias: added before the soft-cap. An entry of -inf takes its vocabulary entry
-            away, whatever the soft-cap.
+            away, whatever the soft-cap. Its gradient is summed in float32 from what
+            the gradient of `head` is made of, the logits' gradients in the dtype of
+            `hidden`: it is off by at most eps of that dtype times the sum of their
+            absolute values, also where the bias is float32. (`pallas_tpu` sums before
+            it rounds.)
         axis_name: inside `shard_map`: `head` and `bias` are this device's slice of the
             vocabulary in axis order, `targets` ids in the whole of it. `hidden` must be
             the same on the whole axis; so are all results and, summed over it, the

@@ -111,13 +111,13 @@ def forward_case(name: str, shape=SHAPE, *, padded=False, bias=False, keep_v=0, 
 
 
 def dlogits_case(name: str, shape=SHAPE, chunk=CHUNK_V, *, bias=False, **rest) -> Case:
-    """`dlogits` of a chunk of the vocabulary; with a bias also its gradient."""
+    """`dlogits` of a chunk of the vocabulary."""
     T, D, _ = shape
 
     def call(*arrays):
         from dpo_kernels.triton import logprobs as triton
 
-        return triton.dlogits(*arrays, options=_options(rest), want_dbias=bias)
+        return triton.dlogits(*arrays, options=_options(rest))
 
     def make(dtype: str) -> Launch:
         return _record(

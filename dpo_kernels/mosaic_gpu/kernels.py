@@ -253,19 +253,15 @@ def dlogits(
     num_valid: jax.Array,
     *,
     options: LogitOptions,
-    want_dbias: bool,
     tile: MosaicTile,
     num_cores: int,
-) -> tuple[jax.Array, jax.Array | None]:
-    """[T, chunk], and sums over each warpgroup's rows [rows / 64, chunk] for d bias.
-
-    Both are as wide as the next multiple of 16 and of block_v.
+) -> jax.Array:
+    """[T, chunk], as wide as the next multiple of 16.
 
     `rows` are targets, lse, p_coef and target_grad, padded to whole tiles of a cluster
     with -1, inf, 0 and 0.
     """
     T, V, height = hidden.shape[0], head.shape[0], tile.block_t // WARPGROUPS
-    padded_v = pl.cdiv(V, tile.block_v) * tile.block_v
     out_v = pl.cdiv(V, 16) * 16
 
     def begin(row: Any, *refs: Any) -> list[jax.Array]:
@@ -275,7 +271,6 @@ def dlogits(
         target, lse, p_coef, target_grad = state
         bias_g = extra[4] if bias is not None else None
         to_log2 = _unit(options, bias_g) * _LOG2E
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for i, (x, at) in enumerate(_pieces(acc, column, width)):
             # No `end`: what lies past it is not written.
             z = _logits(x, at, bias_g, None, options)
@@ -286,31 +281,18 @@ def dlogits(
                 dx *= _slope(z, options.softcap)
             if bias is not None:
                 dx = jnp.where(z == -jnp.inf, 0.0, dx)
-            if want_dbias:
-                scratch[1][i * width : (i + 1) * width] = dx.sum(axis=0)
             staged = scratch[0].at[i % _STORE_SLOTS]
             _store_piece(dx.astype(hidden.dtype), outs[0], row, at, staged)
-        if want_dbias:
-            plgpu.commit_smem()
-            here = lax.div(row, jnp.int32(height)), pl.ds(column, tile.block_v)
-            plgpu.copy_smem_to_gmem(scratch[1], outs[1].at[here])
 
-    # A bias takes registers, its gradient shared memory.
     width = _piece_width(_WIDE if bias is None else _NARROW, out_v)
-    out_type = [jax.ShapeDtypeStruct((T, out_v), hidden.dtype)]
-    scratch = [_staging(tile, hidden.dtype, width)]
-    if want_dbias:
-        shape = rows[0].shape[0] // height, padded_v
-        out_type.append(jax.ShapeDtypeStruct(shape, jnp.float32))
-        scratch.append(plgpu.SMEM((WARPGROUPS, tile.block_v), jnp.float32))
-    outs = logits_kernel(
+    (dx,) = logits_kernel(
         begin,
         finish,
         tile=tile,
         num_cores=num_cores,
         operands=[hidden, head, num_valid, *rows] + ([] if bias is None else [bias]),
-        out_type=out_type,
-        scratch=scratch,
+        out_type=[jax.ShapeDtypeStruct((T, out_v), hidden.dtype)],
+        scratch=[_staging(tile, hidden.dtype, width)],
         name="token_logprobs_dlogits",
     )
-    return outs[0], outs[1] if want_dbias else None
+    return dx

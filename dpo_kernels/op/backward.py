@@ -180,12 +180,9 @@ def _rows(job: Job, start_t: Any, fresh_t: Array) -> _Rows:
     return _Rows(hidden, targets, coefficients, fresh_t)
 
 
-_DlogitsTile = tuple[Float[Array, "t v"], Float[Array, " v"] | None]
-
-
 def _recomputed_dlogits(
     job: Job, rows: _Rows, head_v: Array, start_v: Any
-) -> _DlogitsTile:
+) -> Float[Array, "t v"]:
     bias, dlogits = job.inputs.bias, job.backend.dlogits
     assert dlogits is not None, "without it a backend has its own backward"
     return dlogits(
@@ -195,13 +192,12 @@ def _recomputed_dlogits(
         None if bias is None else take_rows(bias, start_v, head_v.shape[0]),
         *rows.coefficients,
         options=job.options,
-        want_dbias=job.wanted.bias is not None,
     )
 
 
 def _dlogits_of_kept(
     job: Job, rows: _Rows, start_t: Any, start_v: Any, size: int
-) -> _DlogitsTile:
+) -> Float[Array, "t v"]:
     assert job.kept is not None, "the tile keeps only what the forward has kept"
     return kept_dlogits(
         job.kept,
@@ -210,15 +206,13 @@ def _dlogits_of_kept(
         start_t,
         start_v,
         size,
-        want_dbias=job.wanted.bias is not None,
     )
 
 
 def _add_tile(
-    dlogits: _DlogitsTile, hidden_t: Array, head_v: Array, start_t: Any, sums: Gradients
+    dlogits_tv: Array, hidden_t: Array, head_v: Array, start_t: Any, sums: Gradients
 ) -> Gradients:
-    """The two matmuls; a sum's dtype is its matmul's, too."""
-    dlogits_tv, dbias_v = dlogits
+    """The two matmuls and the sum over rows; a sum's dtype is its matmul's, too."""
     dhidden, dhead, dbias = sums
     if dhidden is not None:
         dhidden_t = jnp.einsum(
@@ -231,6 +225,5 @@ def _add_tile(
             "tv,tD->vD", dlogits_tv, hidden_t, preferred_element_type=dhead.dtype
         )
     if dbias is not None:
-        assert dbias_v is not None, "a backend returns what want_dbias asks for"
-        dbias += dbias_v
+        dbias += dlogits_tv.sum(axis=0, dtype=dbias.dtype)
     return Gradients(dhidden, dhead, dbias)

@@ -33,12 +33,11 @@ class Dlogits(Protocol):
         target_grad: Float[Array, " T"],
         *,
         options: LogitOptions,
-        want_dbias: bool,
-    ) -> tuple[Float[Array, "T chunk"], Float[Array, " chunk"] | None]:
+    ) -> Float[Array, "T chunk"]:
         """The gradient of the pre-activation x = scale * hidden @ head.T + bias.
 
         dx = cap'(x) * (target_grad where v == target else p_coef * exp(z - lse)), cast
-        to the dtype of `hidden`; with `want_dbias` also its column sums, uncast.
+        to the dtype of `hidden`. All three gradients are made of what is returned.
         """
         ...
 
