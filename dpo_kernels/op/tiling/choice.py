@@ -15,7 +15,7 @@ from dpo_kernels.op.tiling.time import FUSED_BLOCK, backward_seconds
 
 # With padding a GPU's backward is compiled for at most so many heights of the valid
 # rows, which are at least so far apart: each is code of its own, and time to compile.
-_MOST_HEIGHTS = 8
+_MOST_HEIGHTS = 4
 _LEAST_HEIGHT = 512
 # On a CPU a tile of float32 logits should stay in the cache between the matmul and
 # the passes over it.
