@@ -14,11 +14,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from dpo_kernels.op.backends import load_backend
-from dpo_kernels.op.backward import (
-    backward,
-    dlogits_factor,
-    row_coefficients,
-)
+from dpo_kernels.op.backward import backward, row_coefficients
 from dpo_kernels.op.checks import check_arguments, check_vocab_parallel
 from dpo_kernels.op.interface import (
     Kept,
@@ -30,6 +26,7 @@ from dpo_kernels.op.job import Backend, Inputs, Job, Wanted
 from dpo_kernels.op.kept import kept_rows
 from dpo_kernels.op.loops import make_varying, varying_axes
 from dpo_kernels.op.partials import finish, merge, no_vocabulary
+from dpo_kernels.op.scale import GradientScale
 from dpo_kernels.op.tiling import BackwardTile, backward_tile, problem_of
 
 AxisName = str | tuple[str, ...]
@@ -234,8 +231,8 @@ def _vjp_backward(static: _Static, saved, cotangents):
         for ct in cotangents[:2]
     )
     options = static.options
-    factor = dlogits_factor(hidden.dtype, options.scale, dlogprob, dlse)
-    rows = row_coefficients(logprob, lse, dlogprob, dlse, factor)
+    scale = GradientScale.of(hidden.dtype, options.scale, dlogprob, dlse)
+    rows = row_coefficients(logprob, lse, dlogprob, dlse, scale.dlogits_scale)
     targets = _local_targets(targets, head.shape[0], static.axis_name)
     grads = backward(
         Job(
@@ -249,7 +246,7 @@ def _vjp_backward(static: _Static, saved, cotangents):
                 num_valid=num_valid,
             ),
             rows=rows,
-            factor=factor,
+            scale=scale,
             kept=kept and kept_rows(kept, logprob + lse, *rows, options),
             wanted=wanted,
             shared_tile=_shared_tile(static, hidden, head, num_valid),

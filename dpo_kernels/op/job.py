@@ -16,6 +16,7 @@ from dpo_kernels.op import tiling
 from dpo_kernels.op.interface import Kept, LogitOptions, Partials
 from dpo_kernels.op.kept import KeptRows
 from dpo_kernels.op.loops import make_varying, varying_axes
+from dpo_kernels.op.scale import GradientScale
 
 
 @runtime_checkable
@@ -128,7 +129,7 @@ class Job:
     options: LogitOptions
     inputs: Inputs
     rows: RowCoefficients
-    factor: Array | float  # that the coefficients have in them: `dlogits_factor`
+    scale: GradientScale  # that the coefficients have in them
     kept: KeptRows | None
     wanted: Wanted
     shared_tile: tiling.BackwardTile | None  # None: the backend has its own backward
