@@ -150,7 +150,7 @@ def dlogits(
     axes = varying_axes(hidden, head, bias, *rows)
     tile = mosaic_tile(problem_of(hidden, head, None, 0))
     hidden, bias, padded_T = _whole_tiles(hidden, bias, chunk, tile)
-    fills = (-1, jnp.inf, 0, 0)
+    fills = mosaic_gpu_kernels.ROW_FILLS
     dx = mosaic_gpu_kernels.dlogits(
         hidden,
         head,
