@@ -66,7 +66,14 @@ def to_logits(
         if bias is not None:
             z = jnp.where(bias == -jnp.inf, -jnp.inf, z)
     if bias is None and end is not None:
-        z = jnp.where(columns(acc) < end - column, z, -jnp.inf)
+        # The branch is the whole warpgroup's: only the last tile pays for the mask.
+        left = end - column
+        z = lax.cond(
+            left < z.shape[1],
+            lambda z: jnp.where(columns(z) < left, z, -jnp.inf),
+            lambda z: z,
+            z,
+        )
     return z
 
 
