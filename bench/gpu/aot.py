@@ -26,6 +26,7 @@ from bench.aot import VARIANTS, compile_op
 from bench.gpu.triton_resources import CASES as TRITON_CASES
 from bench.gpu.triton_resources import resources as triton_resources
 from bench.op.memory import SPARE, TARGETS, WORKSPACE
+from dpo_kernels.op.gpu_tiling import SHARED_BYTES
 
 SHAPES = (
     (4096, 4096, 128256),
@@ -35,7 +36,6 @@ SHAPES = (
 )
 IMPLEMENTATIONS = ("mosaic_gpu", "triton")
 KIND = "NVIDIA H200"
-SHARED_BYTES = 227 * 1024  # of a thread block on compute capability 9.0
 WARPGROUP = 128  # threads
 SPEED_WORKSPACE = 2**30  # keeps the exponentials of (4096, 4096, 128256)
 
