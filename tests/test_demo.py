@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 from engine import load_model
-from engine.models.tokenizer import load_tokenizer
 from engine.config.run import load_run_config
+from engine.models.tokenizer import load_tokenizer
 from tests.json_lines import read_lines
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo"
