@@ -29,7 +29,8 @@ def token_logprobs(
     acc = accumulator(hidden.dtype)
     valid_T = jnp.ones(targets.shape, bool)
     if num_valid is not None:
-        valid_T = jnp.arange(targets.shape[0]) < num_valid
+        count = jnp.asarray(num_valid, jnp.int32)
+        valid_T = jnp.arange(targets.shape[0], dtype=jnp.int32) < count
         # Zeroed before use, not only after: a NaN in a padding row would otherwise
         # come back as 0 * NaN in the gradient of the head.
         hidden = jnp.where(valid_T[:, None], hidden, jnp.zeros_like(hidden))
@@ -41,16 +42,24 @@ def token_logprobs(
     # The cap comes before the mask: capped, a masked -inf would be a finite -softcap.
     z_TV = jnp.where(exists_V[None], capped(x_TV, softcap), -jnp.inf)
     lse_T = jax.nn.logsumexp(z_TV, axis=-1)
+    # Not through the lse: a float32 near 1e8 is a multiple of 8.
+    log_p_TV = jax.nn.log_softmax(z_TV, axis=-1)
     in_vocab_T = (targets >= 0) & (targets < head.shape[0])
     safe_targets_T = jnp.where(in_vocab_T, targets, 0)
-    target_z_T = jnp.take_along_axis(z_TV, safe_targets_T[:, None], axis=-1)[:, 0]
-    target_z_T = jnp.where(in_vocab_T, target_z_T, -jnp.inf)
+
+    def at_target(x_TV: jax.Array) -> jax.Array:
+        x_T = jnp.take_along_axis(x_TV, safe_targets_T[:, None], axis=-1)[:, 0]
+        return jnp.where(in_vocab_T, x_T, -jnp.inf)
+
+    target_z_T = at_target(z_TV)
+    # log_softmax of a row in which nothing exists is NaN.
+    logprob_T = jnp.where(target_z_T == -jnp.inf, -jnp.inf, at_target(log_p_TV))
 
     def rows(values: jax.Array) -> jax.Array:
         return jnp.where(valid_T, values, jnp.zeros_like(values))
 
     return TokenLogprobs(
-        logprob=rows(target_z_T - lse_T),
+        logprob=rows(logprob_T),
         lse=rows(lse_T),
         **_stats(jax.lax.stop_gradient(z_TV), exists_V, target_z_T, stats, rows),
     )
@@ -80,9 +89,11 @@ def sequence_sums(
     weights: Float[Array, " T"] | None = None,
 ) -> tuple[Float[Array, " R"], Float[Array, " R"]]:
     """As `dpo_kernels.sequence_sums`, by a [R, T] one-hot matrix."""
+    acc = accumulator(values.dtype)
+    values = values.astype(acc)
     member_RT = segment_ids[None] == jnp.arange(num_segments)[:, None]
-    weights_T = jnp.ones_like(values) if weights is None else weights
+    weights_T = jnp.ones_like(values) if weights is None else weights.astype(acc)
     weights_RT = jnp.where(member_RT, weights_T[None], jnp.zeros_like(weights_T)[None])
     values_RT = jnp.where(weights_RT != 0, values[None], jnp.zeros_like(values)[None])
-    counts_R = (weights_RT != 0).sum(axis=-1).astype(values.dtype)
+    counts_R = (weights_RT != 0).sum(axis=-1).astype(acc)
     return (weights_RT * values_RT).sum(axis=-1), counts_R

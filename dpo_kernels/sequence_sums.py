@@ -9,6 +9,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from dpo_kernels.op.devices import traced_device
+from dpo_kernels.op.interface import accumulator
 from dpo_kernels.op.loops import make_varying, varying_axes
 from dpo_kernels.op.sums import Problem, SumsBackend, check_name, load_backend
 from dpo_kernels.xla.sums import sums_by_id
@@ -42,10 +43,12 @@ def sequence_sums(
     Args:
         offsets: must not decrease; one outside [0, T] counts as the nearer end. May be
             traced.
-        implementation: `auto`, or one of `backends.sums.BACKENDS`; how much a kernel
-            can gain stands there. Segment ids are for `xla` alone.
+        implementation: `auto`, or one of `dpo_kernels.op.sums.BACKENDS`; how much a
+            kernel can gain stands there. Segment ids are for `xla` alone.
     Returns:
-        Both in the dtype of `values`; added up in float32 where that is narrower.
+        Both in float32, whatever the dtypes of `values` and `weights` (float64 for
+        float64 values): a bfloat16 counts to 256 only. Gradients come in the dtype of
+        what they are of.
     Raises:
         ValueError: arrays whose shapes or dtypes do not fit, both or neither of
             `offsets` and `segment_ids`, an unknown implementation.
@@ -66,7 +69,7 @@ def sequence_sums(
     axes = varying_axes(values, offsets, weights)
     R = offsets.shape[0] - 1
     if R == 0 or values.shape[0] == 0:
-        nothing = make_varying(jnp.zeros((R,), values.dtype), axes)
+        nothing = make_varying(jnp.zeros((R,), accumulator(values.dtype)), axes)
         return nothing, nothing
     problem = Problem(
         T=values.shape[0],
@@ -76,8 +79,8 @@ def sequence_sums(
         device=traced_device(),
     )
     backend = load_backend(implementation, problem)
-    # Typed alike before the vjp, so that what a broadcast over mesh axes sums in the
-    # backward is summed by JAX, outside.
+    # Inputs get the same varying axes before the vjp. So where one is replicated over
+    # a mesh axis, JAX sums its gradient over it, and the vjp need not.
     values, offsets = (make_varying(x, axes) for x in (values, offsets))
     weights = None if weights is None else make_varying(weights, axes)
     offsets = offsets.astype(jnp.int32)
@@ -123,8 +126,7 @@ def _check(values, segment_ids, num_segments, offsets, weights) -> None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _of_offsets(backend: SumsBackend, problem: Problem, values, weights, offsets):
-    sums, counts = backend.forward(problem, values, weights, offsets)
-    return sums.astype(values.dtype), counts.astype(values.dtype)
+    return backend.forward(problem, values, weights, offsets)
 
 
 def _vjp_forward(backend: SumsBackend, problem: Problem, values, weights, offsets):
@@ -146,7 +148,7 @@ def _vjp_backward(backend: SumsBackend, problem: Problem, saved, cotangents):
     values, weights, offsets = saved
     dsums = cotangents[0]
     if isinstance(dsums, SymbolicZero):
-        dsums = jnp.zeros((problem.R,), problem.dtype)
+        dsums = jnp.zeros((problem.R,), accumulator(problem.dtype))
     dvalues, dweights = backend.backward(problem, values, weights, offsets, dsums)
     return dvalues, dweights, None
 

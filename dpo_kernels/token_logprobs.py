@@ -6,6 +6,7 @@ device's slice of it, under `axis_name`); lower case is a tile.
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from dpo_kernels.op.checks import check_arguments, check_vocab_parallel
 from dpo_kernels.op.interface import (
     Kept,
     LogitOptions,
+    Partials,
     TokenLogprobs,
     accumulator,
 )
@@ -50,6 +52,12 @@ def token_logprobs(
 
         z = cap(scale * hidden @ head.T + bias),  cap(z) = softcap * tanh(z / softcap)
         logprob[t] = z[t, targets[t]] - lse[t],   lse[t] = logsumexp(z[t])
+
+    `logprob`, the entropy and the gradients are made of differences from the row's
+    largest logit, as in `jax.nn.log_softmax`. An offset that a row's logits share costs
+    them what it costs the logits, each of which is rounded at its own size: in float32
+    to 6e-5 near 1000. The products, `scale`, `bias` and `softcap` are, so that logits
+    they leave exact lose nothing. `lse` is rounded once more, at its own size.
 
     `logprob` and `lse` may be differentiated with respect to `hidden`, `head` and
     `bias`, with any cotangents; the stats carry no gradient. An argument that is not
@@ -104,8 +112,8 @@ def token_logprobs(
     )
     if axis_name is not None:
         check_vocab_parallel(head, targets, axis_name)
-    # Typed alike before the vjp, so that what a broadcast over the data axis sums in
-    # the backward is summed by JAX, outside.
+    # Inputs get the same varying axes before the vjp. So where one is replicated over
+    # the data axis, JAX sums its gradient over it, and the vjp need not.
     vocab_axes = frozenset(_axis_tuple(axis_name))
     axes = varying_axes(hidden, head, targets, bias, num_valid)
     hidden = make_varying(hidden, axes - vocab_axes)
@@ -142,18 +150,25 @@ def _local_targets(targets: Array, V: int, axis_name: AxisName | None) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _token_logprobs(static, hidden, head, bias, targets, num_valid):
-    return _forward(static, 0, hidden, head, bias, targets, num_valid)[0]
+    return _forward(static, 0, hidden, head, bias, targets, num_valid).results
 
 
-def _forward(static: _Static, keep_v: int, hidden, head, bias, targets, num_valid):
-    """The results, and what is kept of the first `keep_v` vocabulary entries."""
+class _Forward(NamedTuple):
+    results: tuple[Array, ...]  # logprob, lse, stats
+    merged: Partials  # of the whole vocabulary; zeros in padding rows
+    kept: Kept | None
+
+
+def _forward(
+    static: _Static, keep_v: int, hidden, head, bias, targets, num_valid
+) -> _Forward:
+    """Keeps exponentials of the first `keep_v` vocabulary entries."""
     acc = accumulator(hidden.dtype)
     T, stats = hidden.shape[0], static.options.stats
-    if T == 0:
-        empty = jnp.zeros((0,), acc)
-        rest = (empty.astype(_stat_dtype(s, acc)) for s in stats)
-        return (empty, empty, *rest), None
     kept: Kept | None = None
+    if T == 0:
+        partials = no_vocabulary(T, acc, stats)
+        return _Forward(finish(partials, stats), partials, None)
     if head.shape[0] == 0:
         partials = no_vocabulary(T, acc, stats)
     else:
@@ -182,12 +197,10 @@ def _forward(static: _Static, keep_v: int, hidden, head, bias, targets, num_vali
     results = finish(partials, stats)
     if num_valid is not None:
         valid_T = jnp.arange(T, dtype=jnp.int32) < num_valid
-        results = tuple(jnp.where(valid_T, x, jnp.zeros_like(x)) for x in results)
-    return results, kept
-
-
-def _stat_dtype(name: str, acc):
-    return jnp.bool_ if name == "top1" else acc
+        results, partials = jax.tree.map(
+            lambda x: jnp.where(valid_T, x, jnp.zeros_like(x)), (results, partials)
+        )
+    return _Forward(results, partials, kept)
 
 
 def _vjp_forward(static: _Static, hidden, head, bias, targets, num_valid):
@@ -201,8 +214,10 @@ def _vjp_forward(static: _Static, hidden, head, bias, targets, num_valid):
     hidden, head, _, _, num_valid = values
     tile = _shared_tile(static, hidden, head, num_valid)
     keep_v = 0 if tile is None or wanted == (None, None, None) else tile.keep_v
-    results, kept = _forward(static, keep_v, *values)
-    return results, (*values, *results[:2], kept, wanted)
+    results, merged, kept = _forward(static, keep_v, *values)
+    # Not lse, which has lost the digits that the maximum takes: see `finish`.
+    rows = (results[0], merged.max, merged.sum_exp, merged.target_logit)
+    return results, (values, rows, kept, wanted)
 
 
 def _flag(primal) -> tuple[()] | None:
@@ -222,17 +237,18 @@ def _shared_tile(static: _Static, hidden, head, num_valid) -> BackwardTile | Non
 
 
 def _vjp_backward(static: _Static, saved, cotangents):
-    hidden, head, bias, targets, num_valid, logprob, lse, kept, wanted = saved
+    (hidden, head, bias, targets, num_valid), saved_rows, kept, wanted = saved
+    logprob, top, sum_exp, target_logit = saved_rows
     if _is_empty(hidden, head):
         dbias = None if bias is None else jnp.zeros_like(bias)
         return jnp.zeros_like(hidden), jnp.zeros_like(head), dbias, None, None
     dlogprob, dlse = (
-        jnp.zeros_like(lse) if isinstance(ct, SymbolicZero) else ct
+        jnp.zeros_like(logprob) if isinstance(ct, SymbolicZero) else ct
         for ct in cotangents[:2]
     )
     options = static.options
     scale = GradientScale.of(hidden.dtype, options.scale, dlogprob, dlse)
-    rows = row_coefficients(logprob, lse, dlogprob, dlse, scale.dlogits_scale)
+    rows = row_coefficients(logprob, top, sum_exp, dlogprob, dlse, scale.dlogits_scale)
     targets = _local_targets(targets, head.shape[0], static.axis_name)
     grads = backward(
         Job(
@@ -247,7 +263,7 @@ def _vjp_backward(static: _Static, saved, cotangents):
             ),
             rows=rows,
             scale=scale,
-            kept=kept and kept_rows(kept, logprob + lse, *rows, options),
+            kept=kept and kept_rows(kept, target_logit, *rows, options),
             wanted=wanted,
             shared_tile=_shared_tile(static, hidden, head, num_valid),
             workspace_bytes=static.workspace_bytes,

@@ -33,7 +33,7 @@ _NARROW, _WIDE = 32, 64  # vocabulary entries of a piece
 
 def partial_fields(options: LogitOptions) -> tuple[str, ...]:
     """The fields of `Partials` that the forward kernel writes, in this order."""
-    stats = {"entropy": "sum_exp_z", "collision": "sum_exp2", "mean_logit": "sum_logit"}
+    stats = dict(entropy="sum_exp_diff", collision="sum_exp2", mean_logit="sum_logit")
     asked = (field for stat, field in stats.items() if stat in options.stats)
     return ("max", "sum_exp", "target_logit", *asked)
 
@@ -70,23 +70,26 @@ def _reduce(
 
     at_target = jnp.float32(-jnp.inf)
     for i, (z, column) in enumerate(logits):
-        e = jnp.exp2(z * (unit * LOG2E) - rows_of(shift * (unit * LOG2E), z))
+        # The difference first, which is exact near the maximum. The cheaper
+        # multiply-add z * log2e - shift * log2e has the rounding of shift * log2e.
+        diff = z - rows_of(shift, z)
+        e = jnp.exp2(diff * (unit * LOG2E))
         add("sum_exp", e)
         keep(i, e, z, column)
         hit = columns(z) == rows_of(target - column, z)
         found_here = _folded(jnp.maximum, jnp.where(hit, z, -jnp.inf))
         at_target = jnp.maximum(at_target, found_here)
-        finite = jnp.where(z == -jnp.inf, 0.0, z) if masked else z
-        if "sum_exp_z" in fields:
-            add("sum_exp_z", e * finite)
+        if "sum_exp_diff" in fields:
+            finite = jnp.where(z == -jnp.inf, 0.0, diff) if masked else diff
+            add("sum_exp_diff", e * finite)
         if "sum_exp2" in fields:
             add("sum_exp2", e * e)
         if "sum_logit" in fields:
-            add("sum_logit", finite)
+            add("sum_logit", jnp.where(z == -jnp.inf, 0.0, z) if masked else z)
     found = {name: total.sum(axis=1) for name, total in sums.items()}
     found["max"] = top
     found["target_logit"] = at_target.max(axis=1)
-    in_units = ("max", "target_logit", "sum_exp_z", "sum_logit")
+    in_units = ("max", "target_logit", "sum_exp_diff", "sum_logit")
     return [found[name] * unit if name in in_units else found[name] for name in fields]
 
 
@@ -259,15 +262,16 @@ class DlogitsEpilogue:
         fetched: list[jax.Array],
     ) -> None:
         """See `Epilogue`."""
-        target, lse, p_coef, target_grad = fetched
+        target, shift, p_coef, target_grad = fetched
         options, bias_g = self.options, refs.get("bias")
-        to_log2 = unit_of(options, bias_g) * LOG2E
+        unit = unit_of(options, bias_g)
         for i, (x, at) in enumerate(pieces_of(acc, column, self.width)):
             # No `end`: what lies past it is not written.
             z = to_logits(x, at, bias_g, None, options)
             hit = columns(z) == rows_of(target - at, z)
-            p = jnp.exp2(z * to_log2 - rows_of(lse * LOG2E, z))
-            dx = jnp.where(hit, rows_of(target_grad, z), rows_of(p_coef, z) * p)
+            diff = z - rows_of(shift * (1 / unit), z)
+            e = jnp.exp2(diff * (unit * LOG2E))
+            dx = jnp.where(hit, rows_of(target_grad, z), rows_of(p_coef, z) * e)
             if options.softcap is not None:
                 dx *= slope(z, options.softcap)
             if bias_g is not None:
@@ -277,7 +281,7 @@ class DlogitsEpilogue:
 
 
 # What the gradient of a logit needs of its row, and what stands for it in padding.
-ROW_OPERANDS = ("targets", "lse", "p_coef", "target_grad")
+ROW_OPERANDS = ("targets", "shift", "p_coef", "target_grad")
 ROW_FILLS = (-1, jnp.inf, 0, 0)
 
 

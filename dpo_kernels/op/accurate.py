@@ -1,4 +1,4 @@
-"""Logarithms and exponentials of the numbers that there are few of, one for each row.
+"""Accurate exp, expm1 and log, for values of which there is one a row: [T], not [T, V].
 
 XLA's defaults are rough on TPUs. Their greatest errors in float32, in ULP, as JAX
 documents them (docs.jax.dev, Numerical accuracy; all inputs were tried):
@@ -11,10 +11,12 @@ documents them (docs.jax.dev, Numerical accuracy; all inputs were tried):
 An ULP of lse - max, which is about 10, is 1e-6: over a sequence of 1000 tokens v5e's
 logarithm may be wrong by nats. That of `log` here is within 3e-6 of the truth anywhere.
 
-In the kernels the exponentials are the default ones, as their instructions show: each
-is off by at most 1.4e-5 (v5e) or 7.7e-6 (v6e, 7x), and so is an lse for each that its
-terms pass: one, and one more whenever the maximum of its lane rises after it. (libtpu
-0.0.48 compiles `highest` to the default on 7x: there `exp` is as good as a kernel's.)
+The TPU kernels use the default exponentials, as their instructions show: the relative
+error of each is at most 1.4e-5 (v5e) or 7.7e-6 (v6e, 7x). A term of the sum inside lse
+is exp(z - max), rescaled by one more exponential each time that its lane's maximum
+rises afterwards; lse may be off by as much for each exponential that a term is a
+product of. (libtpu 0.0.48 compiles `highest` to the default on 7x: there `exp` is as
+good as a kernel's.)
 """
 
 import re

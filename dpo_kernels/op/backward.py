@@ -30,17 +30,26 @@ from dpo_kernels.op.loops import (
 
 
 def row_coefficients(
-    logprob: Array, lse: Array, dlogprob: Array, dlse: Array, factor: Array | float
+    logprob: Array,
+    top: Array,
+    sum_exp: Array,
+    dlogprob: Array,
+    dlse: Array,
+    factor: Array | float,
 ) -> RowCoefficients:
     """dz = dlogprob * (onehot - p) + dlse * p, split into its two cases.
 
     At the target 1 - p is -expm1(logprob), which keeps its digits when p is near 1.
+    Elsewhere p = exp(z - top) / sum_exp, of the row's maximum `top` and the sum of its
+    exp(z - top): unlike lse, both have all their digits however large the logits are.
     """
     at_target = dlse * accurate.exp(logprob) - dlogprob * accurate.expm1(logprob)
+    exists = sum_exp > 0  # not so in padding, and in a row without any vocabulary
+    p_coef = (dlse - dlogprob) * factor / jnp.where(exists, sum_exp, 1)
     return RowCoefficients(
-        # A row without any vocabulary has lse -inf: exp(z - inf) is 0, not NaN.
-        lse=jnp.where(lse == -jnp.inf, jnp.inf, lse),
-        p_coef=(dlse - dlogprob) * factor,
+        # exp(z - inf) is 0, also of z = -inf, where z - top would be NaN.
+        shift=jnp.where(exists, top, jnp.inf),
+        p_coef=jnp.where(exists, p_coef, 0),
         target_grad=at_target * factor,
     )
 
@@ -211,7 +220,7 @@ def _with_chunk(
 def _rows(job: Job, start_t: Any, fresh_t: Array) -> _Rows:
     """Those from `start_t` on; `fresh_t` are those that no other block has done."""
     inputs, length = job.inputs, fresh_t.shape[0]
-    hidden, targets, lse, p_coef, target_grad = (
+    hidden, targets, shift, p_coef, target_grad = (
         take_rows(x, start_t, length)
         for x in (inputs.hidden, inputs.targets, *job.rows)
     )
@@ -220,7 +229,7 @@ def _rows(job: Job, start_t: Any, fresh_t: Array) -> _Rows:
         # Padding may hold NaN, and 0 * NaN is no zero in the matmuls.
         hidden = jnp.where(fresh_t[:, None], hidden, jnp.zeros((), hidden.dtype))
     coefficients = RowCoefficients(
-        lse=jnp.where(fresh_t, lse, jnp.inf),
+        shift=jnp.where(fresh_t, shift, jnp.inf),
         p_coef=jnp.where(fresh_t, p_coef, 0),
         target_grad=jnp.where(fresh_t, target_grad, 0),
     )

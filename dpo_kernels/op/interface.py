@@ -16,8 +16,8 @@ class TokenLogprobs(NamedTuple):
     All are float32 (float64 for float64 inputs) but `top1`. With p = softmax(z):
     """
 
-    logprob: Float[Array, " T"]  # z[target] - lse, nats
-    lse: Float[Array, " T"]  # logsumexp(z), nats
+    logprob: Float[Array, " T"]  # (z[target] - max z) - log(sum(exp(z - max z))), nats
+    lse: Float[Array, " T"]  # max z + log(sum(exp(z - max z))), nats
     entropy: Float[Array, " T"] | None = None  # -sum(p log p), nats
     collision: Float[Array, " T"] | None = None  # sum(p ** 2)
     mean_logit: Float[Array, " T"] | None = None  # mean of z over the vocabulary
@@ -38,12 +38,16 @@ class Partials(NamedTuple):
 
     With m the block's maximum and e = exp(z - m): a block of which every entry is
     masked has m = -inf and zeros elsewhere. Fields of stats not asked for are None.
+
+    Sums are of differences from m, never of z itself: a common offset of the logits
+    then cancels before anything is rounded. (`sum_logit` is for the mean logit, which
+    has the offset.)
     """
 
     max: Float[Array, "blocks T"]
     sum_exp: Float[Array, "blocks T"]  # sum(e)
     target_logit: Float[Array, "blocks T"]  # -inf where the block lacks the target
-    sum_exp_z: Float[Array, "blocks T"] | None = None  # sum(e * z), for the entropy
+    sum_exp_diff: Float[Array, "blocks T"] | None = None  # sum(e * (z - m)): entropy
     sum_exp2: Float[Array, "blocks T"] | None = None  # sum(e * e), for the collision
     sum_logit: Float[Array, "blocks T"] | None = None  # sum(z) over unmasked entries
     num_logits: Float[Array, "blocks T"] | None = None  # how many those are

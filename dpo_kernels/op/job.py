@@ -29,7 +29,7 @@ class Dlogits(Protocol):
         head: Float[Array, "chunk D"],
         targets: Int[Array, " T"],
         bias: Float[Array, " chunk"] | None,
-        lse: Float[Array, " T"],
+        shift: Float[Array, " T"],
         p_coef: Float[Array, " T"],
         target_grad: Float[Array, " T"],
         *,
@@ -37,8 +37,8 @@ class Dlogits(Protocol):
     ) -> Float[Array, "T chunk"]:
         """The gradient of the pre-activation x = scale * hidden @ head.T + bias.
 
-        dx = cap'(x) * (target_grad where v == target else p_coef * exp(z - lse)), cast
-        to the dtype of `hidden`. All three gradients are made of what is returned.
+        dx = cap'(x) * (target_grad where v == target else p_coef * exp(z - shift)),
+        cast to the dtype of `hidden`. All three gradients are made of what is returned.
         """
         ...
 
@@ -105,9 +105,9 @@ class Wanted(NamedTuple):
 class RowCoefficients(NamedTuple):
     """What the gradient of a logit needs of its row: see `Dlogits`."""
 
-    lse: Float[Array, " T"]
-    p_coef: Float[Array, " T"]
-    target_grad: Float[Array, " T"]
+    shift: Float[Array, " T"]  # the row's maximum; inf where it has no gradient
+    p_coef: Float[Array, " T"]  # off the target, times exp(z - shift); has 1 / sum_exp
+    target_grad: Float[Array, " T"]  # at the target
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,29 +11,31 @@ from dpo_kernels.op.loops import take_rows
 
 
 class KeptRows(NamedTuple):
-    """The kept exponentials and what the gradient of a logit needs of its row."""
+    """The kept exponentials, and what turns them into the gradient of logits."""
 
     kept: Kept
-    factors: Float[Array, "T blocks"]  # times the exponential: off the target
-    target_grad: Float[Array, " T"]  # with cap' of the target's logit
+    # Of every entry but the target: gradient = factor of its block * kept exponential.
+    factors: Float[Array, "T blocks"]
+    target_grad: Float[Array, " T"]  # at the target, the soft-cap's slope included
 
 
 def kept_rows(
     kept: Kept,
     target_z: Float[Array, " T"],
-    lse: Float[Array, " T"],
+    shift: Float[Array, " T"],
     p_coef: Float[Array, " T"],
     target_grad: Float[Array, " T"],
     options: LogitOptions,
 ) -> KeptRows:
-    """Of the coefficients that `Dlogits` gets, and the target's own logit."""
-    # No block's maximum is above lse. The 0 in place of an empty block's may be.
-    p_of_max = jnp.exp(jnp.minimum(kept.shift - lse[None], 0))
+    """From `RowCoefficients`, and the logit `target_z` of each row's target."""
+    # exp(block's maximum - row's maximum), which is at most 1. The 0 that stands in for
+    # the maximum of an empty block may be above the row's: then there is nothing kept.
+    rescale = jnp.exp(jnp.minimum(kept.shift - shift[None], 0))
     if options.softcap is not None:
         target_grad = target_grad * (1 - (target_z / options.softcap) ** 2)
     return KeptRows(
         kept=kept,
-        factors=(p_of_max * (p_coef / kept_scale(kept.exp.dtype))[None]).T,
+        factors=(rescale * (p_coef / kept_scale(kept.exp.dtype))[None]).T,
         target_grad=jnp.where(jnp.isfinite(target_z), target_grad, 0),
     )
 

@@ -59,7 +59,7 @@ class SumsBackend(Protocol):
         weights: Float[Array, " T"] | None,
         offsets: Int[Array, " R1"],
     ) -> tuple[Float[Array, " R"], Float[Array, " R"]]:
-        """Sums, and how many tokens each is of, in float32 or wider."""
+        """Sums, and how many tokens each is of: float32; float64 of float64 values."""
         ...
 
     def backward(
@@ -70,7 +70,10 @@ class SumsBackend(Protocol):
         offsets: Int[Array, " R1"],
         dsums: Float[Array, " R"],
     ) -> tuple[Float[Array, " T"], Float[Array, " T"] | None]:
-        """The gradient of the values and, where `values` is given, of the weights."""
+        """The gradient of the values and, where `values` is given, of the weights.
+
+        `dsums` is as wide as `forward`'s sums; each gradient as what it is of.
+        """
         ...
 
 

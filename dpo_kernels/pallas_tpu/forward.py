@@ -33,7 +33,7 @@ _LEAST = float(jnp.finfo(jnp.float32).min)  # finite: below any logit that is no
 # Running values of a row, a number for each lane: of the entries v with v % 128 = lane.
 _ALWAYS = ("max", "sum_exp", "target_logit")
 _OF_STATS = {
-    "entropy": "sum_exp_z",
+    "entropy": "sum_exp_diff",
     "collision": "sum_exp2",
     "mean_logit": "sum_logit",
 }
@@ -74,7 +74,7 @@ def forward(
     block_t, block_v = tile.block_t, tile.block_v
     blocks_v, states = pl.cdiv(V, block_v), len(state_names(options))
 
-    # A block without valid rows asks for what is there already: nothing is copied.
+    # A block without valid rows names the blocks that are in memory: none is copied.
     def row_block(core: Any, i: Any, j: Any, valid: Any) -> Any:
         last = jnp.maximum(pl.cdiv(valid[0], block_t) - 1, 0)
         return jnp.minimum(i, last)
@@ -222,25 +222,31 @@ class _Part:
     def reduce(self) -> None:
         """Adds the slice to the running values."""
         state = self.state
-        factor = jnp.exp(state["max"] - self.top)
+        drop = state["max"] - self.top
+        factor = jnp.exp(drop)
         state["max"] = self.top
-        for name in ("sum_exp", "sum_exp_z", "sum_exp2"):
+        if "sum_exp_diff" in state:
+            # From differences to the old maximum to ones to the new. What the factor
+            # makes 0 stays finite: 0 * -inf would be NaN.
+            safe_drop = jnp.where(factor > 0, drop, 0.0)
+            state["sum_exp_diff"] += state["sum_exp"] * safe_drop
+        for name in ("sum_exp", "sum_exp_diff", "sum_exp2"):
             if name in state:
                 state[name] *= factor * factor if name == "sum_exp2" else factor
         for n, z in enumerate(self._groups()):
-            e = jnp.exp(z - self.top)
+            diff = z - self.top
+            e = jnp.exp(diff)
             state["sum_exp"] += e
             hit = self.target == self.first + n * LANES
             state["target_logit"] = jnp.where(hit, z, state["target_logit"])
             if "sum_exp2" in state:
                 state["sum_exp2"] += e * e
-            if "sum_exp_z" in state or "sum_logit" in state:
-                # 0 * -inf would be NaN. The first step reduces -inf.
-                finite = jnp.where(z == -jnp.inf, 0.0, z)
-                if "sum_exp_z" in state:
-                    state["sum_exp_z"] += e * finite
-                if "sum_logit" in state:
-                    state["sum_logit"] += finite
+            # What is masked is -inf, and so is what the first step reduces: 0 * -inf
+            # would be NaN.
+            if "sum_exp_diff" in state:
+                state["sum_exp_diff"] += e * jnp.maximum(diff, _LEAST)
+            if "sum_logit" in state:
+                state["sum_logit"] += jnp.where(z == -jnp.inf, 0.0, z)
 
 
 def masked_logits(raw_tv, bias_v, exists, options: LogitOptions):

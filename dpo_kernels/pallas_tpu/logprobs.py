@@ -133,7 +133,7 @@ def backward(job: Job) -> Gradients:
     valid = valid_rows(x.num_valid, T)
     exists_t = jnp.arange(T, dtype=jnp.int32) < valid
     packed = pallas_tpu_dlogits.pack_rows(
-        jnp.where(exists_t, rows.lse, jnp.inf),
+        jnp.where(exists_t, rows.shift, jnp.inf),
         jnp.where(exists_t, rows.p_coef, 0),
         jnp.where(exists_t, rows.target_grad, 0),
         x.targets,

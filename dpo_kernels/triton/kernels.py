@@ -12,7 +12,7 @@ import triton.language as tl
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
-_LOWEST = tl.constexpr(-3.0e38)  # below any logit, and finite
+_LOWEST = tl.constexpr(-3.0e38)  # below any difference of logits, and finite
 
 
 @triton.jit
@@ -165,7 +165,8 @@ def partials_kernel(
     if HAS_NUM_VALID:
         valid = tl.minimum(tl.load(num_valid), T)
         blocks_t = (valid + BLOCK_T - 1) // BLOCK_T
-        # Programs are numbered over valid blocks only: the rest come last, and end.
+        # The grid has a program for each tile of all T rows. As many as there are
+        # tiles with a valid row take one each; the others return here.
         if pid >= blocks_t * BLOCKS_V:
             return
     block_t, block_v = _block_of(pid, blocks_t, BLOCKS_V, GROUP_T)
@@ -194,7 +195,10 @@ def partials_kernel(
         target_t = tl.max(tl.where(hit_tv, z_tv, _NEGATIVE_INFINITY), axis=1)
     # A block whose entries are all masked: -inf - -inf would be NaN.
     shift_t = tl.where(max_t == _NEGATIVE_INFINITY, 0.0, max_t)
-    e_tv = tl.exp2(z_tv * _LOG2E - (shift_t * _LOG2E)[:, None])
+    # The difference first, which is exact near the maximum. The cheaper multiply-add
+    # z * log2e - shift * log2e is wrong by the rounding of shift * log2e.
+    diff_tv = z_tv - shift_t[:, None]
+    e_tv = tl.exp2(diff_tv * _LOG2E)
     if KEEP_V > 0:
         kept_tv = e_tv
         if SOFTCAP is not None:
@@ -206,15 +210,15 @@ def partials_kernel(
     # Stores come after: between two sums they would keep both z and e in registers.
     if ENTROPY:
         # exp is 0 where z is -inf, and 0 * -inf would be NaN.
-        finite_tv = tl.maximum(z_tv, _LOWEST) if MASKED else z_tv
-        exp_z_t = tl.sum(e_tv * finite_tv, axis=1)
+        finite_tv = tl.maximum(diff_tv, _LOWEST) if MASKED else diff_tv
+        exp_diff_t = tl.sum(e_tv * finite_tv, axis=1)
     if COLLISION:
         exp2_t = tl.sum(e_tv * e_tv, axis=1)
     tl.store(slot, max_t, inside)
     tl.store(slot + SLOT, exp_t, inside)
     tl.store(slot + 2 * SLOT, target_t, inside)
     if ENTROPY:
-        tl.store(slot + 3 * SLOT, exp_z_t, inside)
+        tl.store(slot + 3 * SLOT, exp_diff_t, inside)
     if COLLISION:
         tl.store(slot + (3 + ENTROPY) * SLOT, exp2_t, inside)
     if MEAN_LOGIT:
@@ -248,7 +252,7 @@ def dlogits_kernel(
     head,
     targets,
     bias,
-    lse,
+    shift,
     p_coef,
     target_grad,
     dlogits,
@@ -276,13 +280,13 @@ def dlogits_kernel(
     z_tv, _ = _logits(acc_tv, bias, start_v, V, SCALE, SOFTCAP, HAS_BIAS, HAS_BIAS)
     rows = start_t + tl.arange(0, BLOCK_T)
     inside = rows < T
-    lse_t = tl.load(lse + rows, mask=inside, other=float("inf"))
+    shift_t = tl.load(shift + rows, mask=inside, other=float("inf"))
     p_coef_t = tl.load(p_coef + rows, mask=inside, other=0.0)
     target_grad_t = tl.load(target_grad + rows, mask=inside, other=0.0)
     local_t = tl.load(targets + rows, mask=inside, other=-1) - start_v
-    p_tv = tl.exp2(z_tv * _LOG2E - (lse_t * _LOG2E)[:, None])
+    e_tv = tl.exp2((z_tv - shift_t[:, None]) * _LOG2E)
     hit_tv = tl.arange(0, BLOCK_V)[None, :] == local_t[:, None]
-    dx_tv = tl.where(hit_tv, target_grad_t[:, None], p_coef_t[:, None] * p_tv)
+    dx_tv = tl.where(hit_tv, target_grad_t[:, None], p_coef_t[:, None] * e_tv)
     if SOFTCAP is not None:
         dx_tv = dx_tv * _cap_slope(z_tv, SOFTCAP)
     elif HAS_BIAS:

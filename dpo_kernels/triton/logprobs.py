@@ -53,7 +53,7 @@ def forward_partials(
     tile = gpu_tiling.triton_tile(traced_device(), hidden.dtype)
     blocks_t, blocks_v = -(-T // tile.block_t), -(-V // tile.block_v)
     slots = 3 + sum(_STAT_SLOTS.get(stat, 0) for stat in options.stats)
-    # An argument that is absent needs a pointer all the same: it is never followed.
+    # Of an argument that is absent the kernel gets another's pointer and reads nothing.
     partials, kept = _launch(
         "partials_kernel",
         (hidden, head, targets, _or(bias, targets), _or(num_valid, targets)),
@@ -82,7 +82,7 @@ def dlogits(
     head: Float[Array, "chunk D"],
     targets: Int[Array, " T"],
     bias: Float[Array, " chunk"] | None,
-    lse: Float[Array, " T"],
+    shift: Float[Array, " T"],
     p_coef: Float[Array, " T"],
     target_grad: Float[Array, " T"],
     *,
@@ -94,7 +94,7 @@ def dlogits(
     blocks_t, blocks_v = -(-T // tile.block_t), -(-V // tile.block_v)
     (dx,) = _launch(
         "dlogits_kernel",
-        (hidden, head, targets, _or(bias, targets), lse, p_coef, target_grad),
+        (hidden, head, targets, _or(bias, targets), shift, p_coef, target_grad),
         (jax.ShapeDtypeStruct((T, V), hidden.dtype),),
         tile,
         blocks_t * blocks_v,
@@ -132,7 +132,7 @@ def _by_field(slots: Array, stats: tuple[str, ...]) -> Partials:
         max=slots[0],
         sum_exp=slots[1],
         target_logit=slots[2],
-        sum_exp_z=taken.get("entropy", (None,))[0],
+        sum_exp_diff=taken.get("entropy", (None,))[0],
         sum_exp2=taken.get("collision", (None,))[0],
         sum_logit=sum_logit,
         num_logits=num_logits,

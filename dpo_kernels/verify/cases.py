@@ -25,6 +25,7 @@ class Case:
     bias: bool = False
     valid_share: float | None = None  # of the rows; None: num_valid is not given
     stats: tuple[str, ...] = ()
+    offset: float = 0.0  # of all logits alike; they are then exact in every dtype
 
 
 CASES = (
@@ -33,7 +34,11 @@ CASES = (
     Case(name="bias", bias=True, stats=STATS),
     Case(name="softcap", softcap=2.0, scale=0.7, stats=STATS),
     Case(name="padded", valid_share=0.6, stats=STATS),
-    Case(name="empty", valid_share=0.0),
+    Case(name="empty", valid_share=0.0, stats=STATS),
+    # A float32 near 4096 is a multiple of 5e-4, one near 2**26 a multiple of 8: what
+    # goes through the absolute lse is wrong by as much.
+    Case(name="offset", offset=2.0**12, stats=STATS),
+    Case(name="huge", offset=2.0**26, stats=STATS),
     Case(name="all", softcap=3.0, scale=1.3, bias=True, valid_share=0.9, stats=STATS),
 )
 

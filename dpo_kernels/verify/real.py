@@ -172,7 +172,7 @@ def relative_errors(x: Any, truth: Any) -> Any:
 
 
 def largest(errors: Any) -> float:
-    """Of a tree of errors."""
+    """The largest of a tree of errors."""
     return max(map(float, jax.tree.leaves(errors)))
 
 
@@ -203,7 +203,7 @@ class Checked(NamedTuple):
 
 
 def supported(one: RealCase, implementations: Sequence[str]) -> list[str]:
-    """Those that can do this here."""
+    """The implementations that support this case on this device."""
     found = supported_backends(problem(one.dtype, one.shape, one.case))
     return [name for name in implementations if name in found]
 

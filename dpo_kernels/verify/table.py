@@ -13,7 +13,7 @@ import argparse
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ import numpy as np
 
 from dpo_kernels import reference
 from dpo_kernels.op.backends import BACKENDS, load_backend, supported_backends
-from dpo_kernels.op.interface import TokenLogprobs
+from dpo_kernels.op.interface import LogitOptions, TokenLogprobs
 from dpo_kernels.token_logprobs import token_logprobs
 from dpo_kernels.verify import real as verify_real
 from dpo_kernels.verify.cases import CASES, HEADER, Case, Row, Shape, bound, problem
@@ -48,51 +48,89 @@ class Inputs:
     arrays: dict[str, np.ndarray]  # hidden, head, and bias where the case has one
     targets: np.ndarray
     cotangents: np.ndarray  # [2, T] of logprob and lse: per token, of either sign
-    options: dict[str, Any] = field(default_factory=dict)
+    options: LogitOptions
+    num_valid: int | None = None
 
 
 def make_inputs(T: int, D: int, V: int, case: Case, dtype: str) -> Inputs:
     """Logits of standard deviation about 1: larger ones would hide a missing mask."""
     rng = np.random.default_rng([T, D, V])
-    hidden, head = rng.normal(size=(T, D)), rng.normal(size=(V, D)) / D**0.5
+    if case.offset:
+        hidden, head = _with_offset(rng, T, D, V, case.offset)
+    else:
+        hidden, head = rng.normal(size=(T, D)), rng.normal(size=(V, D)) / D**0.5
     targets = rng.integers(0, V, size=T).astype(np.int32)
     arrays = {"hidden": hidden, "head": head}
     if case.bias:
         arrays["bias"] = rng.normal(size=V)
         gone = np.setdiff1d(np.arange(0, V, 7), targets)
         arrays["bias"][gone] = -np.inf
-    options: dict[str, Any] = {"softcap": case.softcap, "scale": case.scale}
+    num_valid = None
     if case.valid_share is not None:
-        options["num_valid"] = int(case.valid_share * T)
+        num_valid = int(case.valid_share * T)
         # Whatever is in a padding row must not be seen.
-        hidden[options["num_valid"] :] = np.nan
-        targets[options["num_valid"] :] = -1
+        hidden[num_valid:] = np.nan
+        targets[num_valid:] = -1
     # The truth starts from what the dtype can hold, too.
     arrays = {name: x.astype(jnp.dtype(dtype)) for name, x in arrays.items()}
     return Inputs(
         arrays=arrays,
         targets=targets,
         cotangents=rng.normal(size=(2, T)),
-        options=options | {"stats": case.stats},
+        options=LogitOptions(softcap=case.softcap, scale=case.scale, stats=case.stats),
+        num_valid=num_valid,
     )
 
 
+def _with_offset(
+    rng: np.random.Generator, T: int, D: int, V: int, offset: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hidden and head whose logits are `offset` and a few steps more or less.
+
+    A step is what float32 resolves there, at least 1/2, and all products and sums are
+    whole steps: so no dtype rounds a logit, and any error is of what comes after them.
+    """
+    step = max(0.5, offset * float(jnp.finfo(jnp.float32).eps))
+    share = min(1.0, 2 / D)  # of entries that are not 0: two or so for each logit
+    hidden = np.rint(rng.normal(size=(T, D)))
+    signs = rng.choice([-1, 0, 1], size=(V, D), p=[share / 2, 1 - share, share / 2])
+    head = step * signs
+    hidden[:, 0] = head[:, 0] = offset**0.5
+    return hidden, head
+
+
+Op = Callable[..., TokenLogprobs]
 Results = tuple[TokenLogprobs, dict[str, jax.Array]]
 
 
-def evaluate(op: Callable[..., TokenLogprobs], inputs: Inputs, dtype: str) -> Results:
+@functools.lru_cache(maxsize=32)
+def program(op: Op, options: LogitOptions) -> Any:
+    """Outputs and gradients of `op`, jitted; all but the options is an argument.
+
+    So it is compiled once for each shape and dtype, whatever the values and counts.
+    """
+
+    def loss(arrays, targets, cotangents, num_valid) -> tuple[jax.Array, TokenLogprobs]:
+        out = op(
+            *(arrays["hidden"], arrays["head"], targets),
+            bias=arrays.get("bias"),
+            num_valid=num_valid,
+            **asdict(options),
+        )
+        weights = cotangents.astype(out.lse.dtype)
+        return (weights[0] * out.logprob).sum() + (weights[1] * out.lse).sum(), out
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def evaluate(op: Op, inputs: Inputs, dtype: str) -> Results:
     """Outputs and gradients of one implementation, with the inputs in `dtype`."""
-    arrays = {name: jnp.asarray(x, dtype) for name, x in inputs.arrays.items()}
-    targets = jnp.asarray(inputs.targets)
-
-    def loss(arrays: dict[str, jax.Array]) -> tuple[jax.Array, TokenLogprobs]:
-        bias = arrays.get("bias")
-        out = op(arrays["hidden"], arrays["head"], targets, bias=bias, **inputs.options)
-        weights = jnp.asarray(inputs.cotangents, out.lse.dtype)
-        total = (weights[0] * out.logprob).sum() + (weights[1] * out.lse).sum()
-        return total, out
-
-    (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
+    (_, out), grads = program(op, inputs.options)(
+        {name: jnp.asarray(x, dtype) for name, x in inputs.arrays.items()},
+        jnp.asarray(inputs.targets),
+        jnp.asarray(inputs.cotangents),
+        None if inputs.num_valid is None else jnp.int32(inputs.num_valid),
+    )
     return out, grads
 
 
@@ -117,8 +155,9 @@ def _truth(
 ) -> tuple[Inputs, Results, tuple[float, float]]:
     """Inputs, what they give in float64, and the bounds: the same for every backend."""
     inputs = make_inputs(*shape[:3], case, dtype)
-    truth = evaluate(reference.token_logprobs, inputs, "float64")
-    plain = evaluate(reference.token_logprobs, inputs, dtype)
+    op = reference.token_logprobs
+    truth = evaluate(op, inputs, "float64")
+    plain = truth if dtype == "float64" else evaluate(op, inputs, dtype)
     forward, gradient = map(relative_error, plain, truth)
     return inputs, truth, (bound(forward, dtype), bound(gradient, dtype))
 
@@ -127,6 +166,7 @@ def verify_case(implementation: str, dtype: str, shape: Shape, case: Case) -> Ro
     """Compute one row. Needs x64, for the truth."""
     T, D, V, workspace_bytes = shape
 
+    # A new function, and so a new program: tests change what it is traced from.
     def op(*args: Any, **kwargs: Any) -> TokenLogprobs:
         kwargs |= {"workspace_bytes": workspace_bytes}
         return token_logprobs(*args, implementation=implementation, **kwargs)

@@ -57,22 +57,28 @@ def _reduce_tile(
     with_rank_promotion = None if bias is None else bias[None]
     x_tv, z_tv = _tile_logits(hidden, head, with_rank_promotion, options)
     max_t = z_tv.max(axis=1)
-    e_tv = jnp.exp(z_tv - finite_shift(max_t)[:, None])
+    diff_tv = z_tv - finite_shift(max_t)[:, None]
+    e_tv = jnp.exp(diff_tv)
     hit_tv = jnp.arange(z_tv.shape[1], dtype=jnp.int32)[None] == targets[:, None]
-    finite_tv = z_tv if bias is None else jnp.where(z_tv == -jnp.inf, 0.0, z_tv)
     exists_v = jnp.ones(z_tv.shape[1], bool) if bias is None else bias != -jnp.inf
+
+    def finite(x_tv: Array) -> Array:
+        return x_tv if bias is None else jnp.where(exists_v[None], x_tv, 0.0)
+
     partials = Partials(
         max=max_t,
         sum_exp=e_tv.sum(axis=1),
         target_logit=jnp.where(hit_tv, z_tv, -jnp.inf).max(axis=1),
     )
     if "entropy" in options.stats:
-        partials = partials._replace(sum_exp_z=(e_tv * finite_tv).sum(axis=1))
+        exp_diff_t = (e_tv * finite(diff_tv)).sum(axis=1)
+        partials = partials._replace(sum_exp_diff=exp_diff_t)
     if "collision" in options.stats:
         partials = partials._replace(sum_exp2=(e_tv * e_tv).sum(axis=1))
     if "mean_logit" in options.stats:
         count = jnp.broadcast_to(exists_v.sum().astype(z_tv.dtype), max_t.shape)
-        partials = partials._replace(sum_logit=finite_tv.sum(axis=1), num_logits=count)
+        sum_t = finite(z_tv).sum(axis=1)
+        partials = partials._replace(sum_logit=sum_t, num_logits=count)
     if not keep:
         return partials, None
     kept_tv = e_tv * (_cap_slope(x_tv, options) * kept_scale(hidden.dtype))
@@ -102,7 +108,7 @@ def forward_partials(
     acc = accumulator(hidden.dtype)
     problem = tiling.problem_of(hidden, head, num_valid, workspace_bytes)
     tile = tiling.xla_forward_tile(problem, keep_v)
-    # The kept entries have chunks of their own.
+    # No chunk holds both kept entries and others.
     kept_chunks = -(-keep_v // tile.chunk_v)
     num_chunks = kept_chunks + -(-(V - keep_v) // tile.chunk_v)
     axes = varying_axes(hidden, head, targets, bias, num_valid)
@@ -115,7 +121,7 @@ def forward_partials(
         max=empty(-jnp.inf),
         sum_exp=empty(0),
         target_logit=empty(-jnp.inf),
-        sum_exp_z=empty(0) if has("entropy") else None,
+        sum_exp_diff=empty(0) if has("entropy") else None,
         sum_exp2=empty(0) if has("collision") else None,
         sum_logit=empty(0) if has("mean_logit") else None,
         num_logits=empty(0) if has("mean_logit") else None,
@@ -126,8 +132,9 @@ def forward_partials(
         bias_v = None if bias is None else take_rows(bias, start_v, size)
 
         def rows(start_t, _fresh, carry):
-            # Rows done twice get the same value twice; padding rows get garbage that
-            # no one reads.
+            # The last block is moved back to end with the rows: those it shares with
+            # the block before it are computed again, to the same values. Padding rows
+            # get values that `token_logprobs` replaces by 0.
             partials, exp = carry
             tile_t, kept_tv = _reduce_tile(
                 take_rows(hidden, start_t, tile.block_t),
@@ -169,7 +176,7 @@ def dlogits(
     head: Float[Array, "chunk D"],
     targets: Int[Array, " T"],
     bias: Float[Array, " chunk"] | None,
-    lse: Float[Array, " T"],
+    shift: Float[Array, " T"],
     p_coef: Float[Array, " T"],
     target_grad: Float[Array, " T"],
     *,
@@ -179,8 +186,8 @@ def dlogits(
     row_bias = None if bias is None else bias[None]
     x_tv, z_tv = _tile_logits(hidden, head, row_bias, options)
     hit_tv = jnp.arange(z_tv.shape[1], dtype=jnp.int32)[None] == targets[:, None]
-    p_tv = jnp.exp(z_tv - lse[:, None])
-    dx_tv = jnp.where(hit_tv, target_grad[:, None], p_coef[:, None] * p_tv)
+    e_tv = jnp.exp(z_tv - shift[:, None])
+    dx_tv = jnp.where(hit_tv, target_grad[:, None], p_coef[:, None] * e_tv)
     dx_tv = dx_tv * _cap_slope(x_tv, options)
     if bias is not None:
         dx_tv = jnp.where(row_bias == -jnp.inf, 0.0, dx_tv)

@@ -14,6 +14,10 @@ from dpo_kernels.op.interface import STATS, LogitOptions, kept_scale
 from dpo_kernels.op.tiling import Problem
 from dpo_kernels.verify import table as verify
 from tests.kernels.inputs import arrays, logits_of
+from tests.kernels.offsets import (
+    check_entries_masked_by_a_finite_bias,
+    check_two_equal_logits_of_1e8,
+)
 
 CASES = {case.name: case for case in verify.CASES}
 ALIGNED, RAGGED = (256, 128, 1024, 2**28), (129, 64, 1000, 2**28)
@@ -37,6 +41,8 @@ def _interpreted(capfd):
         (RAGGED, "bias", "bfloat16"),
         (RAGGED, "softcap", "bfloat16"),
         (RAGGED, "empty", "bfloat16"),
+        (RAGGED, "offset", "float16"),
+        (RAGGED, "huge", "bfloat16"),
         (SEVERAL_CHUNKS, "padded", "float16"),
         (SEVERAL_CHUNKS, "all", "bfloat16"),
         ((3, 64, 8, 2**28), "all", "bfloat16"),
@@ -46,6 +52,15 @@ def _interpreted(capfd):
 def test_errors_are_within_the_bound_that_plain_jax_sets(x64, shape, case, dtype):
     row = verify.verify_case("mosaic_gpu", dtype, shape, CASES[case])
     assert row.passed, row
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_two_equal_logits_of_1e8(dtype):
+    check_two_equal_logits_of_1e8("mosaic_gpu", dtype)
+
+
+def test_entries_masked_by_a_finite_bias():
+    check_entries_masked_by_a_finite_bias("mosaic_gpu", "bfloat16")
 
 
 # Two tiles of a cluster are 256 rows: the edges of a row, a tile and a cluster.

@@ -29,35 +29,35 @@ class Case:
     dtype: str = "float32"
     weights: str | None = None
     masked: float = 0.3
+    all_masked: tuple[int, int] = (0, 0)  # from the first of these tokens to the second
 
 
-def _many(T: int, R: int) -> tuple[int, ...]:
-    return tuple(np.sort(np.random.default_rng(R).integers(3, T - 2, R + 1)).tolist())
+def _many(first: int, last: int, count: int) -> tuple[int, ...]:
+    ends = np.random.default_rng(count).integers(first, last, count)
+    return tuple(np.sort(ends).tolist())
 
 
 CASES = {
-    "aligned": Case(T=1024, offsets=(0, 512, 1024), weights="float32"),
-    # Tokens before and after all sequences, empty ones, ones of one token.
-    "ragged": Case(T=1003, offsets=(5, 5, 6, 127, 127, 127, 640, 999)),
-    "ragged, weighted": Case(
-        T=1003, offsets=(5, 5, 6, 127, 127, 127, 640, 999), weights="float32"
+    # Tokens before all sequences; empty sequences, ones of one token, one of which all
+    # tokens are masked; more of them than a block of tokens or of offsets holds; then
+    # sequences of several blocks, the last of which is moved back from past the end.
+    "packed": Case(
+        T=9001,
+        offsets=(5, 5, 6, 127, 127, 127, 257, *_many(257, 900, 90), 4500, 8999),
+        weights="float32",
+        all_masked=(127, 257),
     ),
-    # Several blocks a sequence, the last one moved back from past the end.
-    "long": Case(T=9001, offsets=(2, 4500, 8999), weights="float32"),
-    # More sequences than a block of tokens or of offsets holds.
-    "many": Case(T=700, offsets=_many(700, 90), weights="float32"),
-    "all masked": Case(T=130, offsets=(0, 60, 130), weights="float32", masked=1.0),
-    "one token": Case(T=1, offsets=(0, 1), weights="float32", masked=0.0),
-    "tiny": Case(T=3, offsets=(0, 0, 2, 3), weights="bfloat16"),
-    "empty": Case(T=200, offsets=(7, 7, 7), weights="float32"),
-    "past the ends": Case(T=300, offsets=(-40, 2, 100, 400, 500)),
-    # A block of tokens that are all padding.
-    "padded": Case(T=1024, offsets=(0, 256, 300, 400, 500)),
-    "bfloat16": Case(T=515, offsets=(1, 200, 514), dtype="bfloat16"),
-    "bfloat16, weighted": Case(
+    # Offsets outside the array, and none that is weighted.
+    "past the ends": Case(T=1003, offsets=(-40, -9, 2, 2, 3, 127, 640, 1040, 1100)),
+    # Blocks of tokens that are all padding, and sequences of whole blocks before them.
+    "padded": Case(
+        T=2048, offsets=(0, 512, 1024, 1024), dtype="float16", weights="float32"
+    ),
+    "nothing": Case(T=200, offsets=(7, 7, 7), weights="float32"),
+    "one token": Case(T=1, offsets=(0, 0, 1), weights="bfloat16", masked=0.0),
+    "bfloat16": Case(
         T=515, offsets=(1, 200, 514), dtype="bfloat16", weights="bfloat16"
     ),
-    "float16": Case(T=260, offsets=(0, 100, 260), dtype="float16", weights="float32"),
 }
 
 
@@ -67,20 +67,20 @@ def inputs(case: Case):
     values = rng.normal(size=case.T).astype(jnp.dtype(case.dtype))
     t = np.arange(case.T)
     values[(t < case.offsets[0]) | (t >= case.offsets[-1])] = np.nan
-    cotangent = rng.normal(size=len(case.offsets) - 1).astype(values.dtype)
+    cotangent = rng.normal(size=len(case.offsets) - 1).astype(np.float32)
     if case.weights is None:
         return values, None, cotangent
     weights = rng.normal(size=case.T).astype(jnp.dtype(case.weights))
     weights[np.isnan(values)] = np.inf
     gone = rng.random(case.T) < case.masked
+    gone[slice(*case.all_masked)] = True
     values[gone], weights[gone] = np.nan, 0
     return values, weights, cotangent
 
 
-def evaluate(implementation: str, case: Case):
+def evaluate(implementation: str, values, weights, offsets, cotangent):
     """Sums, counts and the gradients of what may be differentiated."""
-    values, weights, cotangent = inputs(case)
-    offsets = jnp.asarray(case.offsets, jnp.int32)
+    offsets = jnp.asarray(offsets, jnp.int32)
 
     def loss(values, weights):
         sums, counts = sequence_sums(
@@ -93,34 +93,69 @@ def evaluate(implementation: str, case: Case):
     # Before the interpreters are called back, which can wait for each other.
     args = jax.block_until_ready(jax.tree.map(jnp.asarray, (values, weights)))
     (_, results), grads = jax.block_until_ready(both(*args))
-    return *results, *grads
+    assert [x.dtype for x in results] == ["float32", "float32"]
+    given = (values,) if weights is None else (values, weights)
+    assert [x.dtype for x in grads] == [x.dtype for x in given]
+    return [np.asarray(x, np.float64) for x in (*results, *grads)]
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_sums_and_gradients_against_float64(implementation, name, monkeypatch, capfd):
     case = CASES[name]
-    with running(implementation, monkeypatch, capfd):
-        got = [np.asarray(x, np.float64) for x in evaluate(implementation, case)]
     values, weights, cotangent = inputs(case)
+    with running(implementation, monkeypatch, capfd):
+        got = evaluate(implementation, values, weights, case.offsets, cotangent)
     values, cotangent = values.astype(np.float64), cotangent.astype(np.float64)
     w = np.ones(case.T) if weights is None else weights.astype(np.float64)
     dsum, counted = np.zeros(case.T), np.zeros(case.T, bool)
     bounds = np.clip(case.offsets, 0, case.T)
-    # What rounding once to the narrowest dtype, and a sum in some order, may do.
-    dtypes = [case.dtype, case.weights or case.dtype]
-    eps = max(float(jnp.finfo(x).eps) for x in dtypes)
+    # What a float32 sum in some order may do. A gradient is rounded once more, to the
+    # dtype of what it is of.
+    eps = float(jnp.finfo(jnp.float32).eps)
     for r, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
         t = first + np.flatnonzero(w[first:last])
         terms = w[t] * values[t]
-        np.testing.assert_allclose(got[0][r], terms.sum(), atol=eps * abs(terms).sum())
-        assert got[1][r] == np.asarray(len(t), jnp.dtype(case.dtype))
+        atol = eps * abs(terms).sum()
+        np.testing.assert_allclose(got[0][r], terms.sum(), rtol=0, atol=atol)
+        assert got[1][r] == len(t)
         dsum[first:last], counted[t] = cotangent[r], True
     others = (w,) if weights is None else (w, values)
-    for grad, other in zip(got[2:], others, strict=True):
+    dtypes = (case.dtype, case.weights)
+    for grad, other, dtype in zip(got[2:], others, dtypes, strict=False):
         assert not grad[~counted].any()
         truth = dsum[counted] * other[counted]
-        np.testing.assert_allclose(grad[counted], truth, rtol=eps)
+        info = jnp.finfo(dtype)
+        np.testing.assert_allclose(
+            grad[counted],
+            truth,
+            rtol=float(info.eps),
+            atol=float(info.smallest_subnormal),
+        )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_counts_beyond_256(implementation, monkeypatch):
+    """A bfloat16 has no 257, and near 5000 only multiples of 32."""
+    values = np.ones(5003).astype(jnp.bfloat16)
+    with running(implementation, monkeypatch):
+        cotangent = np.asarray([3, 2], np.float32)
+        got = evaluate(implementation, values, None, (1, 2, 5002), cotangent)
+    np.testing.assert_array_equal(got[0], [1, 5000])
+    np.testing.assert_array_equal(got[1], [1, 5000])
+    np.testing.assert_array_equal(got[2], [0, 3, *[2] * 5000, 0])
+
+
+def test_segment_ids_count_bfloat16_beyond_256():
+    values = jnp.ones(5003, jnp.bfloat16)
+    ids = jnp.where(jnp.arange(5003) < 3, 0, 1)
+    total, count = sequence_sums(values, ids, 2)
+    assert total.dtype == count.dtype == jnp.float32
+    np.testing.assert_array_equal(total, [3, 5000])
+    np.testing.assert_array_equal(count, [3, 5000])
+    gradient = jax.grad(lambda x: sequence_sums(x, ids, 2)[0][1])(values)
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(gradient, np.float32)[2:4], [0, 1])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -23,6 +23,10 @@ from dpo_kernels.pallas_tpu.backward_tiling import Matmul, TpuBackwardTile
 from dpo_kernels.pallas_tpu.tiling import TpuForwardTile
 from dpo_kernels.verify import table as verify
 from tests.kernels.inputs import arrays, logits_of, logprobs
+from tests.kernels.offsets import (
+    check_entries_masked_by_a_finite_bias,
+    check_two_equal_logits_of_1e8,
+)
 
 CASES = {case.name: case for case in verify.CASES}
 ALIGNED, RAGGED = (32, 128, 512, 2**28), (70, 128, 700, 2**28)
@@ -104,6 +108,14 @@ def test_errors_are_within_the_bound_that_plain_jax_sets(x64, shape, case):
 @pytest.mark.parametrize("case", CASES)
 def test_many_tiles(x64, small_tiles, case):
     check(RAGGED, case)
+
+
+def test_two_equal_logits_of_1e8():
+    check_two_equal_logits_of_1e8("pallas_tpu", "bfloat16")
+
+
+def test_entries_masked_by_a_finite_bias(small_tiles):
+    check_entries_masked_by_a_finite_bias("pallas_tpu", "bfloat16")
 
 
 # Of the last tile one slice and a narrower one; one and a whole one; less than one.

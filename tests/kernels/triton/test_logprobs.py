@@ -25,6 +25,10 @@ pytest.importorskip("jax_triton", reason="needs the extra cuda13 and the CUDA pl
 
 from bench.gpu import triton_resources as gpu_triton_resources  # noqa: E402
 from tests.kernels.inputs import arrays, logits_of  # noqa: E402
+from tests.kernels.offsets import (  # noqa: E402
+    check_entries_masked_by_a_finite_bias,
+    check_two_equal_logits_of_1e8,
+)
 from tests.kernels.triton import interpreter as triton_interpreter  # noqa: E402
 
 CASES = {case.name: case for case in verify.CASES}
@@ -59,9 +63,10 @@ def launched(monkeypatch):
     [
         *((ALIGNED, case, "bfloat16") for case in ("plain", "all")),
         *((RAGGED, case, "bfloat16") for case in CASES),
-        *((KEPT, case, "bfloat16") for case in ("stats", "softcap", "all")),
+        *((KEPT, case, "bfloat16") for case in ("stats", "softcap", "all", "huge")),
         *((RAGGED, "all", dtype) for dtype in ("float16", "float32")),
         *((KEPT, "all", dtype) for dtype in ("float16", "float32")),
+        *((KEPT, case, "float32") for case in ("offset", "huge")),
         (SOME, "all", "bfloat16"),
         (SOME, "padded", "bfloat16"),
         (TINY, "all", "bfloat16"),
@@ -77,6 +82,15 @@ def test_errors_are_within_the_bound_that_plain_jax_sets(
     keep_v = launched["partials_kernel"][0]["KEEP_V"]
     assert kept == ("all" if keep_v == sizes[2] else "some" if keep_v else "none")
     assert bool(launched["dlogits_kernel"]) == (kept != "all")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_two_equal_logits_of_1e8(dtype):
+    check_two_equal_logits_of_1e8("triton", dtype, D=24)
+
+
+def test_entries_masked_by_a_finite_bias():
+    check_entries_masked_by_a_finite_bias("triton", "bfloat16")
 
 
 def forward(hidden, head, targets, bias=None, num_valid=None, keep_v=0, **options):
