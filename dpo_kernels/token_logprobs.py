@@ -15,11 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from dpo_kernels.op.backends import load_backend
-from dpo_kernels.op.backward import (
-    backward,
-    dlogits_factor,
-    row_coefficients,
-)
+from dpo_kernels.op.backward import backward, row_coefficients
 from dpo_kernels.op.checks import check_arguments, check_vocab_parallel
 from dpo_kernels.op.interface import (
     Kept,
@@ -32,6 +28,7 @@ from dpo_kernels.op.job import Backend, Inputs, Job, Wanted
 from dpo_kernels.op.kept import kept_rows
 from dpo_kernels.op.loops import make_varying, varying_axes
 from dpo_kernels.op.partials import finish, merge, no_vocabulary
+from dpo_kernels.op.scale import GradientScale
 from dpo_kernels.op.tiling import BackwardTile, backward_tile, problem_of
 
 AxisName = str | tuple[str, ...]
@@ -74,7 +71,11 @@ def token_logprobs(
         num_valid: rows at and after it are padding: they may hold anything, give 0 and
             get gradient 0, and whole blocks of them are skipped. May be traced.
         bias: added before the soft-cap. An entry of -inf takes its vocabulary entry
-            away, whatever the soft-cap.
+            away, whatever the soft-cap. Its gradient is summed in float32 from what
+            the gradient of `head` is made of, the logits' gradients in the dtype of
+            `hidden`: it is off by at most eps of that dtype times the sum of their
+            absolute values, also where the bias is float32. (`pallas_tpu` sums before
+            it rounds.)
         axis_name: inside `shard_map`: `head` and `bias` are this device's slice of the
             vocabulary in axis order, `targets` ids in the whole of it. `hidden` must be
             the same on the whole axis; so are all results and, summed over it, the
@@ -246,8 +247,8 @@ def _vjp_backward(static: _Static, saved, cotangents):
         for ct in cotangents[:2]
     )
     options = static.options
-    factor = dlogits_factor(hidden.dtype, options.scale, dlogprob, dlse)
-    rows = row_coefficients(logprob, top, sum_exp, dlogprob, dlse, factor)
+    scale = GradientScale.of(hidden.dtype, options.scale, dlogprob, dlse)
+    rows = row_coefficients(logprob, top, sum_exp, dlogprob, dlse, scale.dlogits_scale)
     targets = _local_targets(targets, head.shape[0], static.axis_name)
     grads = backward(
         Job(
@@ -261,7 +262,7 @@ def _vjp_backward(static: _Static, saved, cotangents):
                 num_valid=num_valid,
             ),
             rows=rows,
-            factor=factor,
+            scale=scale,
             kept=kept and kept_rows(kept, target_logit, *rows, options),
             wanted=wanted,
             shared_tile=_shared_tile(static, hidden, head, num_valid),

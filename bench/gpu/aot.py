@@ -1,13 +1,14 @@
-"""The GPU backends, compiled for an H200 that need not be here: do they fit?
+"""The GPU backends, compiled for a Hopper that need not be here: do they fit?
 
-    python -m bench.gpu.aot [--quick]
+    python -m bench.gpu.aot [--quick] [--target h200|h100]
 
 Compiles value-and-gradient in bfloat16 with each backend, on one device and with the
 vocabulary cut over eight, and prints two tables. Of each program: its temporaries
 beside the promise (see bench/op/memory.py). Of each kernel in it: registers, spilled
 bytes, shared memory and matrix instructions. Exits with 1 where a program takes more
-than the promise, a kernel spills or more shared memory than there is, or a Hopper
-kernel has no wgmma in it. Nothing runs: this says nothing about speed.
+than the promise, a kernel spills or takes more shared memory than there is, a Hopper
+kernel has no wgmma in it, or one with several warpgroups reduces across their warps.
+Nothing runs: this says nothing about speed.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from bench.aot import VARIANTS, compile_op
 from bench.gpu.triton_resources import CASES as TRITON_CASES
 from bench.gpu.triton_resources import resources as triton_resources
 from bench.op.memory import SPARE, TARGETS, WORKSPACE
+from dpo_kernels.op.gpu_tiling import SHARED_BYTES
 
 SHAPES = (
     (4096, 4096, 128256),
@@ -33,23 +35,39 @@ SHAPES = (
     (16384, 8192, 128256),
 )
 IMPLEMENTATIONS = ("mosaic_gpu", "triton")
-KIND = "NVIDIA H200"
-SHARED_BYTES = 227 * 1024  # of a thread block on compute capability 9.0
+KINDS = {"h200": "NVIDIA H200", "h100": "NVIDIA H100 80GB HBM3"}
+WARPGROUP = 128  # threads
 SPEED_WORKSPACE = 2**30  # keeps the exponentials of (4096, 4096, 128256)
 
 
-def h200_mesh(devices: int) -> Any:
-    """A mesh of absent H200s."""
+def absent_mesh(target: str, devices: int) -> Any:
+    """A mesh of GPUs that are not here."""
     import jax
     import numpy as np
     from jax.experimental import topologies
 
-    target = TARGETS["h200"]
-    config: dict[str, Any] = dict(target.topology)
-    assert target.target_config is not None
-    config["target_config"] = target.target_config.read_text()
+    described = TARGETS[target]
+    config: dict[str, Any] = dict(described.topology)
+    assert described.target_config is not None
+    config["target_config"] = described.target_config.read_text()
     found = topologies.get_topology_desc(**config).devices[:devices]
     return jax.sharding.Mesh(np.array(found), ("vocab",))
+
+
+def warp_reductions(layouts: str) -> Iterator[bool]:
+    """Of each reduction in a kernel's dump: whether it adds up what several warps hold.
+
+    Its result is then the same in all of them, which its layout says. A reduction to a
+    scalar is one of them always.
+    """
+    for line in layouts.splitlines():
+        if " vector.reduction " in line:
+            yield True
+        elif " vector.multi_reduction " in line:
+            result = line.partition("out_layouts = [")[2]
+            assert "warp_dims = [" in result, f"a layout of an unknown form: {line}"
+            of_warps = result.partition("warp_dims = [")[2].partition("]")[0]
+            yield "Replicated" in of_warps
 
 
 def mosaic_kernels(dump: Path) -> Iterator[dict[str, Any]]:
@@ -61,12 +79,19 @@ def mosaic_kernels(dump: Path) -> Iterator[dict[str, Any]]:
         spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill", text)[-1]
         [registers] = re.findall(r"Used (\d+) registers", text)
         [shared] = re.findall(r"smem_scratch_bytes=(\d+)", memory)
+        ptx = stem.with_suffix(".ptx").read_text()
+        [threads] = re.findall(r"\.maxntid (\d+)", ptx)
+        layouts = stem.with_suffix(".after_layout_inference.txt").read_text()
+        reductions = list(warp_reductions(layouts))
         yield {
             "kernel": re.sub(r"_\d+$", "", stem.name),
             "registers": int(registers),
             "spill_bytes": sum(map(int, spilled)),
             "shared_bytes": int(shared),
-            "wgmma": stem.with_suffix(".ptx").read_text().count("wgmma.mma_async"),
+            "wgmma": ptx.count("wgmma.mma_async"),
+            "threads": int(threads),
+            "reductions": len(reductions),
+            "cross_warp_reductions": sum(reductions),
         }
     for file in dump.iterdir():
         file.unlink()
@@ -76,6 +101,10 @@ def programs(quick: bool) -> Iterator[tuple[Any, ...]]:
     """(implementation, shape, devices, workspace, variant) of each program."""
     for implementation in IMPLEMENTATIONS:
         first = SHAPES[0]
+        if quick and implementation == "mosaic_gpu":
+            # Rows of one height, too many to keep all: few kernels, but of both kinds.
+            yield implementation, (512, *SHAPES[1][1:]), 1, WORKSPACE, "everything"
+            continue
         if quick:
             yield implementation, first, 1, WORKSPACE, "plain"
             continue
@@ -88,14 +117,14 @@ def programs(quick: bool) -> Iterator[tuple[Any, ...]]:
             yield implementation, first, 1, SPEED_WORKSPACE, variant
 
 
-def measure(quick: bool, dump: Path) -> Iterator[rows.Row]:
+def measure(target: str, quick: bool, dump: Path) -> Iterator[rows.Row]:
     """A row for each program; runs in an environment that dumps kernels to `dump`."""
     for implementation, shape, devices, workspace, variant in programs(quick):
         T, D, V = shape
         start = time.perf_counter()
         options = dict(VARIANTS)[variant]
         compiled = compile_op(
-            h200_mesh(devices), implementation, shape, workspace, options
+            absent_mesh(target, devices), implementation, shape, workspace, options
         )
         yield rows.row(
             "token_logprobs, forward and gradient",
@@ -104,7 +133,7 @@ def measure(quick: bool, dump: Path) -> Iterator[rows.Row]:
             D=D,
             V=V,
             dtype="bfloat16",
-            device=f"{KIND}, ahead of time",
+            device=f"{KINDS[target]}, ahead of time",
             compiler=f"jax-cuda13-plugin {version('jax-cuda13-plugin')}",
             devices=devices,
             variant=variant,
@@ -116,9 +145,9 @@ def measure(quick: bool, dump: Path) -> Iterator[rows.Row]:
         )
 
 
-def triton_row(case: Any) -> rows.Row:
+def triton_row(target: str, case: Any) -> rows.Row:
     """A row with one Triton kernel, compiled by itself."""
-    found = triton_resources(case, "bfloat16", KIND)
+    found = triton_resources(case, "bfloat16", KINDS[target])
     return rows.row(
         "token_logprobs, one kernel",
         "triton",
@@ -126,7 +155,7 @@ def triton_row(case: Any) -> rows.Row:
         D=SHAPES[0][1],
         V=SHAPES[0][2],
         dtype="bfloat16",
-        device=f"{KIND}, ahead of time",
+        device=f"{KINDS[target]}, ahead of time",
         compiler=f"triton {version('triton')}",
         variant=case.name,
         kernels=[
@@ -154,6 +183,9 @@ def problems(row: rows.Row) -> list[str]:
             found.append(f"{kernel['kernel']} takes too much shared memory")
         if not kernel["wgmma"]:
             found.append(f"{kernel['kernel']} has no wgmma")
+        # For it Mosaic gives all warpgroups the same scratch, unsynchronised.
+        if kernel.get("cross_warp_reductions") and kernel["threads"] > WARPGROUP:
+            found.append(f"{kernel['kernel']} reduces across warps: warpgroups race")
     if "temp_bytes" in row and row["implementation"] == "mosaic_gpu":
         names = {kernel["kernel"] for kernel in row["kernels"]}
         for name in ("token_logprobs_forward", "token_logprobs_dlogits"):
@@ -196,16 +228,16 @@ def show(results: Sequence[rows.Row]) -> str:
     return f"{first}\n\n{second}"
 
 
-def measure_elsewhere(quick: bool) -> list[rows.Row]:
+def measure_elsewhere(quick: bool, target: str = "h200") -> list[rows.Row]:
     """`measure` in a process whose environment makes the compiler dump its kernels."""
     with tempfile.TemporaryDirectory() as dump:
-        changes = {**TARGETS["h200"].environment, "MOSAIC_GPU_DUMP_TO": dump}
-        words = ["--worker", dump] + ["--quick"] * quick
+        changes = {**TARGETS[target].environment, "MOSAIC_GPU_DUMP_TO": dump}
+        words = ["--worker", dump, "--target", target] + ["--quick"] * quick
         try:
             return processes.ask("bench.gpu.aot", words, changes)
         except processes.ProcessError as error:
             sys.exit(
-                "compiling for an H200 failed; are jax-cuda13-plugin, triton and "
+                f"compiling for {target} failed; are jax-cuda13-plugin, triton and "
                 f"jax-triton installed? {error}"
             )
 
@@ -216,15 +248,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="one program a backend; writes no rows"
     )
+    parser.add_argument("--target", choices=tuple(KINDS), default="h200")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
-        processes.answer(list(measure(args.quick, args.worker)))
+        processes.answer(list(measure(args.target, args.quick, args.worker)))
         return 0
-    results = measure_elsewhere(args.quick)
-    results += [triton_row(case) for case in TRITON_CASES[: 2 if args.quick else None]]
+    results = measure_elsewhere(args.quick, args.target)
+    cases = TRITON_CASES[: 2 if args.quick else None]
+    results += [triton_row(args.target, case) for case in cases]
     print(show(results))
-    if not args.quick:
+    if not args.quick and args.target == "h200":
         print("wrote", rows.write("gpu_aot", results).relative_to(rows.ROOT))
     wrong = [(row["variant"], text) for row in results for text in problems(row)]
     for variant, text in wrong:

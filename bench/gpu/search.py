@@ -5,11 +5,14 @@
 One field of the tile after the other: all of its values are timed in turns, beside the
 bare product, with the other fields at the best so far. Every candidate is a row of
 bench/results/gpu_tiles.json; `pct_peak` is its share of R. The winners belong in
-`dpo_kernels/op/gpu_tiling.py`.
+`dpo_kernels/op/gpu_tiling.py`, and what they say of the backward's chunks in
+`dpo_kernels/op/tiling/time.py`.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import importlib
 import sys
 import time
@@ -26,7 +29,11 @@ from bench.device.subject import Subject, why
 from bench.device.timing import take_turns
 from bench.gpu import sizes as gpu_sizes
 from bench.gpu.clocks import clocks
+from dpo_kernels.op import gpu_tiling
 from dpo_kernels.op.compilation import Compiler
+from dpo_kernels.op.tiling import BackwardTile, Problem
+from dpo_kernels.op.tiling.choice import backward_candidates
+from dpo_kernels.op.tiling.time import backward_seconds
 
 RESULTS = "gpu_tiles"
 Changes = dict[str, int]
@@ -71,6 +78,12 @@ SPACES = {
         fields={"chunk_v": (64, 128, 256), "block_t": (16, 64)},
     ),
 }
+# Of the shared backward: how much of the vocabulary a chunk has.
+CHUNKS = Space(
+    module="dpo_kernels.token_logprobs",
+    function="backward_tile",
+    fields={"chunk_v": (4096, 6144, 8192, 8448, 9472, 12288)},
+)
 OPS: dict[str, Callable[[programs.Logprobs], Callable]] = {
     plan.FORWARD: programs.forward,
     plan.GRADIENT: programs.gradient,
@@ -81,15 +94,47 @@ def with_tile(space: Space, changes: Changes, call: Callable) -> Callable:
     """`call`, traced with some fields of the backend's tile changed."""
     module = importlib.import_module(space.module)
     chosen = getattr(module, space.function)
+    chunks = importlib.import_module(CHUNKS.module)
+    own = {name: x for name, x in changes.items() if name in space.fields}
+    chunk_v = None if "chunk_v" in own else changes.get("chunk_v")
 
     def changed(*args: Any, **kwargs: Any) -> Any:
-        return dataclasses.replace(chosen(*args, **kwargs), **changes)
+        return dataclasses.replace(chosen(*args, **kwargs), **own)
 
     def traced(x: programs.Inputs) -> Any:
-        with mock.patch.object(module, space.function, changed):
+        with contextlib.ExitStack() as stack:
+            if own:
+                stack.enter_context(mock.patch.object(module, space.function, changed))
+            if chunk_v is not None:
+                of_width = functools.partial(with_chunk, chunk_v)
+                stack.enter_context(
+                    mock.patch.object(chunks, CHUNKS.function, of_width)
+                )
             return call(x)
 
     return traced
+
+
+def with_chunk(chunk_v: int, problem: Problem, *, fused: bool) -> BackwardTile:
+    """The fastest tile with such chunks, by the tiling's own time."""
+    found = [
+        tile for tile in backward_candidates(problem, fused) if tile.chunk_v == chunk_v
+    ]
+    if not found:
+        raise ValueError(f"{chunk_v=} does not fit into {problem.workspace_bytes=}")
+    return min(found, key=lambda tile: backward_seconds(problem, tile, fused=fused))
+
+
+def fits_the_chip(name: str, changes: Changes) -> bool:
+    """Whether it is worth compiling; only a Hopper tile is known to be too large."""
+    if name != "mosaic_gpu":
+        return True
+    own = {key: x for key, x in changes.items() if key in SPACES[name].fields}
+    try:
+        gpu_tiling.MosaicTile(**own)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -166,9 +211,16 @@ class Search:
     def run(self, deadline: float) -> Changes:
         """Field by field, as long as there is time."""
         best: Changes = {}
-        for field, values in SPACES[self.name].fields.items():
+        fields = dict(SPACES[self.name].fields)
+        if self.op == plan.GRADIENT and self.name != "xla":
+            fields = {**CHUNKS.fields, **fields}  # it decides most there
+        for field, values in fields.items():
             if time.time() < deadline:
-                best = self.best_of([best, *({**best, field: x} for x in values)])
+                tried = ({**best, field: x} for x in values)
+                fit = (
+                    changes for changes in tried if fits_the_chip(self.name, changes)
+                )
+                best = self.best_of([best, *fit])
         return best
 
 

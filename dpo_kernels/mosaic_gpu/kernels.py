@@ -1,111 +1,34 @@
-"""What the Hopper kernels do with a tile of logits once it is in registers."""
+"""The epilogues of the Hopper kernels: what becomes of a tile of products."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from dpo_kernels.mosaic_gpu.pipeline import (
-    COLUMNS,
-    ROWS,
-    WARPGROUPS,
-    logits_kernel,
-    swizzled,
+from dpo_kernels.mosaic_gpu.logits import (
+    LOG2E,
+    STORE_SLOTS,
+    columns,
+    load_rows,
+    piece_width,
+    pieces_of,
+    rows_of,
+    slope,
+    staging,
+    store_piece,
+    to_logits,
+    unit_of,
 )
+from dpo_kernels.mosaic_gpu.pipeline import WARPGROUPS, Refs, logits_kernel
 from dpo_kernels.op.gpu_tiling import MosaicTile
 from dpo_kernels.op.interface import LogitOptions, Partials, kept_scale
 
-_LOG2E = math.log2(math.e)
-_STORE_SLOTS = 2  # pieces of a tile that can be on their way to memory
 _NARROW, _WIDE = 32, 64  # vocabulary entries of a piece
-
-
-def _rows_of(x: jax.Array, like: jax.Array) -> jax.Array:
-    return lax.broadcast_in_dim(x, like.shape, (0,))
-
-
-def _columns(like: jax.Array) -> jax.Array:
-    return plgpu.broadcasted_iota(jnp.int32, like.shape, 1, layout=plgpu.Layout.WGMMA)
-
-
-def _pieces(acc: jax.Array, column: Any, width: int) -> list[tuple[jax.Array, Any]]:
-    """Slices of columns, each with its first vocabulary entry.
-
-    Working on a few at a time keeps what is derived from them within the registers
-    that the accumulator leaves.
-    """
-    starts = range(0, acc.shape[1], width)
-    return [(acc[:, start : start + width], column + start) for start in starts]
-
-
-def _unit(options: LogitOptions, bias_g: Any) -> float:
-    """Of `_logits`, in nats: a scale alone goes into the factor that exp2 needs."""
-    folded = options.softcap is None and bias_g is None and options.scale > 0
-    return options.scale if folded else 1.0
-
-
-def _logits(
-    acc: jax.Array, column: Any, bias_g: Any, end: int | None, options: LogitOptions
-) -> jax.Array:
-    """Products as logits in units of `_unit`, -inf where the bias is or from `end` on.
-
-    `bias_g` is padded with -inf. What an option would do costs nothing where it is off.
-    """
-    z = acc if _unit(options, bias_g) == options.scale else acc * options.scale
-    bias = None
-    if bias_g is not None:
-        here = bias_g.at[pl.ds(column, acc.shape[1])]
-        bias = plgpu.load(here, layout=COLUMNS, optimized=False)
-        bias = lax.broadcast_in_dim(bias, acc.shape, (1,))
-        z += bias
-    if options.softcap is not None:
-        # tanh from exp2, as the hardware's own is good to 11 bits only. Of -inf it is
-        # -1: what does not exist is masked after the cap.
-        z = jnp.exp2(z * (2 * _LOG2E / options.softcap))
-        z = options.softcap - 2 * options.softcap / (z + 1.0)
-        if bias is not None:
-            z = jnp.where(bias == -jnp.inf, -jnp.inf, z)
-    if bias is None and end is not None:
-        z = jnp.where(_columns(acc) < end - column, z, -jnp.inf)
-    return z
-
-
-def _slope(z: jax.Array, softcap: float) -> jax.Array:
-    """The soft-cap's derivative, from what it returned; 0 where nothing exists."""
-    return jnp.where(z == -jnp.inf, 0.0, 1.0 - (z * (1 / softcap)) ** 2)
-
-
-def _store_piece(piece: jax.Array, out_g: Any, row: Any, column: Any, at: Any) -> None:
-    """Write part of a tile to memory while others are being computed.
-
-    `at` is one of `_STORE_SLOTS` buffers, taken in turn.
-    """
-    plgpu.wait_smem_to_gmem(_STORE_SLOTS - 1, wait_read_only=True)
-    at[...] = piece
-    plgpu.commit_smem()
-    here = pl.ds(row, piece.shape[0]), pl.ds(column, piece.shape[1])
-    plgpu.copy_smem_to_gmem(at, out_g.at[here])
-
-
-def _piece_width(most: int, out_v: int) -> int:
-    """Entries of a piece: the copy engine needs them to divide a row of the output."""
-    return next(width for width in (64, 32, 16) if width <= most and not out_v % width)
-
-
-def _staging(tile: MosaicTile, dtype: Any, width: int) -> Any:
-    shape = WARPGROUPS, _STORE_SLOTS, tile.block_t // WARPGROUPS, width
-    return plgpu.SMEM(shape, dtype, transforms=swizzled(width, dtype))
-
-
-def _load_rows(refs: Sequence[Any], row: Any, height: int) -> list[jax.Array]:
-    rows = pl.ds(row, height)
-    return [plgpu.load(x.at[rows], layout=ROWS, optimized=False) for x in refs]
 
 
 def partial_fields(options: LogitOptions) -> tuple[str, ...]:
@@ -149,11 +72,11 @@ def _reduce(
     for i, (z, column) in enumerate(logits):
         # The difference first, which is exact near the maximum. The cheaper
         # multiply-add z * log2e - shift * log2e has the rounding of shift * log2e.
-        diff = z - _rows_of(shift, z)
-        e = jnp.exp2(diff * (unit * _LOG2E))
+        diff = z - rows_of(shift, z)
+        e = jnp.exp2(diff * (unit * LOG2E))
         add("sum_exp", e)
         keep(i, e, z, column)
-        hit = _columns(z) == _rows_of(target - column, z)
+        hit = columns(z) == rows_of(target - column, z)
         found_here = _folded(jnp.maximum, jnp.where(hit, z, -jnp.inf))
         at_target = jnp.maximum(at_target, found_here)
         if "sum_exp_diff" in fields:
@@ -170,6 +93,100 @@ def _reduce(
     return [found[name] * unit if name in in_units else found[name] for name in fields]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ForwardEpilogue:
+    """A tile's partials, and the exponentials of its leading entries to be kept.
+
+    Operands: `targets` int32 [rows] and perhaps `bias` float32 [columns], padded to
+    whole tiles of a cluster with -1 and -inf. Outputs: the fields of `Partials`
+    [blocks, rows], a block being a tile's entries, and perhaps `kept` [T, keep_v].
+    """
+
+    operands: dict[str, jax.Array]
+    options: LogitOptions
+    dtype: Any
+    T: int
+    V: int
+    keep_v: int  # 16 divides it
+    tile: MosaicTile
+    name: str = "token_logprobs_forward"
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Of `Partials`."""
+        return partial_fields(self.options)
+
+    @property
+    def outputs(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """See `Epilogue`."""
+        shape = pl.cdiv(self.V, self.tile.block_v), self.operands["targets"].shape[0]
+        found = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name in self.fields}
+        if self.keep_v:
+            shape = self.T, self.keep_v
+            found["kept"] = jax.ShapeDtypeStruct(shape, self.dtype)
+        return found
+
+    @property
+    def width(self) -> int:
+        """Vocabulary entries of a piece."""
+        return piece_width(_NARROW, self.keep_v)
+
+    @property
+    def scratch(self) -> dict[str, Any]:
+        """See `Epilogue`."""
+        if not self.keep_v:
+            return {}
+        return {"kept_pieces": staging(self.tile, self.dtype, self.width)}
+
+    def prefetch(self, refs: Refs, row: Any) -> jax.Array:
+        """The targets."""
+        height = self.tile.block_t // WARPGROUPS
+        return load_rows([refs["targets"]], row, height)[0]
+
+    def __call__(
+        self, refs: Refs, acc: jax.Array, row: Any, column: Any, fetched: jax.Array
+    ) -> None:
+        """See `Epilogue`."""
+        options, bias_g = self.options, refs.get("bias")
+        ragged = self.V % self.tile.block_v != 0
+        end = self.V if ragged else None
+        logits = [
+            (to_logits(x, at, bias_g, end, options), at)
+            for x, at in pieces_of(acc, column, self.width)
+        ]
+        found = _reduce(
+            logits,
+            fetched,
+            masked=ragged or bias_g is not None,
+            unit=unit_of(options, bias_g),
+            fields=self.fields,
+            keep=functools.partial(self._keep, refs, row) if self.keep_v else _drop,
+        )
+        here = lax.div(column, jnp.int32(self.tile.block_v))
+        for name, values in zip(self.fields, found, strict=True):
+            # Of four lanes that hold a row's value each writes it. Through shared
+            # memory it would take a barrier before and after every field.
+            refs[name][here, pl.ds(row, values.shape[0])] = values
+
+    def _keep(
+        self, refs: Refs, row: Any, i: int, e: jax.Array, z: jax.Array, column: Any
+    ) -> None:
+        """The i-th piece of a tile, from `column` on."""
+        softcap, scale = self.options.softcap, kept_scale(self.dtype)
+
+        @pl.when(column < self.keep_v)
+        def _():
+            kept = e if softcap is None else e * slope(z, softcap)
+            if scale != 1:
+                kept *= scale
+            at = refs["kept_pieces"].at[i % STORE_SLOTS]
+            store_piece(kept.astype(self.dtype), refs["kept"], row, column, at)
+
+
+def _drop(*_: Any) -> None:
+    """Keep nothing."""
+
+
 def forward(
     hidden: jax.Array,
     head: jax.Array,
@@ -182,70 +199,90 @@ def forward(
     tile: MosaicTile,
     num_cores: int,
 ) -> tuple[Partials, jax.Array | None]:
-    """Partials [blocks, rows] with block_v entries a block, and [T, keep_v].
-
-    16 divides `keep_v`; `targets` and `bias` are padded to whole tiles of a cluster,
-    with -1 and -inf.
-    """
-    V, height = head.shape[0], tile.block_t // WARPGROUPS
-    fields, ragged = partial_fields(options), V % tile.block_v != 0
-    width = _piece_width(_NARROW, keep_v)
-
-    def begin(row: Any, targets_g: Any, *_: Any) -> list[jax.Array]:
-        return _load_rows([targets_g], row, height)
-
-    def finish(acc, row, column, state, extra, outs, scratch):
-        bias_g = extra[1] if bias is not None else None
-        staged, *kept_staging = scratch
-
-        def keep(i: int, e: jax.Array, z: jax.Array, column: Any) -> None:
-            @pl.when(column < keep_v)
-            def _():
-                kept = e if options.softcap is None else e * _slope(z, options.softcap)
-                if kept_scale(hidden.dtype) != 1:
-                    kept *= kept_scale(hidden.dtype)
-                at = kept_staging[0].at[i % _STORE_SLOTS]
-                _store_piece(kept.astype(hidden.dtype), outs[-1], row, column, at)
-
-        logits = [
-            (_logits(x, at, bias_g, V if ragged else None, options), at)
-            for x, at in _pieces(acc, column, width)
-        ]
-        found = _reduce(
-            logits,
-            state[0],
-            masked=ragged or bias is not None,
-            unit=_unit(options, bias_g),
-            fields=fields,
-            keep=keep if keep_v else lambda *_: None,
-        )
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for i, values in enumerate(found):
-            staged[i] = values
-        plgpu.commit_smem()
-        here = lax.div(column, jnp.int32(tile.block_v)), pl.ds(row, height)
-        for i, out_g in enumerate(outs[: len(found)]):
-            plgpu.copy_smem_to_gmem(staged.at[i], out_g.at[here])
-
-    blocks = pl.cdiv(V, tile.block_v)
-    field_type = jax.ShapeDtypeStruct((blocks, targets.shape[0]), jnp.float32)
-    out_type, scratch = [field_type] * len(fields), []
-    scratch.append(plgpu.SMEM((WARPGROUPS, len(fields), height), jnp.float32))
-    if keep_v:
-        out_type.append(jax.ShapeDtypeStruct((hidden.shape[0], keep_v), hidden.dtype))
-        scratch.append(_staging(tile, hidden.dtype, width))
-    outs = logits_kernel(
-        begin,
-        finish,
+    """Partials [blocks, rows] and [T, keep_v]: see `ForwardEpilogue`."""
+    epilogue = ForwardEpilogue(
+        operands={"targets": targets} | ({} if bias is None else {"bias": bias}),
+        options=options,
+        dtype=hidden.dtype,
+        T=hidden.shape[0],
+        V=head.shape[0],
+        keep_v=keep_v,
         tile=tile,
-        num_cores=num_cores,
-        operands=[hidden, head, num_valid, targets] + ([] if bias is None else [bias]),
-        out_type=out_type,
-        scratch=scratch,
-        name="token_logprobs_forward",
     )
-    partials = Partials(**dict(zip(fields, outs, strict=False)))
-    return partials, outs[-1] if keep_v else None
+    found = logits_kernel(
+        epilogue, hidden, head, num_valid, tile=tile, num_cores=num_cores
+    )
+    kept = found.pop("kept", None)
+    return Partials(**found), kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class DlogitsEpilogue:
+    """A tile of the logits' gradient.
+
+    Operands: those of ROW_OPERANDS [rows], padded to whole tiles of a cluster with
+    ROW_FILLS, and perhaps `bias`, padded with -inf. Output: `dlogits` [T, out_v].
+    """
+
+    operands: dict[str, jax.Array]
+    options: LogitOptions
+    dtype: Any
+    T: int
+    out_v: int  # 16 divides it
+    tile: MosaicTile
+    name: str = "token_logprobs_dlogits"
+
+    @property
+    def outputs(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """See `Epilogue`."""
+        return {"dlogits": jax.ShapeDtypeStruct((self.T, self.out_v), self.dtype)}
+
+    @property
+    def width(self) -> int:
+        """Vocabulary entries of a piece; a bias takes registers."""
+        most = _NARROW if "bias" in self.operands else _WIDE
+        return piece_width(most, self.out_v)
+
+    @property
+    def scratch(self) -> dict[str, Any]:
+        """See `Epilogue`."""
+        return {"pieces": staging(self.tile, self.dtype, self.width)}
+
+    def prefetch(self, refs: Refs, row: Any) -> list[jax.Array]:
+        """The rows' operands."""
+        height = self.tile.block_t // WARPGROUPS
+        return load_rows([refs[name] for name in ROW_OPERANDS], row, height)
+
+    def __call__(
+        self,
+        refs: Refs,
+        acc: jax.Array,
+        row: Any,
+        column: Any,
+        fetched: list[jax.Array],
+    ) -> None:
+        """See `Epilogue`."""
+        target, shift, p_coef, target_grad = fetched
+        options, bias_g = self.options, refs.get("bias")
+        unit = unit_of(options, bias_g)
+        for i, (x, at) in enumerate(pieces_of(acc, column, self.width)):
+            # No `end`: what lies past it is not written.
+            z = to_logits(x, at, bias_g, None, options)
+            hit = columns(z) == rows_of(target - at, z)
+            diff = z - rows_of(shift * (1 / unit), z)
+            e = jnp.exp2(diff * (unit * LOG2E))
+            dx = jnp.where(hit, rows_of(target_grad, z), rows_of(p_coef, z) * e)
+            if options.softcap is not None:
+                dx *= slope(z, options.softcap)
+            if bias_g is not None:
+                dx = jnp.where(z == -jnp.inf, 0.0, dx)
+            staged = refs["pieces"].at[i % STORE_SLOTS]
+            store_piece(dx.astype(self.dtype), refs["dlogits"], row, at, staged)
+
+
+# What the gradient of a logit needs of its row, and what stands for it in padding.
+ROW_OPERANDS = ("targets", "shift", "p_coef", "target_grad")
+ROW_FILLS = (-1, jnp.inf, 0, 0)
 
 
 def dlogits(
@@ -256,65 +293,20 @@ def dlogits(
     num_valid: jax.Array,
     *,
     options: LogitOptions,
-    want_dbias: bool,
     tile: MosaicTile,
     num_cores: int,
-) -> tuple[jax.Array, jax.Array | None]:
-    """[T, chunk], and sums over each warpgroup's rows [rows / 64, chunk] for d bias.
-
-    Both are as wide as the next multiple of 16 and of block_v.
-
-    `rows` are targets, shift, p_coef and target_grad, padded to whole tiles of a
-    cluster with -1, inf, 0 and 0.
-    """
-    T, V, height = hidden.shape[0], head.shape[0], tile.block_t // WARPGROUPS
-    padded_v = pl.cdiv(V, tile.block_v) * tile.block_v
-    out_v = pl.cdiv(V, 16) * 16
-
-    def begin(row: Any, *refs: Any) -> list[jax.Array]:
-        return _load_rows(refs[:4], row, height)
-
-    def finish(acc, row, column, state, extra, outs, scratch):
-        target, shift, p_coef, target_grad = state
-        bias_g = extra[4] if bias is not None else None
-        unit = _unit(options, bias_g)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for i, (x, at) in enumerate(_pieces(acc, column, width)):
-            # No `end`: what lies past it is not written.
-            z = _logits(x, at, bias_g, None, options)
-            hit = _columns(z) == _rows_of(target - at, z)
-            diff = z - _rows_of(shift * (1 / unit), z)
-            e = jnp.exp2(diff * (unit * _LOG2E))
-            dx = jnp.where(hit, _rows_of(target_grad, z), _rows_of(p_coef, z) * e)
-            if options.softcap is not None:
-                dx *= _slope(z, options.softcap)
-            if bias is not None:
-                dx = jnp.where(z == -jnp.inf, 0.0, dx)
-            if want_dbias:
-                scratch[1][i * width : (i + 1) * width] = dx.sum(axis=0)
-            staged = scratch[0].at[i % _STORE_SLOTS]
-            _store_piece(dx.astype(hidden.dtype), outs[0], row, at, staged)
-        if want_dbias:
-            plgpu.commit_smem()
-            here = lax.div(row, jnp.int32(height)), pl.ds(column, tile.block_v)
-            plgpu.copy_smem_to_gmem(scratch[1], outs[1].at[here])
-
-    # A bias takes registers, its gradient shared memory.
-    width = _piece_width(_WIDE if bias is None else _NARROW, out_v)
-    out_type = [jax.ShapeDtypeStruct((T, out_v), hidden.dtype)]
-    scratch = [_staging(tile, hidden.dtype, width)]
-    if want_dbias:
-        shape = rows[0].shape[0] // height, padded_v
-        out_type.append(jax.ShapeDtypeStruct(shape, jnp.float32))
-        scratch.append(plgpu.SMEM((WARPGROUPS, tile.block_v), jnp.float32))
-    outs = logits_kernel(
-        begin,
-        finish,
+) -> jax.Array:
+    """[T, chunk], as wide as the next multiple of 16; `rows` are ROW_OPERANDS."""
+    operands = dict(zip(ROW_OPERANDS, rows, strict=True))
+    epilogue = DlogitsEpilogue(
+        operands=operands | ({} if bias is None else {"bias": bias}),
+        options=options,
+        dtype=hidden.dtype,
+        T=hidden.shape[0],
+        out_v=pl.cdiv(head.shape[0], 16) * 16,
         tile=tile,
-        num_cores=num_cores,
-        operands=[hidden, head, num_valid, *rows] + ([] if bias is None else [bias]),
-        out_type=out_type,
-        scratch=scratch,
-        name="token_logprobs_dlogits",
     )
-    return outs[0], outs[1] if want_dbias else None
+    found = logits_kernel(
+        epilogue, hidden, head, num_valid, tile=tile, num_cores=num_cores
+    )
+    return found["dlogits"]

@@ -141,8 +141,7 @@ def dlogits(
     target_grad: Float[Array, " T"],
     *,
     options: LogitOptions,
-    want_dbias: bool,
-) -> tuple[Float[Array, "T chunk"], Float[Array, " chunk"] | None]:
+) -> Float[Array, "T chunk"]:
     """See `Dlogits`.
 
     A scale without bias and soft-cap is part of exp2's factor, and shift is divided by
@@ -156,19 +155,15 @@ def dlogits(
     axes = varying_axes(hidden, head, bias, *rows)
     tile = mosaic_tile(problem_of(hidden, head, None, 0))
     hidden, bias, padded_T = _whole_tiles(hidden, bias, chunk, tile)
-    fills = (-1, jnp.inf, 0, 0)
-    dx, dbias = mosaic_gpu_kernels.dlogits(
+    fills = mosaic_gpu_kernels.ROW_FILLS
+    dx = mosaic_gpu_kernels.dlogits(
         hidden,
         head,
         [_pad(x, padded_T, fill) for x, fill in zip(rows, fills, strict=True)],
         bias,
         valid_rows(None, T),
         options=options,
-        want_dbias=want_dbias,
         tile=tile,
         num_cores=_num_cores(),
     )
-    dx = make_varying(dx[:T, :chunk], axes)
-    if dbias is None:
-        return dx, None
-    return dx, make_varying(dbias[:, :chunk].sum(axis=0), axes)
+    return make_varying(dx[:T, :chunk], axes)

@@ -1,10 +1,15 @@
-"""The backward that every backend shares: dlogits a tile at a time, then two matmuls.
+"""The backward that every backend shares: a loop over chunks of the vocabulary.
+
+    dlogits [t, v] = kept exponentials times what their rows need, or recomputed
+    d hidden [t, D] += dlogits @ head[v],  d head [v, D] = dlogits.T @ hidden,
+    d bias [v] = the sum of dlogits over rows
 
 Recomputing costs 8TDV FLOPs with the forward's, against 6TDV where all exponentials
 were kept; the workspace decides how many are.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -49,22 +54,6 @@ def row_coefficients(
     )
 
 
-def dlogits_factor(
-    dtype: Any, scale: float, dlogprob: Array, dlse: Array
-) -> Array | float:
-    """What dlogits are multiplied by: `scale`, which the matmuls' results then have.
-
-    In float16 a power of two, exact in both directions, so that small ones do not flush
-    to 0. A row's dlogits sum in absolute value to at most 2 * |dlogprob| + |dlse|:
-    scaled to 2**10 they stay far from float16's 65504.
-    """
-    if dtype != jnp.float16:
-        return scale or 1.0
-    most = jnp.max(2 * jnp.abs(dlogprob) + jnp.abs(dlse))
-    exponent = jnp.where(most > 0, 10 - jnp.ceil(jnp.log2(most)), 0.0)
-    return jnp.exp2(jnp.clip(exponent, -100, 100))
-
-
 def backward(job: Job) -> Gradients:
     """The gradients that are wanted; of `hidden`'s, this device's share.
 
@@ -82,96 +71,154 @@ def backward(job: Job) -> Gradients:
     return lax.switch(choice, [functools.partial(_on_rows, job, h) for h in heights])
 
 
-def _on_rows(job: Job, height: int) -> Gradients:
-    """The gradients from the leading `height` rows, in the shapes of all."""
-    hidden, head, bias = job.inputs.hidden, job.inputs.head, job.inputs.bias
-    acc, wanted = accumulator(hidden.dtype), job.wanted
-    (T, D), V = hidden.shape, head.shape[0]
-    only_block = None
-    if height <= job.tile.block_t:
-        # Outside the loop over chunks, from which XLA does not move it.
-        only_block = _rows(job, 0, jnp.ones((height,), bool))
-
-    def chunk(kept: bool, start_v: Any, size: int, grads: Gradients) -> Gradients:
-        rows = only_block
-        if rows is not None and isinstance(start_v, int) and start_v > 0:
-            # Else XLA may compute this chunk's dlogits before the loop over those
-            # before it, and hold them throughout.
-            grads, targets = lax.optimization_barrier((grads, rows.targets))
-            rows = rows._replace(targets=targets)
-        return _add_chunk(job, height, rows, kept, start_v, size, grads)
-
-    dhead = uninitialized(head.shape, head.dtype, job.axes)
-    dbias = job.zeros((V,), acc if bias is None else bias.dtype)
-    # Several blocks add to their rows in place. What a single one adds to is a matmul's
-    # operand, of its height: the padding comes after it, when the workspace is free.
-    num_rows = height if only_block is not None else T
-    grads = Gradients(
-        hidden=None if wanted.hidden is None else job.zeros((num_rows, D), acc),
-        head=None if wanted.head is None else dhead,
-        bias=None if wanted.bias is None else dbias,
-    )
-    keep_v = 0 if job.kept is None else job.tile.keep_v
-    chunk_v = job.tile.chunk_v
-    grads = for_each_chunk(0, keep_v, chunk_v, functools.partial(chunk, True), grads)
-    grads = for_each_chunk(keep_v, V, chunk_v, functools.partial(chunk, False), grads)
-    if grads.hidden is None:
-        return grads
-    dhidden = grads.hidden * (job.options.scale / job.factor)
-    return grads._replace(hidden=jnp.pad(dhidden, ((0, T - num_rows), (0, 0))))
-
-
-def _add_chunk(
-    job: Job,
-    height: int,
-    only_block: "_Rows | None",
-    kept: bool,
-    start_v: Any,
-    size: int,
-    grads: Gradients,
-) -> Gradients:
-    """`grads` with those of one chunk added to `hidden`'s, put into the others'."""
-    head = job.inputs.head
-    acc, head_v = accumulator(head.dtype), take_rows(head, start_v, size)
-    at_once = tiling.writes_dhead_at_once(head.dtype, height, job.tile.block_t)
-
-    def block(start_t: Any, fresh_t: Array, sums: Gradients) -> Gradients:
-        rows = only_block or _rows(job, start_t, fresh_t)
-        if kept:
-            dlogits = _dlogits_of_kept(job, rows, start_t, start_v, size)
-        else:
-            dlogits = _recomputed_dlogits(job, rows, head_v, start_v)
-        return _add_tile(dlogits, rows.hidden, head_v, start_t, sums)
-
-    # Within the chunk, head and bias gradients are sums over the blocks of rows.
-    dhead_v = job.zeros(head_v.shape, head.dtype if at_once else acc)
-    sums = Gradients(
-        hidden=grads.hidden,
-        head=None if grads.head is None else dhead_v,
-        bias=None if grads.bias is None else job.zeros((size,), acc),
-    )
-    # Of several heights one was chosen by the number of valid rows already.
-    num_valid = job.inputs.num_valid if len(job.tile.heights) == 1 else None
-    sums = for_each_row_block(height, job.tile.block_t, num_valid, block, sums)
-    dhead, dbias = grads.head, grads.bias
-    if dhead is not None:
-        dhead_v = (sums.head * (job.options.scale / job.factor)).astype(head.dtype)
-        dhead = put_rows(dhead, dhead_v, start_v)
-    if dbias is not None:
-        dbias_v = (sums.bias / job.factor).astype(dbias.dtype)
-        dbias = put_rows(dbias, dbias_v, start_v)
-    return Gradients(sums.hidden, dhead, dbias)
-
-
 class _Rows(NamedTuple):
+    """A block of rows; those that are not fresh, or padding, contribute nothing."""
+
+    start: Any
     hidden: Float[Array, "t D"]
     targets: Int[Array, " t"]
     coefficients: RowCoefficients
     fresh: Bool[Array, " t"]
 
 
+class _Chunk(NamedTuple):
+    """Of the vocabulary; `start` is traced within a loop."""
+
+    start: Any
+    size: int
+    head: Float[Array, "v D"]
+
+
+_DlogitsOf = Callable[[_Rows, _Chunk], Float[Array, "t v"]]
+
+
+def _on_rows(job: Job, height: int) -> Gradients:
+    """The gradients from the leading `height` rows, in the shapes of all."""
+    T, V = job.inputs.hidden.shape[0], job.inputs.head.shape[0]
+    tile, scale = job.tile, job.scale
+    # Taken outside the loop over chunks, from which XLA does not move it.
+    one_block = height <= tile.block_t
+    rows = _rows(job, 0, jnp.ones((height,), bool)) if one_block else None
+
+    def add_chunk(
+        dlogits_of: _DlogitsOf, start_v: Any, size: int, grads: Gradients
+    ) -> Gradients:
+        chunk = _Chunk(start_v, size, take_rows(job.inputs.head, start_v, size))
+        sums = _no_sums(job, height, chunk, grads)
+        if rows is None:
+            sums = _add_blocks_of_rows(job, height, dlogits_of, chunk, sums)
+        else:
+            held, sums = _after(start_v, rows, sums)
+            sums = _add_products(dlogits_of(held, chunk), held, chunk, sums)
+        return _with_chunk(job, grads, chunk, sums)
+
+    grads = _no_gradients(job, height if one_block else T)
+    keep_v = 0 if job.kept is None else tile.keep_v
+    for first, last, dlogits_of in (
+        (0, keep_v, functools.partial(_kept_dlogits, job)),
+        (keep_v, V, functools.partial(_recomputed_dlogits, job)),
+    ):
+        step = functools.partial(add_chunk, dlogits_of)
+        grads = for_each_chunk(first, last, tile.chunk_v, step, grads)
+    if grads.hidden is None:
+        return grads
+    padding = ((0, T - grads.hidden.shape[0]), (0, 0))
+    return grads._replace(hidden=jnp.pad(scale.of_product(grads.hidden), padding))
+
+
+def _no_gradients(job: Job, num_rows: int) -> Gradients:
+    """Zeros to add to, of `num_rows`; for head and bias what chunks are written into.
+
+    Several blocks add to their rows in place. What a single one adds to is a product's
+    operand, of its height: the padding comes after it, when the workspace is free.
+    """
+    head, bias, wanted = job.inputs.head, job.inputs.bias, job.wanted
+    V, D = head.shape
+    acc = accumulator(head.dtype)
+    dbias = job.zeros((V,), acc if bias is None else bias.dtype)
+    dhead = uninitialized(head.shape, head.dtype, job.axes)
+    return Gradients(
+        hidden=None if wanted.hidden is None else job.zeros((num_rows, D), acc),
+        head=None if wanted.head is None else dhead,
+        bias=None if wanted.bias is None else dbias,
+    )
+
+
+def _no_sums(job: Job, height: int, chunk: _Chunk, grads: Gradients) -> Gradients:
+    """d hidden so far, and zeros for what is summed over rows within a chunk."""
+    head = job.inputs.head
+    acc = accumulator(head.dtype)
+    at_once = tiling.writes_dhead_at_once(head.dtype, height, job.tile.block_t)
+    dhead = job.zeros(chunk.head.shape, head.dtype if at_once else acc)
+    return Gradients(
+        hidden=grads.hidden,
+        head=None if grads.head is None else dhead,
+        bias=None if grads.bias is None else job.zeros((chunk.size,), acc),
+    )
+
+
+def _after(start_v: Any, rows: _Rows, sums: Gradients) -> tuple[_Rows, Gradients]:
+    """The rows, for a last chunk no sooner than the sums of those before it are there.
+
+    Else XLA may compute its dlogits before the loop over the others, and hold them
+    throughout.
+    """
+    if not isinstance(start_v, int) or start_v == 0:
+        return rows, sums
+    sums, targets = lax.optimization_barrier((sums, rows.targets))
+    return rows._replace(targets=targets), sums
+
+
+def _add_blocks_of_rows(
+    job: Job, height: int, dlogits_of: _DlogitsOf, chunk: _Chunk, sums: Gradients
+) -> Gradients:
+    """As `_add_products`, of several blocks of rows one after another."""
+
+    def block(start_t: Any, fresh_t: Array, sums: Gradients) -> Gradients:
+        rows = _rows(job, start_t, fresh_t)
+        return _add_products(dlogits_of(rows, chunk), rows, chunk, sums)
+
+    # Of several heights one was chosen by the number of valid rows already.
+    num_valid = job.inputs.num_valid if len(job.tile.heights) == 1 else None
+    return for_each_row_block(height, job.tile.block_t, num_valid, block, sums)
+
+
+def _add_products(
+    dlogits_tv: Array, rows: _Rows, chunk: _Chunk, sums: Gradients
+) -> Gradients:
+    """The two products and the sum over rows; a sum's dtype is its product's, too."""
+    dhidden, dhead, dbias = sums
+    if dhidden is not None:
+        dhidden_t = jnp.einsum(
+            "tv,vD->tD", dlogits_tv, chunk.head, preferred_element_type=dhidden.dtype
+        )
+        before_t = take_rows(dhidden, rows.start, rows.hidden.shape[0])
+        dhidden = put_rows(dhidden, before_t + dhidden_t, rows.start)
+    if dhead is not None:
+        dhead += jnp.einsum(
+            "tv,tD->vD", dlogits_tv, rows.hidden, preferred_element_type=dhead.dtype
+        )
+    if dbias is not None:
+        dbias += dlogits_tv.sum(axis=0, dtype=dbias.dtype)
+    return Gradients(dhidden, dhead, dbias)
+
+
+def _with_chunk(
+    job: Job, grads: Gradients, chunk: _Chunk, sums: Gradients
+) -> Gradients:
+    """The sums of a chunk put into the gradients of head and bias, once and for all."""
+    dhead, dbias = grads.head, grads.bias
+    if dhead is not None and sums.head is not None:
+        dhead_v = job.scale.of_product(sums.head).astype(dhead.dtype)
+        dhead = put_rows(dhead, dhead_v, chunk.start)
+    if dbias is not None and sums.bias is not None:
+        dbias_v = job.scale.of_sum(sums.bias).astype(dbias.dtype)
+        dbias = put_rows(dbias, dbias_v, chunk.start)
+    return Gradients(sums.hidden, dhead, dbias)
+
+
 def _rows(job: Job, start_t: Any, fresh_t: Array) -> _Rows:
-    """One block of rows; those that are not fresh, or padding, contribute nothing."""
+    """Those from `start_t` on; `fresh_t` are those that no other block has done."""
     inputs, length = job.inputs, fresh_t.shape[0]
     hidden, targets, shift, p_coef, target_grad = (
         take_rows(x, start_t, length)
@@ -186,60 +233,29 @@ def _rows(job: Job, start_t: Any, fresh_t: Array) -> _Rows:
         p_coef=jnp.where(fresh_t, p_coef, 0),
         target_grad=jnp.where(fresh_t, target_grad, 0),
     )
-    return _Rows(hidden, targets, coefficients, fresh_t)
+    return _Rows(start_t, hidden, targets, coefficients, fresh_t)
 
 
-_DlogitsTile = tuple[Float[Array, "t v"], Float[Array, " v"] | None]
-
-
-def _recomputed_dlogits(
-    job: Job, rows: _Rows, head_v: Array, start_v: Any
-) -> _DlogitsTile:
+def _recomputed_dlogits(job: Job, rows: _Rows, chunk: _Chunk) -> Array:
     bias, dlogits = job.inputs.bias, job.backend.dlogits
     assert dlogits is not None, "without it a backend has its own backward"
     return dlogits(
         rows.hidden,
-        head_v,
-        rows.targets - start_v,
-        None if bias is None else take_rows(bias, start_v, head_v.shape[0]),
+        chunk.head,
+        rows.targets - chunk.start,
+        None if bias is None else take_rows(bias, chunk.start, chunk.size),
         *rows.coefficients,
         options=job.options,
-        want_dbias=job.wanted.bias is not None,
     )
 
 
-def _dlogits_of_kept(
-    job: Job, rows: _Rows, start_t: Any, start_v: Any, size: int
-) -> _DlogitsTile:
+def _kept_dlogits(job: Job, rows: _Rows, chunk: _Chunk) -> Array:
     assert job.kept is not None, "the tile keeps only what the forward has kept"
     return kept_dlogits(
         job.kept,
-        rows.targets - start_v,
+        rows.targets - chunk.start,
         rows.fresh,
-        start_t,
-        start_v,
-        size,
-        want_dbias=job.wanted.bias is not None,
+        rows.start,
+        chunk.start,
+        chunk.size,
     )
-
-
-def _add_tile(
-    dlogits: _DlogitsTile, hidden_t: Array, head_v: Array, start_t: Any, sums: Gradients
-) -> Gradients:
-    """The two matmuls; a sum's dtype is its matmul's, too."""
-    dlogits_tv, dbias_v = dlogits
-    dhidden, dhead, dbias = sums
-    if dhidden is not None:
-        dhidden_t = jnp.einsum(
-            "tv,vD->tD", dlogits_tv, head_v, preferred_element_type=dhidden.dtype
-        )
-        before_t = take_rows(dhidden, start_t, hidden_t.shape[0])
-        dhidden = put_rows(dhidden, before_t + dhidden_t, start_t)
-    if dhead is not None:
-        dhead += jnp.einsum(
-            "tv,tD->vD", dlogits_tv, hidden_t, preferred_element_type=dhead.dtype
-        )
-    if dbias is not None:
-        assert dbias_v is not None, "a backend returns what want_dbias asks for"
-        dbias += dbias_v
-    return Gradients(dhidden, dhead, dbias)

@@ -1,7 +1,7 @@
 """The device that a computation is being traced for, which need not be here."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +33,29 @@ _CAPABILITIES = {
     "RTX PRO 6000": (12, 0),
     "RTX 5090": (12, 0),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """What a GPU's maker says of it, for choices before anything is measured."""
+
+    cores: int  # streaming multiprocessors
+    flops_per_s: float  # of dense products of bfloat16 or float16
+    bytes_per_s: float  # of its memory
+
+
+# The module with the fastest memory of that name.
+_SPEEDS = {
+    "A100": Speed(cores=108, flops_per_s=312e12, bytes_per_s=2.04e12),
+    "L40S": Speed(cores=142, flops_per_s=362e12, bytes_per_s=0.86e12),
+    "H100": Speed(cores=132, flops_per_s=989e12, bytes_per_s=3.35e12),
+    "H800": Speed(cores=132, flops_per_s=989e12, bytes_per_s=3.35e12),
+    "H200": Speed(cores=132, flops_per_s=989e12, bytes_per_s=4.8e12),
+    "GH200": Speed(cores=132, flops_per_s=989e12, bytes_per_s=4.9e12),
+    "B200": Speed(cores=148, flops_per_s=2250e12, bytes_per_s=8.0e12),
+}
+# Of one that is not known: as much arithmetic to a byte as the others.
+_TYPICAL = Speed(cores=100, flops_per_s=500e12, bytes_per_s=2.0e12)
 # Where a device that is here says how many it has.
 _CORES = {"gpu": "core_count", "tpu": "num_cores"}
 
@@ -109,6 +132,29 @@ def _device(
 
 def capability_of(kind: str) -> tuple[int, int] | None:
     """The compute capability of an NVIDIA GPU by its name; None for an unknown one."""
+    return _by_name(_CAPABILITIES, kind)
+
+
+def gpu_speed(device: Device) -> Speed:
+    """By its name, which need not be known."""
+    return _by_name(_SPEEDS, device.kind) or _TYPICAL
+
+
+def known_gpus() -> dict[str, Device]:
+    """Absent ones that a choice can be looked at for, by their names in lower case."""
+    return {
+        name.lower(): Device(
+            platform="gpu",
+            kind=f"NVIDIA {name}",
+            num_cores=speed.cores,
+            capability=_CAPABILITIES[name],
+        )
+        for name, speed in _SPEEDS.items()
+    }
+
+
+def _by_name[Value](table: Mapping[str, Value], kind: str) -> Value | None:
+    """Of the longest name that is a word of the kind."""
     words = f" {kind.replace('-', ' ')} "
-    found = [name for name in _CAPABILITIES if f" {name} " in words]
-    return _CAPABILITIES[max(found, key=len)] if found else None
+    found = [name for name in table if f" {name} " in words]
+    return table[max(found, key=len)] if found else None

@@ -57,6 +57,9 @@ def triton_tile(device: Device, dtype: jnp.dtype) -> TritonTile:
     return table[dtype.itemsize]
 
 
+SHARED_BYTES = 227 * 1024  # of a thread block on compute capability 9.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class MosaicTile:
     """Blocks of a Hopper kernel, and how its grid walks over them."""
@@ -76,6 +79,12 @@ class MosaicTile:
             raise ValueError(f"{self.block_v=} must be 64, 128, 192 or 256")
         if self.block_d != 64:
             raise ValueError(f"{self.block_d=} must be 64: 128 bytes of bf16 or f16")
+        stage_bytes = 2 * self.block_d * (self.block_t + self.block_v)
+        if self.stages * stage_bytes > SHARED_BYTES:
+            raise ValueError(
+                f"{self.stages} stages of {stage_bytes} bytes are more shared memory "
+                f"than the {SHARED_BYTES} there are; use fewer, or a narrower block_v"
+            )
         if self.stages < 2 or self.cluster not in (1, 2) or self.group_t < 1:
             raise ValueError(f"needs 2 or more stages, a cluster of 1 or 2: {self}")
 

@@ -16,6 +16,7 @@ from dpo_kernels.op import tiling
 from dpo_kernels.op.interface import Kept, LogitOptions, Partials
 from dpo_kernels.op.kept import KeptRows
 from dpo_kernels.op.loops import make_varying, varying_axes
+from dpo_kernels.op.scale import GradientScale
 
 
 @runtime_checkable
@@ -33,12 +34,11 @@ class Dlogits(Protocol):
         target_grad: Float[Array, " T"],
         *,
         options: LogitOptions,
-        want_dbias: bool,
-    ) -> tuple[Float[Array, "T chunk"], Float[Array, " chunk"] | None]:
+    ) -> Float[Array, "T chunk"]:
         """The gradient of the pre-activation x = scale * hidden @ head.T + bias.
 
         dx = cap'(x) * (target_grad where v == target else p_coef * exp(z - shift)),
-        cast to the dtype of `hidden`; with `want_dbias` also its column sums, uncast.
+        cast to the dtype of `hidden`. All three gradients are made of what is returned.
         """
         ...
 
@@ -129,7 +129,7 @@ class Job:
     options: LogitOptions
     inputs: Inputs
     rows: RowCoefficients
-    factor: Array | float  # that the coefficients have in them: `dlogits_factor`
+    scale: GradientScale  # that the coefficients have in them
     kept: KeptRows | None
     wanted: Wanted
     shared_tile: tiling.BackwardTile | None  # None: the backend has its own backward

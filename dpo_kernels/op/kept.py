@@ -47,9 +47,7 @@ def kept_dlogits(
     start_t: Any,
     start_v: Any,
     chunk: int,
-    *,
-    want_dbias: bool,
-) -> tuple[Float[Array, "t chunk"], Float[Array, " chunk"] | None]:
+) -> Float[Array, "t chunk"]:
     """As `Dlogits`, of rows and vocabulary entries that were kept.
 
     `targets` are relative to `start_v`; rows that are not `fresh` give 0.
@@ -67,5 +65,4 @@ def kept_dlogits(
     )
     # A padding row may hold NaN, which a factor of 0 does not take away.
     dx_tv = jnp.where(fresh[:, None], dx_tv, 0)
-    dbias_v = dx_tv.sum(axis=0) if want_dbias else None
-    return dx_tv.astype(kept.exp.dtype), dbias_v
+    return dx_tv.astype(kept.exp.dtype)

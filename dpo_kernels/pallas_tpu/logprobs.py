@@ -144,11 +144,10 @@ def backward(job: Job) -> Gradients:
         wanted=(wanted.hidden is not None, wanted.head is not None, want_bias),
         tile=tile,
     )
-    factor = options.scale / job.factor
     if dhidden is not None:
-        dhidden = dhidden.sum(axis=0) * factor
-    if dhead is not None and factor != 1:
-        dhead = (dhead * factor).astype(dhead.dtype)
+        dhidden = job.scale.of_product(dhidden.sum(axis=0))
+    if dhead is not None:
+        dhead = job.scale.of_product(dhead).astype(dhead.dtype)
     if dbias is not None and x.bias is not None:
-        dbias = (dbias / job.factor).astype(x.bias.dtype)
+        dbias = job.scale.of_sum(dbias).astype(x.bias.dtype)
     return Gradients(dhidden, dhead, dbias)

@@ -256,21 +256,19 @@ def dlogits_kernel(
     p_coef,
     target_grad,
     dlogits,
-    dbias,
     T: tl.constexpr,
     V: tl.constexpr,
     D: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    WANT_DBIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP_T: tl.constexpr,
 ):
-    """One tile of dlogits [T, V], and its column sums into a row of [blocks, V]."""
+    """One tile of dlogits [T, V]."""
     BLOCKS_V: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     blocks_t = (T + BLOCK_T - 1) // BLOCK_T
     block_t, block_v = _block_of(tl.program_id(0), blocks_t, BLOCKS_V, GROUP_T)
@@ -282,7 +280,6 @@ def dlogits_kernel(
     z_tv, _ = _logits(acc_tv, bias, start_v, V, SCALE, SOFTCAP, HAS_BIAS, HAS_BIAS)
     rows = start_t + tl.arange(0, BLOCK_T)
     inside = rows < T
-    # Rows past the end get gradient 0, for the column sums.
     shift_t = tl.load(shift + rows, mask=inside, other=float("inf"))
     p_coef_t = tl.load(p_coef + rows, mask=inside, other=0.0)
     target_grad_t = tl.load(target_grad + rows, mask=inside, other=0.0)
@@ -292,10 +289,7 @@ def dlogits_kernel(
     dx_tv = tl.where(hit_tv, target_grad_t[:, None], p_coef_t[:, None] * e_tv)
     if SOFTCAP is not None:
         dx_tv = dx_tv * _cap_slope(z_tv, SOFTCAP)
-    if HAS_BIAS:
+    elif HAS_BIAS:
+        # Not even a target gets a gradient there; the cap's slope is 0 anyway.
         dx_tv = tl.where(z_tv == _NEGATIVE_INFINITY, 0.0, dx_tv)
-    if WANT_DBIAS:
-        cols = start_v + tl.arange(0, BLOCK_V)
-        dbias_v = dbias + block_t.to(tl.int64) * V + cols
-        tl.store(dbias_v, tl.sum(dx_tv, axis=0), mask=cols < V)
     _store_tile(dlogits, dx_tv, start_t, start_v, T, V)

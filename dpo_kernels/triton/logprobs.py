@@ -87,24 +87,20 @@ def dlogits(
     target_grad: Float[Array, " T"],
     *,
     options: LogitOptions,
-    want_dbias: bool,
-) -> tuple[Float[Array, "T chunk"], Float[Array, " chunk"] | None]:
+) -> Float[Array, "T chunk"]:
     """See `Dlogits`."""
     T, V = hidden.shape[0], head.shape[0]
     tile = gpu_tiling.triton_tile(traced_device(), hidden.dtype)
     blocks_t, blocks_v = -(-T // tile.block_t), -(-V // tile.block_v)
-    dx, dbias = _launch(
+    (dx,) = _launch(
         "dlogits_kernel",
         (hidden, head, targets, _or(bias, targets), shift, p_coef, target_grad),
-        (
-            jax.ShapeDtypeStruct((T, V), hidden.dtype),
-            jax.ShapeDtypeStruct((blocks_t, V) if want_dbias else (1, 1), jnp.float32),
-        ),
+        (jax.ShapeDtypeStruct((T, V), hidden.dtype),),
         tile,
         blocks_t * blocks_v,
-        dict(_constants(hidden, head, bias, options), WANT_DBIAS=want_dbias),
+        _constants(hidden, head, bias, options),
     )
-    return dx, dbias.sum(axis=0) if want_dbias else None
+    return dx
 
 
 def _or(x: Array | None, stand_in: Array) -> Array:

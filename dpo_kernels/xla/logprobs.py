@@ -181,8 +181,7 @@ def dlogits(
     target_grad: Float[Array, " T"],
     *,
     options: LogitOptions,
-    want_dbias: bool,
-) -> tuple[Float[Array, "T chunk"], Float[Array, " chunk"] | None]:
+) -> Float[Array, "T chunk"]:
     """See `Dlogits`."""
     row_bias = None if bias is None else bias[None]
     x_tv, z_tv = _tile_logits(hidden, head, row_bias, options)
@@ -192,5 +191,4 @@ def dlogits(
     dx_tv = dx_tv * _cap_slope(x_tv, options)
     if bias is not None:
         dx_tv = jnp.where(row_bias == -jnp.inf, 0.0, dx_tv)
-    dbias_v = dx_tv.sum(axis=0) if want_dbias else None
-    return dx_tv.astype(hidden.dtype), dbias_v
+    return dx_tv.astype(hidden.dtype)

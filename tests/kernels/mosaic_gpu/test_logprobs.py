@@ -229,7 +229,8 @@ def test_groups_of_rows_stay_in_the_cache():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"block_t": 64}, {"block_v": 100}, {"block_d": 32}, {"cluster": 3}]
+    "changes",
+    [{"block_t": 64}, {"block_v": 100}, {"block_d": 32}, {"cluster": 3}, {"stages": 5}],
 )
 def test_tiles_that_the_hardware_cannot_take_are_refused(changes):
     with pytest.raises(ValueError):

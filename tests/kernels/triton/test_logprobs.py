@@ -192,30 +192,14 @@ def test_tanh_keeps_its_digits():
     np.testing.assert_allclose(np.asarray(got.max[0]), want, rtol=3e-7)
 
 
-def test_huge_logits_of_rows_past_the_end_do_not_reach_the_bias():
-    """A tile's rows past T repeat the last row: exp of its logit overflows."""
-    hidden, head, targets = arrays(33, 16, 40, jnp.float32)
-    hidden = hidden.at[32].mul(1e4)
-    lse = jax.nn.logsumexp(hidden @ head.T, axis=1)
-    dx, dbias = triton.dlogits(
-        *(hidden, head, targets, None, lse, -jnp.ones(33), jnp.ones(33)),
-        options=LogitOptions(),
-        want_dbias=True,
-    )
-    assert dbias is not None
-    np.testing.assert_allclose(dbias, dx.sum(0), rtol=1e-5, atol=1e-6)
-
-
 def test_a_target_without_probability_has_no_gradient():
     hidden, head, _ = arrays(5, 16, 40, jnp.float32)
     bias = jnp.zeros(40).at[7].set(-jnp.inf)
     ones = jnp.ones(5)
-    dx, dbias = triton.dlogits(
+    dx = triton.dlogits(
         *(hidden, head, jnp.full((5,), 7, jnp.int32), bias, ones, ones, ones),
         options=LogitOptions(),
-        want_dbias=True,
     )
-    assert dbias is not None and dbias[7] == 0
     assert (dx[:, 7] == 0).all()
 
 
