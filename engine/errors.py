@@ -2,13 +2,12 @@
 
 import contextlib
 import os
+import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 _LONGEST = 300  # characters of another library's words
-_PASSED_ON = (
-    *(AssertionError, MemoryError),
-    *(KeyboardInterrupt, SystemExit, GeneratorExit),
-)
+_PASSED_ON = (MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit)
 
 
 class InputError(ValueError):
@@ -35,7 +34,7 @@ def library_errors(explain: Callable[[BaseException], str]) -> Iterator[None]:
     except (InputError, *_PASSED_ON):
         raise
     except BaseException as error:  # noqa: BLE001, the one place; panics are no Exception
-        if os.environ.get("DPO_TRACEBACK") == "1":
+        if os.environ.get("DPO_TRACEBACK") == "1" or _is_our_assertion(error):
             raise
         raise InputError(explain(error)) from error
 
@@ -55,3 +54,13 @@ def one_line(error: BaseException) -> str:
     """What an exception says, on one line that is not too long."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def _is_our_assertion(error: BaseException) -> bool:
+    """Whether an invariant of ours is broken; a library's own counts as its word.
+
+    (JAX asserts that the device of JAX_PLATFORMS is there.)
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = bool(frames) and "site-packages" in Path(frames[-1].filename).parts
+    return isinstance(error, AssertionError) and not inside

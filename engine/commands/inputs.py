@@ -5,7 +5,6 @@ from transformers import PreTrainedTokenizerBase
 from engine.config.run import MixtureConfig, RunConfig
 from engine.data.pairs import PairTokens
 from engine.data.sources import load_mixture
-from engine.errors import stage
 from engine.models import check_checkpoint, check_save_directory, resolve_directory
 from engine.models.tokenizer import load_tokenizer
 from engine.parallel.sharding import make_mesh
@@ -21,8 +20,7 @@ def prepare_run(run: RunConfig) -> Prepared:
     """
     _check_save_directory(run)
     keep_programs()
-    with stage("the devices cannot be used", "see JAX_PLATFORMS"):
-        mesh = make_mesh(run.sharding.data, run.sharding.fsdp, run.sharding.tensor)
+    mesh = make_mesh(run.sharding.data, run.sharding.fsdp, run.sharding.tensor)
     model = check_checkpoint(resolve_directory(run.model.name_or_path))
     reference = None
     if run.reference_model is not None:

@@ -2,6 +2,7 @@
 
 import enum
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -12,7 +13,7 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from engine.errors import InputError
+from engine.errors import InputError, stage
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 BATCH = (DATA, FSDP)  # rows of a batch
@@ -84,6 +85,14 @@ class ModelShape(Protocol):
         ...
 
 
+def _all_devices() -> list[Any]:
+    """The devices that JAX finds, or one line about why it finds none."""
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    what = f"JAX_PLATFORMS={asked!r} cannot be used" if asked else "JAX finds no device"
+    with stage(what, "give one that is there (cpu, cuda, tpu), or unset it"):
+        return list(jax.devices())
+
+
 def make_mesh(
     data: int = 1,
     fsdp: int = -1,
@@ -91,7 +100,7 @@ def make_mesh(
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """A mesh over `devices` (all by default); one size may be -1: what is left."""
-    devices = list(jax.devices() if devices is None else devices)
+    devices = _all_devices() if devices is None else list(devices)
     sizes = {DATA: data, FSDP: fsdp, TENSOR: tensor}
     asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
     unknown = [name for name, size in sizes.items() if size == -1]

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.config.dpo import DPOConfig
 from engine.errors import InputError
-from engine.models import Decoder, load_model
+from engine.models import Decoder, check_save_directory, load_model
 from engine.training.events import Listener
 from engine.training.prepare import EVAL, PreferenceData, prepare, prepare_pairs
 from engine.training.trainer import Trainer
@@ -47,6 +47,12 @@ class DPOTrainer(Trainer):
         """Tokenises the data, checks everything, makes the state; writes nothing."""
         arguments = arguments or DPOConfig()
         _check_types(arguments, processing_class)
+        sources = {
+            "model": _directory(model),
+            "reference_model": _directory(reference_model),
+            "processing_class": processing_class.name_or_path or None,
+        }
+        check_save_directory(arguments.save_directory, sources)
         pairs = prepare_pairs(arguments, train_dataset, processing_class)
         evaluations = {
             prefix: prepare_pairs(arguments, data, processing_class)
@@ -71,6 +77,13 @@ class DPOTrainer(Trainer):
             evaluations=evaluations,
         )
         super().__init__(run, model, reference_model, listeners)
+
+
+def _directory(model: Decoder | str | Path | None) -> str | Path | None:
+    """Where a model is, or came from."""
+    if not isinstance(model, Decoder):
+        return model
+    return None if model.config.origin is None else model.config.origin.directory
 
 
 def _named(data: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from engine.config.dpo import DPOConfig
+from engine.errors import stage
 from engine.training.events import Listener, Record, Step
 
 logger = logging.getLogger(__name__)
@@ -35,13 +36,14 @@ class MetricsFile(Listener):
 
     def started(self, total_steps: int, done: int) -> None:
         """Make the directory; the file itself comes with its first line."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            number = 1
-            while (old := self.path.with_suffix(f".{number}.jsonl")).exists():
-                number += 1
-            os.rename(self.path, old)
-            logger.info("kept the metrics of an earlier run as %s", old)
+        with stage(f"{self.path} cannot be written", "see save_directory"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                number = 1
+                while (old := self.path.with_suffix(f".{number}.jsonl")).exists():
+                    number += 1
+                os.rename(self.path, old)
+                logger.info("kept the metrics of an earlier run as %s", old)
 
     def recorded(self, record: Record) -> None:
         """Append one line, and flush it: a crash loses nothing that was written."""
@@ -50,7 +52,10 @@ class MetricsFile(Listener):
             name: None if isinstance(x, float) and not math.isfinite(x) else x
             for name, x in record.metrics.items()
         }
-        with self.path.open("a", encoding="utf-8") as file:
+        with (
+            stage(f"{self.path} cannot be written", "see save_directory"),
+            self.path.open("a", encoding="utf-8") as file,
+        ):
             file.write(json.dumps(line) + "\n")
 
 
@@ -108,11 +113,12 @@ class WandB(Listener):
 
     def started(self, total_steps: int, done: int) -> None:
         """Begin the run."""
-        self._run = importlib.import_module("wandb").init(
-            name=self._arguments.model_name,
-            dir=str(self._directory),
-            config=dataclasses.asdict(self._arguments),
-        )
+        with stage("Weights & Biases cannot begin a run", "or set use_wandb to false"):
+            self._run = importlib.import_module("wandb").init(
+                name=self._arguments.model_name,
+                dir=str(self._directory),
+                config=dataclasses.asdict(self._arguments),
+            )
 
     def recorded(self, record: Record) -> None:
         """Log the line under its step."""

@@ -24,6 +24,7 @@ from engine.objective.references import (
 )
 from engine.parallel.batch import Batch, abstract_batch
 from engine.parallel.sharding import place
+from engine.paths import as_path
 from engine.training.compilation import (
     Compiled,
     Request,
@@ -119,7 +120,7 @@ class Trainer:
                 f"all {self.run.plan.steps} steps of this trainer are done; make a new "
                 "trainer of its model to go on"
             )
-        directory = Path(self.arguments.save_directory)
+        directory = as_path(self.arguments.save_directory)
         train_step, _ = self._compiled()
         listener = Listeners((*self._default_listeners(directory), *self._listeners))
 

@@ -1,7 +1,10 @@
 """What a user can get wrong ends in one line and exit code 2, before any training."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import yaml
 from engine.cli import main
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "trl" / "text"
+ROOT = Path(__file__).parents[2]
 COMMANDS = ("validate", "train")
 ROWS = [json.loads(line) for line in (FIXTURE / "data.jsonl").read_text().splitlines()]
 
@@ -274,3 +278,19 @@ def test_an_unknown_implementation_of_the_op(run):
         "command line: trainer.implementation='cuda' must be one of auto, mosaic_gpu, "
         "pallas_tpu, triton, xla"
     )
+
+
+@pytest.mark.parametrize("platform", ["cuda", "abacus"])
+def test_a_device_that_is_not_there(run, platform):
+    """In a process of its own, as JAX looks for devices once."""
+    run("trainer.workspace_bytes=1000")  # writes run.yaml
+    done = subprocess.run(
+        [sys.executable, "-m", "engine", "train", "run.yaml"],
+        env=os.environ | {"JAX_PLATFORMS": platform, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2, done.stderr
+    assert last.startswith(f"dpo: error: JAX_PLATFORMS='{platform}' cannot be used: ")
+    assert not Path("out").exists()
