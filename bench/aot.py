@@ -30,7 +30,7 @@ def compile_op(
 ) -> Any:
     """Value and gradient of every input, in bfloat16.
 
-    The vocabulary is cut over the devices of the mesh, whose only axis is `vocab`.
+    The vocabulary is sharded over the devices of the mesh, whose only axis is `vocab`.
     """
     import jax
     import jax.numpy as jnp

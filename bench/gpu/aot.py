@@ -3,7 +3,7 @@
     python -m bench.gpu.aot [--quick] [--target h200|h100]
 
 Compiles value-and-gradient in bfloat16 with each backend, on one device and with the
-vocabulary cut over eight, and prints two tables. Of each program: its temporaries
+vocabulary sharded over eight, and prints two tables. Of each program: its temporaries
 beside the promise (see bench/op/memory.py). Of each kernel in it: registers, spilled
 bytes, shared memory and matrix instructions. Exits with 1 where a program takes more
 than the promise, a kernel spills or takes more shared memory than there is, a Hopper

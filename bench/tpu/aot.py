@@ -3,8 +3,8 @@
     python -m bench.tpu.aot [--quick] [--tpu NAME]...
 
 Compiles value-and-gradient of the public op in bfloat16 for v5e, v5p, v6e and 7x, on
-one device and with the vocabulary cut over four chips, and at shapes that are hard to
-tile. Prints a table: the temporaries beside the promise (bench/op/memory.py) and the
+one device and with the vocabulary sharded over four chips, and at shapes that are hard
+to tile. Prints a table: the temporaries beside the promise (bench/op/memory.py) and the
 kernels in the compiled program. Exits with 1 where a program does not compile (blocks
 that do not fit into vector memory), takes more than the promise, or where `auto` chose
 another backend. Nothing runs: bench.tpu.schedule predicts speed.
@@ -45,7 +45,7 @@ HARD = (
     (4096, 4096, 49152 // 8),
 )
 HARD_ON = ("v6e", "7x")
-# Devices that the vocabulary is cut over: four chips. On 7x each is two.
+# Devices that the vocabulary is sharded over: four chips. On 7x each is two.
 PARALLEL = {"v5e": 4, "v5p": 4, "v6e": 4, "7x": 8}
 # What is compiled for has to be whole: four of v5e's sixteen would not do.
 TOPOLOGIES = {name: chip.topology for name, chip in CHIPS.items()} | {"v5e": "v5e:2x2"}

@@ -67,7 +67,7 @@ def _policy(remat: str) -> Callable[..., bool]:
 
 
 class Decoder(nnx.Module):
-    """A stack of decoder layers whose weights are cut over a mesh.
+    """A stack of decoder layers whose weights are sharded over a mesh.
 
     Weights keep Hugging Face's orientation [out, in] and are stacked on a leading layer
     axis. Call it inside `jax.shard_map` over `mesh`, with `param_specs` for its state.

@@ -64,7 +64,7 @@ def load_model(
     param_dtype: str = "float32",
     remat: str = "full",
 ) -> Decoder:
-    """A decoder from a checkpoint directory or a hub id, cut over `mesh`.
+    """A decoder from a checkpoint directory or a hub id, sharded over `mesh`.
 
     The host holds one shard of one parameter at a time.
 
