@@ -61,14 +61,20 @@ def backward_candidates(problem: Problem, fused: bool) -> Iterator[BackwardTile]
     if fits.in_place(problem, whole, fused):
         if fits.workspace_bytes(problem, whole, fused) <= problem.workspace_bytes:
             yield whole
-    block_t = T
-    while block_t >= min(T, _LOWEST):
+    for block_t in _blocks_of_rows(T):
         masked, column = bytes_of(problem, block_t)
         most = (problem.workspace_bytes - masked) // column
         for chunk_v in _widths(V, most):
             tile = Tile(block_t=block_t, chunk_v=chunk_v)
             yield _with_kept(problem, tile, fused, heights)
-        block_t = -(-block_t // 2)
+
+
+def _blocks_of_rows(T: int) -> list[int]:
+    """All rows, and halves of that while they are not too low."""
+    blocks = [T]
+    while (half := -(-blocks[-1] // 2)) >= _LOWEST:
+        blocks.append(half)
+    return blocks
 
 
 def _widths(V: int, most: int) -> list[int]:

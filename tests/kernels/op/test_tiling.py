@@ -75,6 +75,16 @@ def test_all_that_is_tried_fits_and_nothing_is_faster(shape):
         assert seconds <= backward_seconds(asked, other, fused=True), other
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 511, 512, 513, 1024])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_any_number_of_rows_has_a_tile(rows, ragged):
+    """A single row cannot be halved."""
+    asked = problem(rows, 64, 1003, 256, ragged=ragged)
+    for other in choice.backward_candidates(asked, fused=True):
+        assert 1 <= other.block_t <= rows and other.heights[-1] == rows
+    assert tiling.backward_tile(asked, fused=True).block_t <= rows
+
+
 def test_exponentials_are_kept_where_that_is_faster():
     """At a hidden size of 64 it is less work to compute them again."""
     asked = problem(4096, 64, 128256, 2048, ragged=True)
