@@ -7,6 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _LONGEST = 300  # characters of another library's words
+_OURS = tuple(
+    str(Path(__file__).parents[1] / package) + os.sep
+    for package in ("engine", "dpo_kernels")
+)
 _PASSED_ON = (MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit)
 
 
@@ -52,7 +56,12 @@ def stage(what: str, hint: str = "") -> contextlib.AbstractContextManager[None]:
 
 def one_line(error: BaseException) -> str:
     """What an exception says, on one line that is not too long."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    return shortened(str(error)) or type(error).__name__
+
+
+def shortened(text: str) -> str:
+    """On one line that is not too long."""
+    text = " ".join(text.split())
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
@@ -62,5 +71,6 @@ def _is_our_assertion(error: BaseException) -> bool:
     (JAX asserts that the device of JAX_PLATFORMS is there.)
     """
     frames = traceback.extract_tb(error.__traceback__)
-    inside = bool(frames) and "site-packages" in Path(frames[-1].filename).parts
-    return isinstance(error, AssertionError) and not inside
+    where = frames[-1].filename if frames else ""
+    library = "site-packages" in Path(where).parts and not where.startswith(_OURS)
+    return isinstance(error, AssertionError) and not library

@@ -240,7 +240,7 @@ def make_plain_step(
         value_and_grad = jax.value_and_grad(loss, has_aux=True)
         (value, metrics), grads = value_and_grad(state.params, ref_params, tokens, mask)
         norm = optax.global_norm(grads)
-        new_state = update(state, grads, norm, optimizer, ARGUMENTS.max_grad_norm)
+        new_state = update(state, grads, norm, optimizer, step_options(ARGUMENTS))
         return new_state, metrics | {"loss": value, "grad_norm": norm}
 
     return jax.jit(step, donate_argnums=0)

@@ -5,7 +5,7 @@
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -77,16 +77,22 @@ class Padded:
     Args:
         accumulation: A, microbatches in a batch.
         shards: N, devices over which the pairs of a microbatch are split.
+        option: what a user calls `pairs_per_batch`.
     Raises:
         InputError: batches that cannot be split so.
     """
 
     def __init__(
-        self, pairs: PairTokens, pairs_per_batch: int, accumulation: int, shards: int
+        self,
+        pairs: PairTokens,
+        pairs_per_batch: int,
+        accumulation: int,
+        shards: int,
+        option: str = "pairs_per_batch",
     ):
         if pairs_per_batch < 1 or pairs_per_batch % (accumulation * shards):
             raise InputError(
-                f"a batch of {pairs_per_batch} pairs cannot be split over {shards} "
+                f"{option}={pairs_per_batch} pairs cannot be split over {shards} "
                 f"devices (data * fsdp) times {accumulation} accumulation steps; make "
                 f"it a multiple of {accumulation * shards}"
             )
@@ -266,11 +272,11 @@ def check_distinct(scored: ScoredTokens) -> None:
     assert (steps[used] > 0).all(), "a hidden state is scored twice"
 
 
-def prefetch[T](items: Iterator[T], depth: int = 2) -> Iterator[T]:
+def prefetch[T](items: Iterator[T], depth: int = 2) -> Generator[T]:
     """The same items, computed up to `depth` ahead in one background thread.
 
     What computing an item raises is raised where the item is taken. Closing the
-    iterator, or leaving it, ends the thread.
+    iterator ends the thread.
     """
     end = object()
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")

@@ -11,9 +11,7 @@ import datasets
 import yaml
 from datasets.exceptions import DatasetGenerationError
 
-from engine.errors import library_errors, one_line
-
-_LONGEST = 300  # characters of another library's words
+from engine.errors import library_errors, one_line, shortened
 
 
 @contextlib.contextmanager
@@ -41,10 +39,9 @@ def _reason(error: BaseException) -> str:
     while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, yaml.YAMLError):
-        reason = " ".join(str(error).split())
-        return f"its data card, README.md, is no valid YAML ({reason[:_LONGEST]})"
+        return f"its data card, README.md, is no valid YAML ({one_line(error)})"
     lines = str(error).strip().splitlines()
-    reason = lines[0].strip()[:_LONGEST] if lines else type(error).__name__
+    reason = shortened(lines[0]) if lines else type(error).__name__
     if "BatchSize must be greater than 0" in reason:
         return "one of its files has no rows; leave it out"
     if "Couldn't cast" in reason or "column names don't match" in reason:

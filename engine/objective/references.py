@@ -1,6 +1,7 @@
 """Where the reference's log-probabilities come from: a model, or nowhere."""
 
 import functools
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -10,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from engine.errors import InputError
-from engine.models import Decoder, DecoderConfig
+from engine.models import Decoder, DecoderConfig, load_model
 from engine.objective.scoring import (
     GroupTokens,
     ScoringOptions,
@@ -44,7 +45,7 @@ class Reference(Protocol):
         ...
 
     def update(self, params: Any, step: int) -> None:
-        """Called after each optimizer step, with the policy's parameters."""
+        """Called after each optimizer step, with all of the policy's parameters."""
         ...
 
 
@@ -98,14 +99,16 @@ class FrozenModel:
 class SyncedModel(FrozenModel):
     """A model that moves towards the policy every `every` optimizer steps."""
 
-    def __init__(self, decoder: Decoder, *, every: int, alpha: float):
+    def __init__(self, decoder: Decoder, policy: Decoder, *, every: int, alpha: float):
         super().__init__(decoder)
         self._every = every
-        self._mix = jax.jit(
+        mix = jax.jit(
             functools.partial(mix_parameters, alpha=alpha),
             donate_argnums=0,
             out_shardings=jax.tree.map(lambda x: x.sharding, self.operands),
         )
+        # Compiled here: nothing is during a run.
+        self._mix = mix.lower(self.operands, nnx.split(policy)[1]).compile()
 
     def update(self, params: Any, step: int) -> None:
         """Mix the policy in where it is time; the old arrays are used up."""
@@ -124,25 +127,45 @@ def mix_parameters[Params](ref_params: Params, params: Params, alpha: float) -> 
     return jax.tree.map(mix, ref_params, params)
 
 
+def load_reference(name: str | Path, policy: Decoder, *, synced: bool) -> Decoder:
+    """A named reference, as the policy computes.
+
+    One that never changes needs no more digits than are computed with.
+    """
+    return load_model(
+        name,
+        mesh=policy.mesh,
+        dtype=policy.dtype.name,
+        param_dtype="float32" if synced else policy.dtype.name,
+        remat=policy.remat,
+    )
+
+
 def model_for_reference(
     policy: Decoder, given: Decoder | None, *, synced: bool
 ) -> Decoder:
     """A decoder of which the reference may own the arrays.
 
-    The policy's own are copied, as the training step uses them up; a given model's are
-    taken over. They are in the compute dtype, since every use starts with that cast,
-    unless the reference follows the policy: small updates would be lost in bfloat16.
+    Arrays of the policy's are copied, as the training step uses them up; a given
+    model's are taken over. They are in the compute dtype, since every use starts with
+    that cast; in float32 where the reference follows the policy, as small updates would
+    be lost in bfloat16. What is cast replaces the given model's own arrays, which would
+    otherwise live on beside it.
     """
     source = policy if given is None else given
-    copied = given is None or given is policy
+    dtype = jnp.dtype(jnp.float32) if synced else source.dtype
+    policys = {id(x) for x in jax.tree.leaves(nnx.state(policy))}
 
     def own(x: jax.Array) -> jax.Array:
-        if not synced and x.dtype != source.dtype:
-            return x.astype(source.dtype)
-        return jnp.copy(x) if copied else x
+        if x.dtype != dtype:
+            return x.astype(dtype)
+        return jnp.copy(x) if id(x) in policys else x
 
     graphdef, params = nnx.split(source)
-    return nnx.merge(graphdef, jax.tree.map(own, params))
+    params = jax.tree.map(own, params)
+    if given is not None and given is not policy:
+        nnx.update(given, params)
+    return nnx.merge(graphdef, params)
 
 
 def check_comparable(

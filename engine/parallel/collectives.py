@@ -19,10 +19,10 @@ def axes_of(spec: P) -> tuple[str, ...]:
     return tuple(found)
 
 
-def zeros_like(x: Array | jax.ShapeDtypeStruct, dtype: Any = None) -> Array:
+def zeros_like(x: Array | jax.ShapeDtypeStruct) -> Array:
     """Zeros of the same type, the axes that it varies over included."""
     axes = tuple(sorted(jax.typeof(x).manual_axis_type.varying))
-    zeros = jnp.zeros(x.shape, x.dtype if dtype is None else dtype)
+    zeros = jnp.zeros(x.shape, x.dtype)
     return lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 

@@ -206,9 +206,3 @@ def param_specs(config: ModelShape, mesh: Mesh) -> nnx.State[str, Any]:
         for path, parameter in config.parameters().items()
     }
     return nnx.State(unflatten_dict(specs))
-
-
-def param_shardings(config: ModelShape, mesh: Mesh) -> nnx.State[str, Any]:
-    """A NamedSharding for each parameter, in the same tree."""
-    specs = param_specs(config, mesh)
-    return jax.tree.map(lambda spec: place(spec, mesh), specs)

@@ -1,21 +1,29 @@
 """Programs compiled before a run begins, for each shape of batch that it will meet."""
 
+import contextlib
 import logging
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from engine.data.cache import default_cache_dir
+from engine.errors import InputError, one_line
 from engine.parallel.batch import Batch
 
 logger = logging.getLogger(__name__)
 
 Shape = tuple[int, int]  # Batch.shape
-# A jitted step, which of its arguments is the batch, and the abstract ones by shape.
-Request = tuple[Any, int, dict[Shape, tuple[Any, ...]]]
+
+
+class Request(NamedTuple):
+    """A step to compile."""
+
+    step: Any  # jitted
+    arguments: dict[Shape, tuple[Any, ...]]  # abstract ones, for each shape of batch
 
 
 class Compiled:
@@ -25,15 +33,12 @@ class Compiled:
     nothing is ever compiled during a run.
     """
 
-    def __init__(self, programs: Mapping[Shape, jax.stages.Compiled], batch: int):
-        """`batch`: which argument is the batch."""
+    def __init__(self, programs: Mapping[Shape, jax.stages.Compiled]):
         self.programs = programs
-        self._batch = batch
 
     def __call__(self, *arguments: Any) -> Any:
         """The step's result."""
-        batch = arguments[self._batch]
-        assert isinstance(batch, Batch)
+        (batch,) = (x for x in arguments if isinstance(x, Batch))
         return self.programs[batch.shape](*arguments)
 
 
@@ -51,23 +56,44 @@ def keep_programs() -> None:
 
 
 def compile_all(requests: list[Request]) -> list[Compiled]:
-    """Compile jitted steps, all of their shapes at once."""
+    """Compile steps, all of their shapes at once."""
     began = time.perf_counter()
-    count = sum(len(arguments) for _, _, arguments in requests)
+    count = sum(len(request.arguments) for request in requests)
     logger.info("compiling %d program%s ...", count, "s" * (count != 1))
-    with ThreadPoolExecutor(max_workers=max(1, count)) as pool:
+    with (
+        enough_memory(),
+        ThreadPoolExecutor(max_workers=min(count, os.cpu_count() or 1)) as pool,
+    ):
         futures = [
             {
                 # Lowering is Python's work; compiling is not, and runs meanwhile.
-                shape: pool.submit(function.lower(*arguments).compile)
-                for shape, arguments in by_shape.items()
+                shape: pool.submit(request.step.lower(*arguments).compile)
+                for shape, arguments in request.arguments.items()
             }
-            for function, _, by_shape in requests
+            for request in requests
         ]
         steps = [
-            Compiled({shape: x.result() for shape, x in programs.items()}, batch)
-            for programs, (_, batch, _) in zip(futures, requests, strict=True)
+            Compiled({shape: future.result() for shape, future in programs.items()})
+            for programs in futures
         ]
-    seconds = time.perf_counter() - began
-    logger.info("compiled in %.1f s", seconds)
+    logger.info("compiled in %.1f s", time.perf_counter() - began)
     return steps
+
+
+@contextlib.contextmanager
+def enough_memory() -> Iterator[None]:
+    """Says in one line what to do where a device has too little memory.
+
+    Raises:
+        InputError: in place of the runtime's error.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise InputError(
+            f"a device has too little memory ({one_line(error)}); raise "
+            "gradient_accumulation_steps, lower max_length or total_batch_size, set "
+            "model.remat to full, or shard the model over more devices"
+        ) from error

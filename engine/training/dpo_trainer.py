@@ -1,6 +1,6 @@
 """`DPOTrainer`: what a Python user makes a run of."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,16 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.config.dpo import DPOConfig
 from engine.errors import InputError
-from engine.models import Decoder, check_save_directory, load_model
+from engine.models import (
+    Decoder,
+    DecoderConfig,
+    check_checkpoint,
+    check_save_directory,
+    load_model,
+    resolve_directory,
+)
+from engine.objective.references import load_reference
+from engine.parallel.sharding import make_mesh
 from engine.training.events import Listener
 from engine.training.prepare import EVAL, PreferenceData, prepare, prepare_pairs
 from engine.training.trainer import Trainer
@@ -22,7 +31,8 @@ class DPOTrainer(Trainer):
             become the trainer's, and it is unusable while `train` runs; when that
             returns it holds the trained ones.
         reference_model: what rewards are measured from; None is `model` as it is now.
-            A decoder's arrays become the trainer's as well.
+            A decoder's arrays become the trainer's as well, in the dtype of the
+            computation (float32 where it is synced).
         arguments: every option.
         train_dataset: rows with prompt, chosen and rejected, as text or as messages;
             a `datasets.Dataset`, a list of dicts, or what `prepare_pairs` returns.
@@ -42,11 +52,11 @@ class DPOTrainer(Trainer):
         train_dataset: PreferenceData,
         eval_dataset: PreferenceData | Mapping[str, PreferenceData] | None = None,
         processing_class: PreTrainedTokenizerBase,
-        listeners: tuple[Listener, ...] = (),
+        listeners: Iterable[Listener] = (),
     ):
         """Tokenises the data, checks everything, makes the state; writes nothing."""
-        arguments = arguments or DPOConfig()
-        _check_types(arguments, processing_class)
+        arguments = DPOConfig() if arguments is None else arguments
+        _check_types(arguments, processing_class, model, reference_model)
         sources = {
             "model": _directory(model),
             "reference_model": _directory(reference_model),
@@ -58,25 +68,58 @@ class DPOTrainer(Trainer):
             prefix: prepare_pairs(arguments, data, processing_class)
             for prefix, data in _named(eval_dataset).items()
         }
-        model = model if isinstance(model, Decoder) else load_model(model)
-        if isinstance(reference_model, str | Path):
-            reference_model = load_model(reference_model, mesh=model.mesh)
-        if reference_model is not None and reference_model.mesh != model.mesh:
-            raise InputError(
-                f"reference_model lies on the mesh {reference_model.mesh.shape} and "
-                f"model on {model.mesh.shape}; load both with the same mesh"
-            )
+        mesh = model.mesh if isinstance(model, Decoder) else make_mesh()
+        _check_reference(model, reference_model)
         run = prepare(
             arguments,
-            mesh=model.mesh,
-            model=model.config,
-            dtype=model.dtype,
-            reference=None if reference_model is None else reference_model.config,
+            mesh=mesh,
+            model=_config(model),
+            dtype=model.dtype if isinstance(model, Decoder) else "bfloat16",
+            reference=None if reference_model is None else _config(reference_model),
             tokenizer=processing_class,
             train=pairs,
             evaluations=evaluations,
         )
-        super().__init__(run, model, reference_model, listeners)
+        # Only now, as every check is passed.
+        policy = model if isinstance(model, Decoder) else load_model(model, mesh=mesh)
+        if isinstance(reference_model, str | Path):
+            reference_model = load_reference(
+                reference_model, policy, synced=arguments.sync_ref_model
+            )
+        super().__init__(run, policy, reference_model, listeners)
+
+
+def _config(model: Decoder | str | Path) -> DecoderConfig:
+    """A model's configuration, without its weights."""
+    if isinstance(model, Decoder):
+        return model.config
+    return check_checkpoint(resolve_directory(model))
+
+
+def _check_reference(model: Decoder | str | Path, reference: Any) -> None:
+    """Refuse a decoder that does not compute as the policy does.
+
+    Raises:
+        InputError: another mesh, or another dtype of the computation.
+    """
+    if not isinstance(model, Decoder) or not isinstance(reference, Decoder):
+        return
+    if reference.mesh != model.mesh:
+        raise InputError(
+            f"reference_model lies on another mesh ({_shown(reference)}) than model "
+            f"({_shown(model)}); load both with the same mesh"
+        )
+    if reference.dtype != model.dtype:
+        raise InputError(
+            f"reference_model computes in {reference.dtype.name} and model in "
+            f"{model.dtype.name}; their log-probabilities would differ by rounding; "
+            "load both with the same dtype"
+        )
+
+
+def _shown(model: Decoder) -> str:
+    axes = ", ".join(f"{axis}={size}" for axis, size in model.mesh.shape.items())
+    return f"{axes} of devices {[d.id for d in model.mesh.devices.flat]}"
 
 
 def _directory(model: Decoder | str | Path | None) -> str | Path | None:
@@ -95,12 +138,14 @@ def _named(data: Any) -> dict[str, Any]:
     return {EVAL: data}
 
 
-def _check_types(arguments: Any, tokenizer: Any) -> None:
+def _check_types(arguments: Any, tokenizer: Any, model: Any, reference: Any) -> None:
     """Refuse what is not what the parameter's name says.
 
     Raises:
         InputError: naming the parameter and what was given.
     """
+    models = Decoder | str | Path
+    load = "engine.load_model(...)"
     for name, value, wanted, way in (
         ("arguments", arguments, DPOConfig, "engine.DPOConfig(...)"),
         (
@@ -109,9 +154,10 @@ def _check_types(arguments: Any, tokenizer: Any) -> None:
             PreTrainedTokenizerBase,
             "transformers' AutoTokenizer.from_pretrained(...)",
         ),
+        ("model", model, models, load),
+        ("reference_model", reference, models | None, load),
     ):
         if not isinstance(value, wanted):
             raise InputError(
-                f"{name} is a {type(value).__name__}; it must be a "
-                f"{wanted.__name__}: give what {way} returns"
+                f"{name} is a {type(value).__name__}; give what {way} returns"
             )

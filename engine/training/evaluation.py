@@ -1,5 +1,6 @@
 """Metrics over whole data sets."""
 
+import contextlib
 import math
 import time
 from collections import deque
@@ -29,10 +30,11 @@ def evaluate(
         sums = jax.tree.map(float, jax.device_get(waiting.popleft()))
         totals = sums if totals is None else add_sums(totals, sums)
 
-    for batch, _ in prefetch(plan.batches()):
-        waiting.append(score(put_batch(batch, mesh)))
-        if len(waiting) > _AHEAD:
-            fetch()
+    with contextlib.closing(prefetch(plan.batches())) as batches:
+        for batch, _ in batches:
+            waiting.append(score(put_batch(batch, mesh)))
+            if len(waiting) > _AHEAD:
+                fetch()
     while waiting:
         fetch()
     assert totals is not None
@@ -44,15 +46,19 @@ def add_sums(one: Sums, other: Sums) -> Sums:
     return jax.tree.map(lambda a, b: a + b, one, other)
 
 
+class NotFinite(InputError):
+    """The model is no longer usable."""
+
+
 def check_finite(metrics: Mapping[str, float], prefix: str, step: int) -> None:
     """Refuse an evaluation whose loss is no number.
 
     Raises:
-        InputError: naming the step and what to do.
+        NotFinite: naming the step and what to do.
     """
     loss = metrics[f"{prefix}loss"]
     if not math.isfinite(loss):
-        raise InputError(
+        raise NotFinite(
             f"step {step}: {prefix}loss is {loss}: the model is no longer usable and "
             "is not saved; lower learning_rate, or look at the data"
         )

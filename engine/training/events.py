@@ -1,5 +1,6 @@
 """What a run tells while it goes on, and who may listen."""
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -36,10 +37,10 @@ class Listener:
     """Does nothing; a listener overrides what it wants to hear."""
 
     def started(self, total_steps: int, done: int) -> None:
-        """Before the first step, of which `done` were done by an earlier run."""
+        """Before the next step; `done` of all were done already."""
 
     def stepped(self, step: Step) -> None:
-        """A step is done; the next one runs already."""
+        """A step is done; the next one runs already, and has used its state up."""
 
     def recorded(self, record: Record) -> None:
         """There is a line of metrics."""
@@ -70,6 +71,7 @@ class Listeners(Listener):
             listener.recorded(record)
 
     def ended(self, error: BaseException | None) -> None:
-        """Tell everyone."""
-        for listener in self._all:
-            listener.ended(error)
+        """Tell everyone, also where one of them raises."""
+        with contextlib.ExitStack() as stack:
+            for listener in reversed(self._all):
+                stack.callback(listener.ended, error)

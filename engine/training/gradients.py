@@ -98,18 +98,15 @@ class Objective:
         def score(microbatch: Batch) -> Scored:
             return self.score(params, frozen, ref, microbatch)
 
-        if self.loss.whole_batch:
-            every = _gathered(_of_microbatches(lambda mb: score(mb).logps, batch))
-            losses = _own(self.loss.function(every, options), _count(batch))
-        else:
-            losses = None
-
-        def sums(microbatch: Batch, loss: LossOut | None) -> Sums:
+        def sums(microbatch: Batch, *loss: LossOut) -> Sums:
             scored = score(microbatch)
-            if loss is None:
-                loss = self.loss.function(scored.logps, options)
-            return _sums(scored, loss, options)
+            (out,) = loss or (self.loss.function(scored.logps, options),)
+            return _sums(scored, out, options)
 
+        if not self.loss.whole_batch:
+            return over_data(_added(sums, batch))
+        every = _gathered(_of_microbatches(lambda mb: score(mb).logps, batch))
+        losses = _own(self.loss.function(every, options), _count(batch))
         return over_data(_added(sums, batch, losses))
 
 

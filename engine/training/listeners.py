@@ -1,17 +1,20 @@
 """Where lines of metrics go: `metrics.jsonl`, the terminal, Weights & Biases."""
 
+import contextlib
 import dataclasses
 import importlib
 import json
 import logging
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from engine.config.dpo import DPOConfig
-from engine.errors import stage
+from engine.errors import InputError, stage
 from engine.training.events import Listener, Record, Step
 
 logger = logging.getLogger(__name__)
@@ -38,7 +41,7 @@ class MetricsFile(Listener):
         """Make the directory; the file itself comes with its first line."""
         with stage(f"{self.path} cannot be written", "see save_directory"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists():
+            if not done and self.path.exists():
                 number = 1
                 while (old := self.path.with_suffix(f".{number}.jsonl")).exists():
                     number += 1
@@ -98,7 +101,7 @@ class Terminal(Listener):
             self._bar.write(text)
 
     def ended(self, error: BaseException | None) -> None:
-        """Leave the bar as it is."""
+        """Close the bar; it stays on the screen."""
         if self._bar is not None:
             self._bar.close()
 
@@ -109,7 +112,8 @@ class WandB(Listener):
     def __init__(self, arguments: DPOConfig, directory: Path):
         self._arguments = arguments
         self._directory = directory
-        self._run = None
+        self._run: Any = None
+        self._warned = False
 
     def started(self, total_steps: int, done: int) -> None:
         """Begin the run."""
@@ -123,9 +127,22 @@ class WandB(Listener):
     def recorded(self, record: Record) -> None:
         """Log the line under its step."""
         assert self._run is not None
-        self._run.log(dict(record.metrics), step=record.step)
+        with self._forgiven("takes no more metrics"):
+            self._run.log(dict(record.metrics), step=record.step)
 
     def ended(self, error: BaseException | None) -> None:
         """End the run."""
         if self._run is not None:
-            self._run.finish()
+            with self._forgiven("did not end the run"):
+                self._run.finish(exit_code=int(error is not None))
+
+    @contextlib.contextmanager
+    def _forgiven(self, what: str) -> Iterator[None]:
+        """A service that is away is no reason to stop training: one warning."""
+        try:
+            with stage(f"Weights & Biases {what}"):
+                yield
+        except InputError as error:
+            if not self._warned:
+                logger.warning("%s; training goes on", error)
+            self._warned = True

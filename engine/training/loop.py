@@ -1,9 +1,11 @@
 """The loop: dispatch a step, read the one before, tell listeners, evaluate."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -11,18 +13,31 @@ from jax.sharding import Mesh
 
 from engine.config.dpo import DPOConfig
 from engine.data.batches import BatchPlan, prefetch
-from engine.errors import InputError
 from engine.parallel.batch import Batch, put_batch
+from engine.training.evaluation import NotFinite
 from engine.training.events import Listener, Record, Step
 from engine.training.metrics import means
 from engine.training.step import StepOut
 
 
-class Progress(NamedTuple):
-    """How far a run is; the epoch and the place in it follow from the step."""
+@dataclass(kw_only=True)
+class Progress:
+    """How far a run is; the epoch and the place in it follow from the step.
+
+    It goes with the state: it counts the steps that the state has been through.
+    """
 
     step: int = 0  # optimizer steps done
     tokens: int = 0  # unpadded tokens that went through the policy
+
+
+class _Pending(NamedTuple):
+    """A step that was dispatched, and is not read yet."""
+
+    step: int
+    tokens: int  # its own
+    tokens_so_far: int
+    out: StepOut
 
 
 class MetricsWindow:
@@ -72,6 +87,7 @@ class Loop:
         dispatch: starts the next step on a batch, without waiting for it.
         evaluations: for each evaluation set, by the prefix of its metrics' names, what
             computes them; in turn, every `eval_steps` and at the end.
+        progress: kept up to date, step by step.
     """
 
     def __init__(
@@ -91,76 +107,81 @@ class Loop:
         self._dispatch = dispatch
         self._evaluations = evaluations
         self._listener = listener
-        self.progress = progress
+        self._progress = progress
         self.latest: dict[str, float] = {}
 
     def run(self) -> None:
         """Every step that is left.
 
         Raises:
-            InputError: something is no longer a finite number.
+            NotFinite: something is no longer a finite number.
         """
         self._window, self._clock = MetricsWindow(), time.perf_counter()
-        pending: tuple[int, int, StepOut] | None = None
-        total, eval_steps = self._plan.steps, self._arguments.eval_steps
-        first = self.progress.step
-        batches = prefetch(self._plan.batches(first))
-        for step, (batch, tokens) in enumerate(batches, start=first + 1):
-            out = self._dispatch(put_batch(batch, self._mesh), step)
-            # Read only now, while the new step runs: the log never waits for it.
-            if pending is not None:
-                self._finish(*pending)
-            pending = step, tokens, out
-            last = step == total
-            due = eval_steps is not None and step % eval_steps == 0
-            if last or (due and self._evaluations):
-                self._finish(*pending)
-                pending = None
-                if last and self._window.steps:
-                    self._write(step, out)
-                self._evaluate(step)
-                self._clock = time.perf_counter()
+        first = self._progress.step
+        with contextlib.closing(prefetch(self._plan.batches(first))) as batches:
+            pending: _Pending | None = None
+            for step, (batch, tokens) in enumerate(batches, start=first + 1):
+                out = self._dispatch(put_batch(batch, self._mesh), step)
+                self._progress.step = step
+                self._progress.tokens += tokens
+                # Read only now, while the new step runs: the log never waits for it.
+                if pending is not None:
+                    self._finish(pending)
+                pending = _Pending(step, tokens, self._progress.tokens, out)
+                if self._is_due(step):
+                    self._finish(pending)
+                    if step == self._plan.steps and self._window.steps:
+                        self._write(pending)
+                    pending = None
+                    self._evaluate(step)
+                    self._clock = time.perf_counter()
 
-    def _finish(self, step: int, tokens: int, out: StepOut) -> None:
+    def _is_due(self, step: int) -> bool:
+        """Whether an evaluation, or the end, comes after this step."""
+        every = self._arguments.eval_steps
+        due = every is not None and step % every == 0
+        return step == self._plan.steps or (due and bool(self._evaluations))
+
+    def _finish(self, done: _Pending) -> None:
         """Wait for a step, tell of it, and write its line if it is time."""
-        out = jax.device_get(out)
+        done = done._replace(out=jax.device_get(done.out))
         now = time.perf_counter()
-        metrics = self._window.add(out, now - self._clock, tokens)
+        metrics = self._window.add(done.out, now - self._clock, done.tokens)
         self._clock = now
-        self.progress = Progress(step, self.progress.tokens + tokens)
         rate = self._window.tokens_per_second
         self._listener.stepped(
-            Step(number=step, metrics=metrics, tokens_per_second=rate)
+            Step(number=done.step, metrics=metrics, tokens_per_second=rate)
         )
-        if not out.finite:
-            self._write(step, out)
-            raise InputError(
-                f"step {step}: {_what_is_not_finite(metrics, out)}; lower "
+        if not done.out.finite:
+            self._write(done)
+            raise NotFinite(
+                f"step {done.step}: {_what_is_not_finite(metrics, done.out)}; lower "
                 "learning_rate, or look at the data; the metrics so far are in "
                 f"{self._arguments.save_directory}, the model is not saved"
             )
-        if step % self._arguments.log_steps == 0:
-            self._write(step, out)
+        if done.step % self._arguments.log_steps == 0:
+            self._write(done)
 
-    def _write(self, step: int, out: StepOut) -> None:
-        line = self._place(step) | {
-            "learning_rate": float(out.learning_rate),
-            "num_tokens": self.progress.tokens,
-            "grad_norm": float(out.grad_norm),
+    def _write(self, done: _Pending) -> None:
+        line = self._place(done.step) | {
+            "learning_rate": float(done.out.learning_rate),
+            "num_tokens": done.tokens_so_far,
+            "grad_norm": float(done.out.grad_norm),
         }
-        self._tell("train", "", step, line | self._window.close())
+        self._tell("train", "", done.step, line | self._window.close())
 
     def _evaluate(self, step: int) -> None:
         for prefix, compute in self._evaluations.items():
             line = self._place(step) | dict(compute())
-            line[f"{prefix}num_tokens"] = self.progress.tokens
             self._tell("eval", prefix, step, line)
 
     def _place(self, step: int) -> dict[str, float]:
         size = self._arguments.microbatch_size
         return {"step": step, "epoch": self._plan.epochs_done(step, size)}
 
-    def _tell(self, kind, prefix: str, step: int, line: dict[str, float]) -> None:
+    def _tell(
+        self, kind: Literal["train", "eval"], prefix: str, step: int, line: dict
+    ) -> None:
         self.latest |= line
         record = Record(kind=kind, prefix=prefix, step=step, metrics=line)
         self._listener.recorded(record)

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from engine.config.dpo import DPOConfig
 from engine.models import DecoderConfig
@@ -68,13 +68,13 @@ def float32_copy[Params](params: Params) -> Params:
     return jax.tree.map(lambda x: x.astype(jnp.float32), params)
 
 
-def add_updates[Params](params: Params, updates: Any, step: Int[Array, ""]) -> Params:
+def add_updates[Params](params: Params, updates: Any, key: Array) -> Params:
     """params + updates, in the dtype of the parameters.
 
     Where that has fewer digits than float32 the sum is rounded up or down at random, so
     that on average it is exact: rounded to nearest, updates of less than half a unit in
     the last place, which most are at DPO's learning rates, would all be lost. The
-    random bits are a function of the step, the parameter and the device's shard.
+    random bits are a function of `key`, the parameter and the device's shard.
     """
 
     def add(path: Any, x: Array, update: Array) -> Array:
@@ -82,10 +82,10 @@ def add_updates[Params](params: Params, updates: Any, step: Int[Array, ""]) -> P
         if x.dtype == jnp.float32:
             return whole
         name = jax.tree_util.keystr(path)
-        key = jax.random.fold_in(jax.random.key(zlib.crc32(name.encode())), step)
+        own = jax.random.fold_in(key, zlib.crc32(name.encode()))
         for axis in sorted(jax.typeof(x).manual_axis_type.varying):
-            key = jax.random.fold_in(key, lax.axis_index(axis))
-        return round_at_random(whole, x.dtype, key)
+            own = jax.random.fold_in(own, lax.axis_index(axis))
+        return round_at_random(whole, x.dtype, own)
 
     return jax.tree_util.tree_map_with_path(add, params, updates)
 

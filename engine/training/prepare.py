@@ -3,7 +3,6 @@
 Nothing here reads a weight: `dpo validate` and `dpo train` refuse the same things.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +26,7 @@ from engine.data.pairs import (
     warn_beyond_positions,
 )
 from engine.errors import InputError
-from engine.models import DecoderConfig
+from engine.models import DecoderConfig, max_positions
 from engine.objective.losses import LOSSES, LossOptions
 from engine.objective.references import check_comparable
 from engine.objective.scoring import ScoringOptions
@@ -39,8 +38,6 @@ from engine.parallel.sharding import (
     padded_vocab,
 )
 from engine.training.step import StepOptions
-
-logger = logging.getLogger(__name__)
 
 EVAL = "eval_"  # before the names of an evaluation's metrics
 
@@ -56,8 +53,6 @@ class Prepared:
     arguments: DPOConfig
     mesh: Mesh
     model: DecoderConfig
-    dtype: Any  # of the computation
-    reference: DecoderConfig | None  # of a model that was named
     tokenizer: PreTrainedTokenizerBase
     train: PairTokens
     plan: BatchPlan
@@ -104,13 +99,11 @@ def prepare(
     }
     for some in (plan, *eval_plans.values()):
         check_op(arguments, model, dtype, some, mesh)
-    warn_beyond_positions(train, arguments.max_length, model.max_position)
+    warn_beyond_positions(train, arguments.max_length, max_positions(model))
     return Prepared(
         arguments=arguments,
         mesh=mesh,
         model=model,
-        dtype=dtype,
-        reference=reference,
         tokenizer=tokenizer,
         train=train,
         plan=plan,
@@ -218,7 +211,13 @@ def plan_training(config: DPOConfig, pairs: PairTokens, mesh: Mesh) -> BatchPlan
         InputError: sizes that the mesh or the accumulation steps do not divide.
     """
     size = config.total_batch_size
-    layout = Padded(pairs, size, config.gradient_accumulation_steps, _shards(mesh))
+    layout = Padded(
+        pairs,
+        size,
+        config.gradient_accumulation_steps,
+        _shards(mesh),
+        "total_batch_size",
+    )
     order = Order(
         num_pairs=len(pairs),
         pairs_per_batch=size,
@@ -236,7 +235,8 @@ def plan_evaluation(config: DPOConfig, pairs: PairTokens, mesh: Mesh) -> BatchPl
     """The batches of one evaluation: every pair once, in order."""
     size = config.pairs_per_eval_batch
     order = Order(num_pairs=len(pairs), pairs_per_batch=size)
-    return BatchPlan(order, Padded(pairs, size, 1, _shards(mesh)))
+    option = "eval_batch_size" if config.eval_batch_size else "the evaluation's batch"
+    return BatchPlan(order, Padded(pairs, size, 1, _shards(mesh), option))
 
 
 def step_options(config: DPOConfig) -> StepOptions:
@@ -248,6 +248,7 @@ def step_options(config: DPOConfig) -> StepOptions:
             implementation=config.implementation,
         ),
         max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
     )
 
 

@@ -1,6 +1,5 @@
 """The train and the eval step, each one jit(shard_map(...)), compiled ahead."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,8 +21,6 @@ from engine.parallel.sharding import param_specs, place
 from engine.training.gradients import Objective, Params
 from engine.training.metrics import Sums
 from engine.training.optimizer import add_updates, float32_copy
-
-logger = logging.getLogger(__name__)
 
 
 class TrainState(NamedTuple):
@@ -51,6 +48,7 @@ class StepOptions:
     loss: Loss
     scoring: ScoringOptions
     max_grad_norm: float | None = None
+    seed: int = 0  # of the rounding of parameters that are not float32
 
 
 # Without this the compiler may keep more digits than bfloat16 has wherever it fuses,
@@ -116,7 +114,8 @@ def init_state(model: Decoder, optimizer: optax.GradientTransformation) -> Train
 
     The first step uses them up: until they are replaced, `model` is empty then.
     """
-    params = split_model(model)[1]
+    # In variables of its own: what happens to the model's is not the state's matter.
+    params = jax.tree.map(lambda x: x, split_model(model)[1])
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer))
     init = jax.jit(
         lambda params: optimizer.init(float32_copy(params)),
@@ -131,20 +130,21 @@ def update(
     grads: Params,
     norm: Float[Array, ""],
     optimizer: optax.GradientTransformation,
-    max_grad_norm: float | None,
+    options: StepOptions,
 ) -> TrainState:
     """The state after an update by float32 gradients whose global norm is `norm`.
 
-    They are scaled down to `max_grad_norm` where they exceed it.
+    They are scaled down to `options.max_grad_norm` where they exceed it.
     """
-    if max_grad_norm:
-        factor = jnp.minimum(1.0, max_grad_norm / (norm + 1e-6))
+    if options.max_grad_norm:
+        factor = jnp.minimum(1.0, options.max_grad_norm / (norm + 1e-6))
         grads = jax.tree.map(lambda g: g * factor, grads)
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an int
         updates, opt_state = optimizer.update(
             grads, state.opt_state, float32_copy(state.params)
         )
-    params = add_updates(state.params, updates, state.step)
+    key = jax.random.fold_in(jax.random.key(options.seed), state.step)
+    params = add_updates(state.params, updates, key)
     return TrainState(state.step + 1, params, opt_state)
 
 
@@ -174,7 +174,7 @@ def make_train_step(
             state.params, frozen, ref, batch, numbers, specs
         )
         norm = global_norm(grads, specs)
-        new = update(state, grads, norm, optimizer, options.max_grad_norm)
+        new = update(state, grads, norm, optimizer, options)
         new_norm = global_norm(new.params, specs)
         finite = jnp.isfinite(sums.sums["pairs"]["loss"] + norm + new_norm)
         with jax.numpy_dtype_promotion("standard"):  # optax divides an int by a float

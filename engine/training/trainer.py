@@ -1,8 +1,9 @@
 """A prepared run and its weights: train, evaluate, save."""
 
+import functools
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,14 @@ from engine.paths import as_path
 from engine.training.compilation import (
     Compiled,
     Request,
+    Shape,
     compile_all,
+    enough_memory,
     keep_programs,
 )
-from engine.training.evaluation import check_finite, evaluate
+from engine.training.evaluation import NotFinite, check_finite, evaluate
 from engine.training.events import Listener, Listeners
+from engine.training.gradients import Params
 from engine.training.listeners import MetricsFile, Terminal, WandB
 from engine.training.loop import Loop, Progress
 from engine.training.metrics import Sums
@@ -44,6 +48,7 @@ from engine.training.prepare import (
 )
 from engine.training.step import (
     StepOut,
+    TrainState,
     abstract_state,
     init_state,
     make_eval_step,
@@ -70,24 +75,25 @@ class Trainer:
         run: Prepared,
         model: Decoder,
         reference_model: Decoder | None,
-        listeners: tuple[Listener, ...] = (),
+        listeners: Iterable[Listener] = (),
     ):
         keep_programs()
         self.run = run
-        self._listeners = listeners
-        self._given = model
-        arguments = run.arguments
-        self._reference = make_reference(model, reference_model, arguments)
+        self._listeners = Listeners((*_own_listeners(run.arguments), *listeners))
+        self._model_given = model
+        self._reference = make_reference(model, reference_model, run.arguments)
         self._graphdef, _, self._frozen = split_model(model)
-        total = run.plan.steps
-        self._optimizer = make_optimizer(arguments, model.config, total)
+        self._optimizer = make_optimizer(run.arguments, model.config, run.plan.steps)
         self.state = init_state(model, self._optimizer)
         self.progress = Progress()
         whole = place(P(), model.mesh)
         self._numbers = jax.tree.map(
-            lambda x: jax.device_put(jnp.float32(x), whole), loss_options(arguments)
+            lambda x: jax.device_put(jnp.float32(x), whole), loss_options(run.arguments)
         )
-        self._steps: tuple[Compiled, Compiled | None] | None = None
+        self._train_step: Compiled | None = None
+        self._eval_step: Compiled | None = None
+        self._failure: NotFinite | None = None
+        self._saved = False
 
     @property
     def arguments(self) -> DPOConfig:
@@ -112,27 +118,24 @@ class Trainer:
     def train(self) -> dict[str, float]:
         """Run every step, write metrics and the trained model; the last metrics.
 
+        After an interruption it goes on with the next step.
+
         Raises:
-            InputError: something is no longer a finite number; or training is over.
+            InputError: something is no longer a finite number; training is over; or the
+                model's arrays have been used up elsewhere.
         """
-        if self.progress.step >= self.run.plan.steps:
+        self._check_usable()
+        if self._saved:
             raise InputError(
                 f"all {self.run.plan.steps} steps of this trainer are done; make a new "
                 "trainer of its model to go on"
             )
-        directory = as_path(self.arguments.save_directory)
-        train_step, _ = self._compiled()
-        listener = Listeners((*self._default_listeners(directory), *self._listeners))
+        train_step = self._compile_for_training()
 
         def dispatch(batch: Batch, step: int) -> StepOut:
-            self.state, out = train_step(
-                self.state,
-                self._frozen,
-                self._reference.operands,
-                batch,
-                self._numbers,
-            )
-            self._reference.update(self.state.params, step)
+            self.state, out = train_step(self.state, *self._operands(batch))
+            params = nnx.merge_state(self.state.params, self._frozen)
+            self._reference.update(params, step)
             return out
 
         loop = Loop(
@@ -141,34 +144,38 @@ class Trainer:
             self.run.mesh,
             dispatch=dispatch,
             evaluations={
-                prefix: self._evaluation(prefix) for prefix in self.run.eval_plans
+                prefix: functools.partial(self._evaluate_while_training, prefix)
+                for prefix in self.run.eval_plans
             },
-            listener=listener,
+            listener=self._listeners,
             progress=self.progress,
         )
-        with _told(listener, self.run.plan.steps, self.progress.step):
+        with _telling(self._listeners, self.run.plan.steps, self.progress.step):
             try:
-                loop.run()
+                with enough_memory():
+                    loop.run()
+            except NotFinite as error:
+                self._failure = error
+                raise
             finally:
-                self.progress = loop.progress
-                nnx.update(self._given, self.state.params)
-        self.save_model(directory)
+                nnx.update(self._model_given, self.state.params)
+            self.save_model(self.arguments.save_directory)
+        self._saved = True
         return loop.latest
 
-    def _default_listeners(self, directory: Path) -> Iterator[Listener]:
-        arguments = self.arguments
-        yield MetricsFile(directory)
-        yield Terminal(arguments.model_name, arguments.progress_bar)
-        if arguments.use_wandb:
-            yield WandB(arguments, directory)
+    def _check_usable(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if any(x.is_deleted() for x in jax.tree.leaves(self.state.params)):
+            raise InputError(
+                "the arrays of this trainer's model have been used up by another "
+                "trainer; load the model anew for each"
+            )
 
-    def _evaluation(self, prefix: str) -> Callable[[], dict[str, float]]:
-        def run() -> dict[str, float]:
-            found = self._evaluate(prefix)
-            check_finite(found, prefix, int(self.state.step))
-            return found
-
-        return run
+    def _evaluate_while_training(self, prefix: str) -> dict[str, float]:
+        metrics = self._evaluate(prefix)
+        check_finite(metrics, prefix, int(self.state.step))
+        return metrics
 
     def evaluate(self) -> dict[str, float]:
         """TRL's metrics over the whole of `eval_dataset`, each name after `eval_`.
@@ -178,72 +185,84 @@ class Trainer:
         """
         if not self.run.eval_plans:
             raise InputError("evaluate() needs an eval_dataset; give the trainer one")
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for prefix in self.run.eval_plans:
-            found |= self._evaluate(prefix)
-            found[f"{prefix}num_tokens"] = self.num_tokens
-        return found
+            metrics |= self._evaluate(prefix)
+        return metrics
 
     def _evaluate(self, prefix: str) -> dict[str, float]:
-        _, eval_step = self._compiled()
-        assert eval_step is not None
+        if self._eval_step is None:
+            (self._eval_step,) = compile_all([self._eval_request()])
+        eval_step = self._eval_step
 
         def score(batch: Batch) -> Sums:
-            return eval_step(
-                self.state.params,
-                self._frozen,
-                self._reference.operands,
-                batch,
-                self._numbers,
-            )
+            return eval_step(self.state.params, *self._operands(batch))
 
-        found = evaluate(score, self.run.eval_plans[prefix], self.run.mesh)
-        return {f"{prefix}{name}": value for name, value in found.items()}
+        plan = self.run.eval_plans[prefix]
+        metrics = evaluate(score, plan, self.run.mesh) | {"num_tokens": self.num_tokens}
+        return {f"{prefix}{name}": value for name, value in metrics.items()}
 
-    def _compiled(self) -> tuple[Compiled, Compiled | None]:
-        """The train and the eval step, compiled for every shape of the run."""
-        if self._steps is None:
-            self._steps = self._compile()
-        return self._steps
+    def _operands(self, batch: Batch) -> tuple[Any, ...]:
+        """What a step is given behind what it changes or scores."""
+        return self._frozen, self._reference.operands, batch, self._numbers
 
-    def _compile(self) -> tuple[Compiled, Compiled | None]:
-        run, model = self.run, self.model
-        options = step_options(run.arguments)
-        schedule = learning_rate_schedule(run.arguments, run.plan.steps)
-        state = abstract_state(model, self._optimizer)
-        rest = jax.tree.map(
+    def _compile_for_training(self) -> Compiled:
+        """The train step and, if there is a set, the eval step: all of a run."""
+        if self._train_step is None:
+            requests = [self._train_request()]
+            if self.run.eval_plans and self._eval_step is None:
+                requests.append(self._eval_request())
+            self._train_step, *evaluation = compile_all(requests)
+            if evaluation:
+                (self._eval_step,) = evaluation
+        return self._train_step
+
+    def _train_request(self) -> Request:
+        arguments, plan = self.arguments, self.run.plan
+        step = make_train_step(
+            self.model,
+            self._reference,
+            self._optimizer,
+            learning_rate_schedule(arguments, plan.steps),
+            step_options(arguments),
+        )
+        state = abstract_state(self.model, self._optimizer)
+        return Request(step, self._abstract_arguments([plan], state))
+
+    def _eval_request(self) -> Request:
+        step = make_eval_step(self.model, self._reference, step_options(self.arguments))
+        params = abstract_state(self.model, self._optimizer).params
+        plans = self.run.eval_plans.values()
+        return Request(step, self._abstract_arguments(plans, params))
+
+    def _abstract_arguments(
+        self, plans: Iterable[BatchPlan], first: TrainState | Params
+    ) -> dict[Shape, tuple[Any, ...]]:
+        """What a step is compiled for, by shape; `first`: what it changes or scores."""
+        frozen, operands, numbers = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
             (self._frozen, self._reference.operands, self._numbers),
         )
-        frozen, operands, numbers = rest
-
-        def arguments_of(plans: Any, first: Any) -> dict[tuple[int, int], tuple]:
-            return {
-                shape: (
-                    first,
-                    frozen,
-                    operands,
-                    abstract_batch(shape, plan.layout.grid, run.mesh),
-                    numbers,
-                )
-                for plan in plans
-                for shape in plan.shapes
-            }
-
-        train_step = make_train_step(
-            model, self._reference, self._optimizer, schedule, options
-        )
-        requests: list[Request] = [(train_step, 3, arguments_of([run.plan], state))]
-        if run.eval_plans:
-            eval_step = make_eval_step(model, self._reference, options)
-            requests.append(
-                (eval_step, 3, arguments_of(run.eval_plans.values(), state.params))
+        return {
+            shape: (
+                first,
+                frozen,
+                operands,
+                abstract_batch(shape, plan.layout.grid, self.run.mesh),
+                numbers,
             )
-        train, *evaluation = compile_all(requests)
-        return train, evaluation[0] if evaluation else None
+            for plan in plans
+            for shape in plan.shapes
+        }
 
     def save_model(self, directory: str | Path) -> None:
-        """Write the model and its tokenizer in Hugging Face form."""
+        """Write the model and its tokenizer in Hugging Face form.
+
+        Raises:
+            InputError: a directory that cannot be written; a model that training has
+                made unusable.
+        """
+        self._check_usable()
         save_pretrained(
             self.model,
             directory,
@@ -251,6 +270,14 @@ class Trainer:
             dtype=self.arguments.save_dtype,
         )
         logger.info("saved the model and its tokenizer in %s", directory)
+
+
+def _own_listeners(arguments: DPOConfig) -> Iterator[Listener]:
+    directory = as_path(arguments.save_directory)
+    yield MetricsFile(directory)
+    yield Terminal(arguments.model_name, arguments.progress_bar)
+    if arguments.use_wandb:
+        yield WandB(arguments, directory)
 
 
 def make_reference(
@@ -265,20 +292,20 @@ def make_reference(
         return FrozenModel(model)
     return SyncedModel(
         model,
+        policy,
         every=arguments.ref_model_sync_steps,
         alpha=arguments.ref_model_mixup_alpha,
     )
 
 
 @contextmanager
-def _told(listener: Listener, total_steps: int, done: int) -> Iterator[None]:
-    """Tells a listener of a run's beginning and end."""
-    error: BaseException | None = None
+def _telling(listener: Listener, total_steps: int, done: int) -> Iterator[None]:
+    """Tells a listener of a run's beginning and end; a run's own error comes first."""
+    listener.started(total_steps, done)
     try:
-        listener.started(total_steps, done)
         yield
-    except BaseException as raised:
-        error = raised
+    except BaseException as error:
+        with suppress(InputError, OSError):
+            listener.ended(error)
         raise
-    finally:
-        listener.ended(error)
+    listener.ended(None)

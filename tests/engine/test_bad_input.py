@@ -154,8 +154,8 @@ def test_an_unknown_loss(run):
 
 def test_a_batch_that_the_mesh_does_not_divide(run):
     assert run("trainer.total_batch_size=12") == (
-        "a batch of 12 pairs cannot be split over 8 devices (data * fsdp) times 1 "
-        "accumulation steps; make it a multiple of 8"
+        "total_batch_size=12 pairs cannot be split over 8 devices (data * fsdp) times "
+        "1 accumulation steps; make it a multiple of 8"
     )
 
 

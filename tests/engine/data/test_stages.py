@@ -47,7 +47,7 @@ MIXED = (
             "its data card, README.md, is no valid YAML (mapping values are not "
             "allowed)",
         ),
-        (OSError("x" * 1000), "x" * 300),
+        (OSError("x" * 1000), "x" * 300 + "..."),
     ],
 )
 def test_reading(error, reason):

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from engine.errors import InputError
 from engine.models import Decoder, abstract_model, save_pretrained, tensors, weights
 from engine.models.rope import inverse_frequencies
-from engine.parallel.sharding import make_mesh, param_shardings
+from engine.parallel.sharding import make_mesh, param_specs, place
 from tests.engine.checkpoints import (
     FIXTURES,
     assert_same_params,
@@ -26,7 +26,8 @@ def test_each_device_holds_its_own_slices():
     model = load(FIXTURES / "qwen2", mesh)
     whole = params(load(FIXTURES / "qwen2"))
     state = nnx.state(model, nnx.Param)
-    shardings = param_shardings(model.config, mesh)
+    specs = param_specs(model.config, mesh)
+    shardings = jax.tree.map(lambda spec: place(spec, mesh), specs)
     assert jax.tree.structure(state) == jax.tree.structure(shardings)
     for leaf, sharding in zip(
         jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True

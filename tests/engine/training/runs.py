@@ -2,12 +2,14 @@
 
 import contextlib
 import logging
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from transformers import AutoTokenizer
 
 from engine import DPOConfig, DPOTrainer, load_model
@@ -19,20 +21,28 @@ FIXTURE = Path(__file__).parents[2] / "fixtures" / "trl" / "text"
 ROWS = read_lines(FIXTURE / "data.jsonl")
 
 
+def one_device() -> Mesh:
+    return make_mesh(1, 1, 1, devices=jax.devices()[:1])
+
+
 def make_trainer(
     directory: Path,
     evaluate: bool = True,
     eval_dataset: Any = None,
     reference_model: Any = None,
+    model: Any = None,
     listeners: tuple[Listener, ...] = (),
+    dtype: str = "float32",
+    sizes: tuple[int, int, int] = (1, 1, 1),
     **settings,
 ) -> DPOTrainer:
-    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    devices = jax.devices()[: math.prod(sizes)]
+    mesh = make_mesh(*sizes, devices=devices)
     defaults = {"total_batch_size": 4, "learning_rate": 1e-3, "log_steps": 2}
     if evaluate and eval_dataset is None:
         eval_dataset = ROWS[:6]
     return DPOTrainer(
-        model=load_model(FIXTURE / "model", mesh=mesh, dtype="float32"),
+        model=model or load_model(FIXTURE / "model", mesh=mesh, dtype=dtype),
         reference_model=reference_model,
         arguments=DPOConfig(save_directory=str(directory), **defaults | settings),
         train_dataset=ROWS,

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from engine import DPOConfig, DPOTrainer, InputError, load_model
 from engine.cli import main
-from tests.engine.training.runs import FIXTURE, ROWS, make_trainer
+from tests.engine.training.runs import FIXTURE, ROWS, make_trainer, one_device
 from tests.engine.tutorial import TUTORIAL
 from tests.json_lines import read_lines
 
@@ -85,11 +85,51 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+def test_a_reference_by_its_path_computes_as_the_policy_does(tmp_path):
+    """In float32, so that rewards start at 0 to float32's rounding."""
+    trainer = make_trainer(
+        tmp_path,
+        reference_model=str(FIXTURE / "model"),
+        eval_dataset=ROWS[:6],
+        max_training_steps=1,
+    )
+    metrics = trainer.evaluate()
+    bound = 0.1 * 4 * np.finfo(np.float32).eps * abs(metrics["eval_logps/chosen"])
+    assert abs(metrics["eval_rewards/chosen"]) <= bound
+
+
+def test_a_reference_that_computes_otherwise_is_refused(tmp_path):
+    other = load_model(FIXTURE / "model", mesh=one_device(), dtype="bfloat16")
+    with pytest.raises(InputError, match="computes in bfloat16 and model in float32"):
+        make_trainer(tmp_path, reference_model=other)
+
+
+def test_what_can_be_refused_is_before_weights_are_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.training.dpo_trainer.load_model", None)
+    with pytest.raises(InputError, match="warmup_steps=90"):
+        DPOTrainer(
+            model=FIXTURE / "model",
+            arguments=DPOConfig(warmup_steps=90, save_directory=str(tmp_path)),
+            train_dataset=ROWS,
+            processing_class=AutoTokenizer.from_pretrained(FIXTURE / "model"),
+        )
+
+
+def test_weights_are_saved_in_the_dtype_that_is_asked_for(tmp_path):
+    make_trainer(
+        tmp_path, evaluate=False, max_training_steps=1, save_dtype="float16"
+    ).train()
+    saved = load_file(tmp_path / "model.safetensors")
+    assert {x.dtype for x in saved.values()} == {np.dtype(np.float16)}
+
+
 @pytest.mark.parametrize(
     "name, value, way",
     [
         ("arguments", {"beta": 0.1}, "engine.DPOConfig"),
         ("processing_class", str(FIXTURE / "model"), "AutoTokenizer"),
+        ("model", object(), "load_model"),
+        ("reference_model", 7, "load_model"),
     ],
 )
 def test_an_argument_that_is_something_else(name, value, way, unchecked):
@@ -97,7 +137,7 @@ def test_an_argument_that_is_something_else(name, value, way, unchecked):
         "model": FIXTURE / "model",
         "arguments": DPOConfig(),
         "train_dataset": ROWS,
-        "processing_class": None,
+        "processing_class": AutoTokenizer.from_pretrained(FIXTURE / "model"),
     }
     with pytest.raises(InputError, match=f"{name} is a .*{way}"):
         DPOTrainer(**given | {name: value})

@@ -140,9 +140,10 @@ def test_small_updates_of_bfloat16_parameters_are_not_lost():
     """Of 1e-4 of their unit in the last place: a cast would leave all as they are."""
     params = {"w": jnp.full((40_000,), 1.0, jnp.bfloat16)}
     update = {"w": jnp.full((40_000,), 2.0**-7 / 100, jnp.float32)}
-    moved = add_updates(params, update, jnp.int32(3))["w"].astype(jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 2)
+    moved = add_updates(params, update, keys[0])["w"].astype(jnp.float32)
     assert moved.mean() - 1 == pytest.approx(2.0**-7 / 100, rel=0.2)
-    again = add_updates(params, update, jnp.int32(3))["w"].astype(jnp.float32)
-    other = add_updates(params, update, jnp.int32(4))["w"].astype(jnp.float32)
+    again = add_updates(params, update, keys[0])["w"].astype(jnp.float32)
+    other = add_updates(params, update, keys[1])["w"].astype(jnp.float32)
     np.testing.assert_array_equal(moved, again)
     assert (moved != other).any()

@@ -11,13 +11,13 @@ import pytest
 from flax import nnx
 
 from engine import DPOTrainer, InputError, load_model
-from engine.parallel.sharding import make_mesh
 from engine.training.events import Listener
 from tests.engine.training.runs import (
     FIXTURE,
     ROWS,
     compilations,
     make_trainer,
+    one_device,
 )
 from tests.json_lines import read_lines
 
@@ -45,7 +45,6 @@ class Run(NamedTuple):
     lines: list[dict]
     heard: Heard
     wandb: list
-    logged: list[str]
     before: np.ndarray
     compilations: list[str]
 
@@ -59,7 +58,7 @@ def trained(tmp_path_factory):
     wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     run = types.SimpleNamespace(
         log=lambda line, step: seen.append((step, *sorted(line)[:1])),
-        finish=lambda: seen.append("finished"),
+        finish=lambda exit_code: seen.append(("finished", exit_code)),
     )
     vars(wandb)["init"] = lambda **kwargs: run
     heard = Heard()
@@ -79,7 +78,7 @@ def trained(tmp_path_factory):
         assert first["eval_held_out_rewards/margins"] == pytest.approx(0, abs=1e-5)
         trainer.train()
     lines = read_lines(directory / "metrics.jsonl")
-    return Run(trainer, lines, heard, seen, [], before, programs)
+    return Run(trainer, lines, heard, seen, before, programs)
 
 
 def test_lines_of_metrics_and_evaluations(trained):
@@ -103,7 +102,7 @@ def test_listeners_and_wandb_hear_everything(trained):
     assert [dict(x.metrics) for x in trained.heard.records] == trained.lines
     assert trained.heard.ends == [None]
     assert [x[0] for x in trained.wandb[:-1]] == [x["step"] for x in trained.lines]
-    assert trained.wandb[-1] == "finished"
+    assert trained.wandb[-1] == ("finished", 0)
 
 
 def test_everything_is_compiled_before_the_first_step(trained):
@@ -127,26 +126,117 @@ def test_a_trainer_trains_once(trained):
         trained.trainer.train()
 
 
+@pytest.mark.parametrize("sizes", [(2, 2, 1), (1, 2, 2)], ids=str)
+def test_nothing_is_compiled_between_the_first_step_and_the_last(tmp_path, sizes):
+    """On meshes, with evaluations, and with a reference that follows."""
+
+    class Clock(Listener):
+        def started(self, total_steps, done):
+            programs.clear()
+
+        def recorded(self, record):
+            programs.append("recorded")
+
+    with compilations() as programs:
+        make_trainer(
+            tmp_path,
+            sizes=sizes,
+            listeners=(Clock(),),
+            sync_ref_model=True,
+            ref_model_sync_steps=1,
+            eval_steps=1,
+            max_training_steps=3,
+        ).train()
+    # Two lines, three evaluations; saving, which comes last, is no part of the loop.
+    assert programs[:5] == ["recorded"] * 5
+
+
 def test_no_copy_of_the_policy_outlives_the_first_step(tmp_path):
-    """Nor of a named reference: its arrays become the trainer's."""
-    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    reference = load_model(FIXTURE / "model", mesh=mesh, dtype="float32")
-    held = jax.tree.leaves(nnx.state(reference))
+    """Nor of a named reference: its arrays become the trainer's, cast in place."""
+    # Stored in float32, it computes in bfloat16.
+    reference = load_model(FIXTURE / "model", mesh=one_device())
     trainer = make_trainer(
-        tmp_path, evaluate=False, max_training_steps=1, reference_model=reference
+        tmp_path,
+        evaluate=False,
+        max_training_steps=1,
+        reference_model=reference,
+        dtype="bfloat16",
     )
     policy = jax.tree.leaves(trainer.state.params)
     operands = jax.tree.leaves(trainer._reference.operands)
+    held = jax.tree.leaves(nnx.state(reference))
     assert all(a is b for a, b in zip(held, operands, strict=True))
-    given = jax.tree.leaves(nnx.state(trainer._given))
+    assert {x.dtype.name for x in held} == {"bfloat16"}
+    given = jax.tree.leaves(nnx.state(trainer._model_given))
     assert all(a is b for a, b in zip(given, policy, strict=True))
     trainer.train()
     assert all(x.is_deleted() for x in policy)
     assert not any(x.is_deleted() for x in operands)
     # The caller's model holds the trained parameters, which are the state's own.
-    given = jax.tree.leaves(nnx.state(trainer._given))
+    given = jax.tree.leaves(nnx.state(trainer._model_given))
     state = jax.tree.leaves(trainer.state.params)
     assert all(a is b for a, b in zip(given, state, strict=True))
+
+
+def test_a_model_is_trained_by_one_trainer_at_a_time(tmp_path):
+    """The other is told, and does not start from what the first has made of it."""
+    model = load_model(FIXTURE / "model", mesh=one_device(), dtype="float32")
+    options = {"evaluate": False, "model": model, "max_training_steps": 1}
+    first, second = (make_trainer(tmp_path / name, **options) for name in "ab")
+    first.train()
+    with pytest.raises(InputError, match="used up by another trainer; load the model"):
+        second.train()
+    # A trained model may be trained further, measured from itself.
+    third = make_trainer(tmp_path / "c", reference_model=first.model, **options)
+    third.train()
+    line = read_lines(tmp_path / "c" / "metrics.jsonl")[0]
+    assert line["loss"] == pytest.approx(np.log(2), abs=1e-5)
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
+    """The steps, the schedule, the tokens and the metrics file of an unbroken one."""
+
+    class Interrupt(Listener):
+        def stepped(self, step):
+            if step.number == 2 and not ended:
+                raise KeyboardInterrupt
+
+        def ended(self, error):
+            ended.append(type(error))
+
+    ended: list[type] = []
+    options = {"evaluate": False, "max_training_steps": 4, "log_steps": 1}
+    whole = make_trainer(tmp_path / "whole", **options)
+    whole.train()
+    broken = make_trainer(tmp_path / "broken", listeners=(Interrupt(),), **options)
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    assert broken.progress.step == int(broken.state.step) == 3
+    broken.train()
+    assert ended == [KeyboardInterrupt, type(None)]
+    lines = [
+        read_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "broken")
+    ]
+    assert lines[1][-1]["step"] == 4
+    for name in ("loss", "learning_rate", "num_tokens"):
+        assert lines[0][-1][name] == lines[1][-1][name]
+    states = (jax.tree.leaves(jax.device_get(x.state)) for x in (whole, broken))
+    assert all((a == b).all() for a, b in zip(*states, strict=True))
+
+
+def test_everyone_hears_the_end_and_the_model_is_saved_before(tmp_path):
+    class Failing(Listener):
+        def ended(self, error):
+            assert (tmp_path / "model.safetensors").exists()
+            raise OSError("the disk of the listener is full")
+
+    heard = Heard()
+    trainer = make_trainer(
+        tmp_path, evaluate=False, max_training_steps=1, listeners=(Failing(), heard)
+    )
+    with pytest.raises(OSError, match="of the listener"):
+        trainer.train()
+    assert heard.ends == [None]
 
 
 def test_a_run_can_be_repeated_to_the_bit(tmp_path):
@@ -196,6 +286,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_metrics(tmp_path):
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert lines[0]["loss"] == pytest.approx(np.log(2)) and lines[-1]["loss"] is None
     assert not (tmp_path / "model.safetensors").exists()
+    for again in (trainer.train, lambda: trainer.save_model(tmp_path)):
+        with pytest.raises(InputError, match="step [23]: the loss is"):
+            again()
 
 
 def test_the_last_update_is_looked_at_too(tmp_path):
