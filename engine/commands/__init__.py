@@ -1,1 +1,1 @@
-"""What `dpo X` does, a file a command."""
+"""What `dpo X` does, a file a command, each with a `main(run)`."""

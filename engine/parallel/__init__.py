@@ -1,1 +1,1 @@
-"""The mesh: its axes, and how every array is sharded over it."""
+"""The mesh, a batch on it, and sums over it: how every array is sharded."""

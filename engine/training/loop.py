@@ -155,9 +155,8 @@ class Loop:
         if not done.out.finite:
             self._write(done)
             raise NotFinite(
-                f"step {done.step}: {_what_is_not_finite(metrics, done.out)}; lower "
-                "learning_rate, or look at the data; the metrics so far are in "
-                f"{self._arguments.save_directory}, the model is not saved"
+                f"step {done.step}: {_what_is_not_finite(metrics, done)}; the model is "
+                f"not saved, the metrics are in {self._arguments.save_directory}"
             )
         if done.step % self._arguments.log_steps == 0:
             self._write(done)
@@ -187,9 +186,18 @@ class Loop:
         self._listener.recorded(record)
 
 
-def _what_is_not_finite(metrics: Mapping[str, float], out: StepOut) -> str:
-    if not math.isfinite(metrics["loss"]):
-        return f"the loss is {metrics['loss']}"
-    if not math.isfinite(float(out.grad_norm)):
-        return f"the gradient's norm is {float(out.grad_norm)}"
-    return "this update has made parameters of no finite norm"
+def _what_is_not_finite(metrics: Mapping[str, float], done: _Pending) -> str:
+    """What is no number after a step, and what to do about it."""
+    loss, norm = metrics["loss"], float(done.out.grad_norm)
+    if not math.isfinite(loss) and done.step == 1:
+        return (
+            f"the loss is {loss} before any update: weights of the model, or of the "
+            "reference, are not finite, or overflow; get the checkpoint anew, or try "
+            "model.dtype float32"
+        )
+    what = "this update has made parameters of no finite norm"
+    if not math.isfinite(norm):
+        what = f"the gradient's norm is {norm}"
+    if not math.isfinite(loss):
+        what = f"the loss is {loss}"
+    return f"{what}; lower learning_rate, or look at the data"
