@@ -6,6 +6,7 @@ import types
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -289,6 +290,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_metrics(tmp_path):
     for again in (trainer.train, lambda: trainer.save_model(tmp_path)):
         with pytest.raises(InputError, match="step [23]: the loss is"):
             again()
+
+
+def test_weights_that_are_no_numbers_are_blamed(tmp_path):
+    model = load_model(FIXTURE / "model", mesh=one_device(), dtype="float32")
+    nnx.update(model, jax.tree.map(lambda x: x * jnp.nan, nnx.state(model)))
+    with pytest.raises(InputError, match="step 1: .* before any update: weights of"):
+        make_trainer(tmp_path, evaluate=False, model=model).train()
 
 
 def test_the_last_update_is_looked_at_too(tmp_path):
