@@ -27,7 +27,7 @@ from engine.paths import as_path
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = b"pair-tokens-2"  # change it when the same rows give other pairs than before
+_FORMAT = b"pair-tokens-3"  # change it when the same rows give other pairs than before
 _SCHEMA = pa.schema(
     {"tokens": pa.large_list(pa.int32()), "score_start": pa.int32(), "row": pa.int64()}
 )

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from engine.data.templates import ChatTemplate
-from engine.errors import InputError
+from engine.errors import InputError, library_errors, one_line
 
 
 class Texts(NamedTuple):
@@ -62,7 +62,7 @@ def _plain_texts(
     eos: str | None,
 ) -> Texts:
     if prompt is None:
-        prompt, chosen, rejected = _split_text(chosen, rejected)
+        prompt, chosen, rejected = split_text(chosen, rejected)
     if not isinstance(prompt, str):
         raise InputError(
             f"{where}, field 'prompt', is a list of messages, but chosen is text; "
@@ -91,7 +91,7 @@ def _templated_texts(
     else:
         shared = _shared_turns(chosen, rejected, where)
         messages, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-        if prompt is not None and prompt.strip() not in map(_said, messages):
+        if prompt is not None and prompt.strip() not in map(said, messages):
             raise InputError(
                 f"{where}, field 'prompt', is text that is no message of what chosen "
                 "and rejected start with; give messages, or leave the column out"
@@ -108,10 +108,9 @@ def _templated_texts(
         try:
             return template.render(messages, tools, arguments, **options)
         except ValueError as error:
-            raise InputError(
-                f"{where}, field {field!r}: the tokenizer's chat template refuses it "
-                f"({error}); change the messages or the template"
-            ) from error
+            if arguments and _renders(template, messages, tools, options):
+                field = "chat_template_kwargs"
+            raise InputError(_refused(where, field, error)) from error
 
     start = render("prompt", messages, add_generation_prompt=True)
     # Templates leave the reasoning of earlier answers out, as they are meant to.
@@ -140,7 +139,28 @@ def _templated_texts(
     return Texts(start, *texts, templated=True)
 
 
-def _said(message: dict) -> str:
+def _refused(where: str, field: str, error: ValueError) -> str:
+    return (
+        f"{where}, field {field!r}: the tokenizer's chat template refuses it "
+        f"({error}); change the field or the template"
+    )
+
+
+def _renders(
+    template: ChatTemplate,
+    messages: list[dict],
+    tools: list[Any] | None,
+    options: Mapping[str, bool],
+) -> bool:
+    """Whether the template takes the messages without the row's own arguments."""
+    try:
+        template.render(messages, tools, None, **options)
+    except ValueError:
+        return False
+    return True
+
+
+def said(message: dict) -> str:
     """A message's text, its parts joined, without the white space around it."""
     content = message.get("content", "")
     parts = content if isinstance(content, list) else [{"text": content}]
@@ -157,6 +177,15 @@ def _field(row: Mapping[str, Any], field: str, where: str) -> str | list[dict]:
     value = row[field]
     if isinstance(value, str):
         return value
+    numbers = isinstance(value, Sequence) and value and isinstance(value[0], int)
+    if isinstance(value, bytes | bytearray) or numbers:
+        found = "a list of numbers, as token ids are"
+        if isinstance(value, bytes | bytearray):
+            found = f"bytes ({_short(value)})"
+        raise InputError(
+            f"{where}, field {field!r}, is {found}; it must be text or a list of "
+            "messages: decode it"
+        )
     if not isinstance(value, Sequence):
         raise InputError(
             f"{where}, field {field!r}, is {_kind(value)}; it must be text or a list "
@@ -198,14 +227,14 @@ def _message(message: Any, where: str, number: int) -> dict[str, Any]:
     return message
 
 
-def _split_text(chosen: str, rejected: str) -> tuple[str, str, str]:
+def split_text(chosen: str, rejected: str) -> tuple[str, str, str]:
     """Prompt and completions of two texts whose shared start is the prompt.
 
     A space just before the difference goes to the completions. If one text begins with
     the whole other, the prompt ends before the shorter one's last character.
     """
     shorter = min(len(chosen), len(rejected))
-    shared = _shared_length(chosen, rejected)
+    shared = shared_length(chosen, rejected)
     if shared == shorter:
         shared = max(shorter - 1, 0)
     elif shared > 0 and chosen[shared - 1] == " ":
@@ -215,7 +244,7 @@ def _split_text(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 def _shared_turns(chosen: list[dict], rejected: list[dict], where: str) -> int:
     """How many messages both start with, at least one message of each being left."""
-    shared = min(_shared_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+    shared = min(shared_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
     if shared == 0:
         raise InputError(
             f"{where}, fields 'chosen' and 'rejected', do not start with the same "
@@ -225,7 +254,8 @@ def _shared_turns(chosen: list[dict], rejected: list[dict], where: str) -> int:
     return shared
 
 
-def _shared_length(a: Sequence[Any], b: Sequence[Any]) -> int:
+def shared_length(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many characters, or messages, both start with."""
     for i, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return i
@@ -236,13 +266,13 @@ def _tools(row: Mapping[str, Any], where: str) -> list[Any] | None:
     """The row's `tools`, which may be a list or that list as JSON."""
     tools = row.get("tools")
     if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{where}, field 'tools', is not JSON ({_one_line(error)}); give a "
+        with library_errors(
+            lambda error: (
+                f"{where}, field 'tools', is not JSON ({one_line(error)}); give a "
                 "list of tools, as JSON or not"
-            ) from error
+            )
+        ):
+            tools = json.loads(tools)
     if tools is not None and not isinstance(tools, list):
         raise InputError(
             f"{where}, field 'tools', is {_kind(tools)}; give a list of tools, or null"
@@ -275,7 +305,3 @@ def _kind(value: Any) -> str:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

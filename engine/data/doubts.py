@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from engine.data.conversations import said, shared_length, split_text
 from engine.data.pair_tokens import Doubt, PairTokens
 from engine.data.rows import PreferenceRows
+from engine.errors import shortened
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,20 @@ MEANINGS = {
         "have the same tokens in chosen and rejected (of what the limits of length "
         "leave), so that nothing is learned from them; remove them, or raise max_length"
     ),
+    "no prompt": (
+        "have no prompt: the field is not there, and chosen and rejected do not start "
+        "with the same text, so that answers are trained on without what was asked; "
+        "give each row a prompt"
+    ),
+    "empty answer": (
+        "have an answer without text in chosen or rejected, so that at most the end "
+        "of a text is learned from it; fill it in, or remove these rows"
+    ),
+    "not the assistant's": (
+        "have an answer that does not start with a message of the role assistant, so "
+        "that another's words are trained on; correct the roles, or put what comes "
+        "before the answer into prompt"
+    ),
 }
 
 
@@ -50,6 +66,12 @@ class Doubts:
             self._add("messages as text", index)
         if prompt is not None and all(_begins_with(side, prompt) for side in sides):
             self._add("prompt repeated", index)
+        elif not all(map(_is_assistants, _answers(row))):
+            self._add("not the assistant's", index)
+        if any(map(_is_empty, sides)):
+            self._add("empty answer", index)
+        elif prompt is None and len(texts) == 2 and not split_text(*texts)[0].strip():
+            self._add("no prompt", index)
 
     def see_pairs(self, pairs: PairTokens):
         """Looks at the tokens of some pairs."""
@@ -77,7 +99,7 @@ def report(doubts: tuple[Doubt, ...], rows: PreferenceRows):
             count,
             len(rows),
             rows.where(first),
-            MEANINGS[kind],
+            MEANINGS[kind] + _ignored(kind, rows, first),
         )
 
 
@@ -103,6 +125,38 @@ def warn_beyond_positions(pairs: PairTokens, max_length: int | None, positions: 
         positions,
         found,
     )
+
+
+def _ignored(kind: str, rows: PreferenceRows, row: int) -> str:
+    columns = rows.sources[int(rows.source_ids[row])].ignored
+    if kind != "no prompt" or not columns:
+        return ""
+    return f" (not read: {shortened(', '.join(columns))})"
+
+
+def _answers(row: Mapping[str, Any]) -> list[list[Mapping[str, Any]]]:
+    """The messages of each side that are its answer; none of a side that is text."""
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        return []
+    assert chosen and rejected
+    start = 0
+    if row.get("prompt") is None or isinstance(row["prompt"], str):
+        start = shared_length(chosen, rejected)
+        start = min(start, len(chosen) - 1, len(rejected) - 1)
+    return [chosen[start:], rejected[start:]]
+
+
+def _is_assistants(answer: list[Mapping[str, Any]]) -> bool:
+    return answer[0]["role"] == "assistant"
+
+
+def _is_empty(side: Any) -> bool:
+    if isinstance(side, str):
+        return not side.strip()
+    # Besides its text, a message may call tools or hold reasoning.
+    last = {key: value for key, value in side[-1].items() if value}
+    return last.keys() <= {"role", "content", "name"} and not said(last)
 
 
 def _begins_with(side: Any, prompt: Any) -> bool:

@@ -1,7 +1,6 @@
 """All rows of data files of one kind, whichever it is."""
 
 import glob
-import os
 
 import datasets
 import pyarrow as pa
@@ -9,7 +8,7 @@ import pyarrow.parquet as pq
 
 from engine.data.rows import FIELDS
 from engine.data.stages import reading
-from engine.data.text_files import PackedRows, read_csv, read_json
+from engine.data.text_files import PackedRows, data_ending, read_csv, read_json
 from engine.errors import InputError
 from engine.paths import is_url
 
@@ -32,7 +31,7 @@ def read_files(
             if kind == "json":
                 parts.append(read_json(path, file))
             else:
-                tabs = os.path.splitext(file.removesuffix(".gz"))[1] == ".tsv"
+                tabs = data_ending(file) == ".tsv"
                 mark = delimiter or ("\t" if tabs else ",")
                 parts.append(read_csv(path, file, mark))
         return joined(parts)

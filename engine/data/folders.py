@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import datasets
 
 from engine.data.stages import reading
+from engine.data.text_files import data_ending
 from engine.errors import InputError
 from engine.paths import is_url
 
@@ -106,9 +107,25 @@ def _found(path: str, kind: str, config: Any) -> Found:
                 f"{path}: its data card sets {option!r} for {kind} files, which is not "
                 "supported; name its files in data_files"
             )
-    splits = {str(key): list(files) for key, files in (config.data_files or {}).items()}
+    splits = {
+        str(key): [file for file in files if _is_data(file)]
+        for key, files in (config.data_files or {}).items()
+    }
+    splits = {key: files for key, files in splits.items() if files}
+    if config.data_files and not splits:
+        raise InputError(
+            f"{path} holds no data file: the last ending of a name must be one of "
+            f"{', '.join(sorted(_DATA_ENDINGS))}, or of a compression after it"
+        )
     delimiter = getattr(config, "sep", None) if kind == "csv" else None
     return Found(kind, splits, delimiter)
+
+
+def _is_data(file: str) -> bool:
+    """Whether a name does not say that it is put away, as a.jsonl.bak does."""
+    suffixes = set(os.path.basename(file).split(".")[1:-1])
+    known = data_ending(file) in _DATA_ENDINGS
+    return known or not any(f".{suffix}" in _DATA_ENDINGS for suffix in suffixes)
 
 
 def _warn_of_the_rest(path: str, found: Found):

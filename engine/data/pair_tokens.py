@@ -23,6 +23,18 @@ class Limits(NamedTuple):
     max_length: int | None  # of both together
     truncation_mode: str  # which part `max_length` leaves: keep_start or keep_end
 
+    def at_most(self, bound: int) -> "Limits":
+        """These, with no number above `bound`."""
+        prompt, completion, both = (
+            None if limit is None else min(limit, bound)
+            for limit in (
+                self.max_prompt_length,
+                self.max_completion_length,
+                self.max_length,
+            )
+        )
+        return Limits(prompt, completion, both, self.truncation_mode)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PairTokens:

@@ -12,6 +12,8 @@ import pyarrow as pa
 from jaxtyping import Int64
 
 from engine.config.fields import did_you_mean
+from engine.data.columns import check_names
+from engine.data.stages import reading
 from engine.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -26,6 +28,7 @@ class Source:
 
     name: str
     data: datasets.Dataset | Sequence[Mapping[str, Any]]
+    ignored: tuple[str, ...] = ()  # columns that are there and not read
 
     def __len__(self) -> int:
         return len(self.data)
@@ -33,7 +36,8 @@ class Source:
     def rows_at(self, indices: Int64[np.ndarray, " n"]) -> list[dict[str, Any]]:
         """The rows at `indices`, with the columns of `FIELDS` that they have."""
         if isinstance(self.data, datasets.Dataset):
-            columns = self.data[indices.tolist()]
+            with reading(f"{self.name}: rows cannot be read"):
+                columns = self.data[indices.tolist()]
             return [
                 dict(zip(columns, row, strict=True))
                 for row in zip(*columns.values(), strict=True)
@@ -148,6 +152,11 @@ def checked_source(
         raise InputError(f"{name} has no rows; give at least one preference pair")
     # Rows of a list may differ: each is looked at when it is tokenised.
     columns = getattr(data, "column_names", None) or list(map(str, data[0]))
+    if getattr(data, "column_names", None):
+        check_names(name, columns)
+    else:
+        for i, row in enumerate(data):
+            check_names(f"{name}, row {i} (counting from 0)", map(str, row))
     for field in ("chosen", "rejected"):
         if field not in columns:
             raise InputError(
@@ -158,7 +167,8 @@ def checked_source(
     if isinstance(data, datasets.Dataset):
         kept = [field for field in FIELDS if field in columns]
         data = data.with_format(None).select_columns(kept)
-    return Source(name=name, data=data)
+    ignored = tuple(column for column in columns if column not in FIELDS)
+    return Source(name=name, data=data, ignored=ignored)
 
 
 def _warn_of_format(data: datasets.Dataset):

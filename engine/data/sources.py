@@ -12,8 +12,8 @@ from engine.data import folders
 from engine.data.files import Rows, joined, read_files, select
 from engine.data.rows import PreferenceRows, Source, checked_source, one_after_another
 from engine.data.stages import reading
-from engine.data.text_files import COMPRESSED
-from engine.errors import InputError
+from engine.data.text_files import data_ending
+from engine.errors import InputError, stage
 from engine.paths import is_url, matching_files
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,11 @@ def _load_source(source: SourceConfig, cache_dir: str | None) -> Source:
         name = f"{name} ({source.split})"
     kind = source.type or _kind_by_ending(names)
     kind = "json" if kind == "jsonl" else kind
+    if kind != "hf" and source.dataset_split_name is not None:
+        raise InputError(
+            f"dataset_split_name={source.dataset_split_name!r} has no effect with "
+            f"{name}, which is of type {kind!r}; remove it"
+        )
     if kind == "hf":
         data = _read_hf(source, names, cache_dir)
     else:
@@ -80,10 +85,7 @@ def _load_source(source: SourceConfig, cache_dir: str | None) -> Source:
 def _kind_by_ending(files: list[str]) -> str:
     kinds = set()
     for file in files:
-        stem, ending = os.path.splitext(file)
-        if ending in COMPRESSED:
-            ending = os.path.splitext(stem)[1]
-        kinds.add(_ENDINGS.get(ending, "hf"))
+        kinds.add(_ENDINGS.get(data_ending(file), "hf"))
     if len(kinds) > 1:
         raise InputError(
             f"data_files={files} are of several types ({', '.join(sorted(kinds))}); "
@@ -104,10 +106,17 @@ def _existing_files(names: list[str]) -> list[str]:
         found = matching_files(name)
         if not found:
             raise InputError(f"{name} does not exist (from {os.getcwd()})")
+        found = [path for path in found if not os.path.isdir(path)]
+        if not found:
+            raise InputError(
+                f"{name} matches folders only; name the files in them, as in {name}/*"
+            )
         for path in found:
-            if not os.path.isdir(path) and os.path.getsize(path) == 0:
+            with stage(f"{path} cannot be read"):
+                size = os.path.getsize(path)
+            if size == 0:
                 raise InputError(f"{path} is empty; give at least one preference pair")
-        files += [path for path in found if not os.path.isdir(path)]
+        files += found
     return files
 
 

@@ -44,6 +44,11 @@ def _reason(error: BaseException) -> str:
     reason = shortened(lines[0]) if lines else type(error).__name__
     if "BatchSize must be greater than 0" in reason:
         return "one of its files has no rows; leave it out"
+    if "corresponds to no data" in reason:
+        return "the split that is asked for holds no rows; name another in split"
+    if "Config name is missing" in reason:
+        choices = f" ({shortened(' '.join(lines[1:]))})" if lines[1:] else ""
+        return f"it holds several data sets; name one in dataset_split_name{choices}"
     if "Couldn't cast" in reason or "column names don't match" in reason:
         return (
             "its files, or rows, have columns of different types; give each type of "

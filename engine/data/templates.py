@@ -37,7 +37,8 @@ _SHOWN = 60  # characters of a text that an error shows
 def _date_macro() -> str:
     """Jinja for a `strftime_now` that formats `FIXED_DATE`, whatever it is asked for.
 
-    A macro in front of the template, since transformers hands no functions to it.
+    A macro in front of the template, since transformers hands no functions to it; its
+    argument is called as that of transformers' own function.
     """
     codes = "aAbBcdfHIjmMpSUwWxXyYGuV"
     steps = "|replace('%%', '\0')"
@@ -47,7 +48,9 @@ def _date_macro() -> str:
         steps += f"|replace('%-{code}', '{text.lstrip('0') or '0'}')"
     steps += "|replace('\0', '%')"
     # The line break is the block's own; the template starts on a line of its own.
-    return f"{{% macro strftime_now(form) %}}{{{{ form{steps} }}}}{{% endmacro %}}\n"
+    return (
+        f"{{% macro strftime_now(format) %}}{{{{ format{steps} }}}}{{% endmacro %}}\n"
+    )
 
 
 _DATE_MACRO = _date_macro()

@@ -12,6 +12,7 @@ import io
 import json
 import lzma
 import os
+import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,8 +21,9 @@ from typing import Any, overload
 
 import pyarrow as pa
 
+from engine.data.columns import check_names
 from engine.data.rows import FIELDS
-from engine.errors import InputError
+from engine.errors import InputError, one_line
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _BAD_ARCHIVE = (OSError, EOFError, zlib.error, lzma.LZMAError)
@@ -30,8 +32,22 @@ _LOOKS_LIKE = {
     b"\xfe\xff": ", it looks like UTF-16",
     b"\x1f\x8b": ", it looks like an archive whose name should end in .gz",
 }
+_SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars (|)"}
+_BINARY = {
+    b"PAR1": "a Parquet file; set type to parquet",
+    b"ARROW1": "an Arrow file; set type to arrow",
+    b"PK\x03\x04": (
+        "a zip archive, or an Excel workbook; unpack it, or save the sheet as CSV"
+    ),
+}
 _NAMED = 3  # cells of a bad row that an error shows
 _SHOWN = 40  # characters of a cell that it shows
+
+
+def data_ending(file: str) -> str:
+    """A file name's ending, without that of its compression."""
+    stem, ending = os.path.splitext(file)
+    return os.path.splitext(stem)[1] if ending in COMPRESSED else ending
 
 
 class PackedRows(Sequence[Mapping[str, Any]]):
@@ -79,13 +95,14 @@ def read_csv(path: str, name: str, delimiter: str = ",") -> PackedRows:
             a column named twice, or what `read_text` refuses; it names the line.
     """
     text = read_text(path, name)
+    _check_quotes(text, name, delimiter)
 
     def rows() -> Iterator[tuple[dict[str, str], list[str]]]:
         header: list[str] | None = None
         for line, cells in _records(text, name, delimiter):
             if header is None:
                 header = cells
-                _check_header(name, line, header)
+                _check_header(name, line, header, delimiter)
             elif len(cells) != len(header):
                 raise InputError(_another_width(name, line, cells, header))
             else:
@@ -113,6 +130,7 @@ def read_json(path: str, name: str) -> PackedRows:
                     f"{name}, {place}, holds a {type(row).__name__}; each must be an "
                     'object with "chosen", "rejected" and mostly "prompt"'
                 )
+            check_names(f"{name}, {place}", row)
             yield row, row
 
     if not start:
@@ -134,8 +152,11 @@ def read_text(path: str, name: str) -> str:
         if ending in COMPRESSED:
             reason = f"it is no sound {ending} archive ({reason}); pack it again"
         raise InputError(f"{name} cannot be read: {reason}") from error
+    for start, what in _BINARY.items():
+        if data.startswith(start):
+            raise InputError(f"{name} is no text: it is {what}")
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         # Places count from the start of the file, which a byte-order mark is part of.
         mark = 3 if data.startswith(b"\xef\xbb\xbf") else 0
@@ -147,6 +168,14 @@ def read_text(path: str, name: str) -> str:
             f"{name}, line {line}, byte {byte}, is not UTF-8 text (0x{data[at]:02x}"
             f"{like}); save the file as UTF-8"
         ) from None
+    if (nul := text.find("\0")) >= 0:
+        like = ", it looks like UTF-16" if data[:4].count(0) == 2 else ""
+        line = text.count("\n", 0, nul) + 1
+        raise InputError(
+            f"{name}, line {line}, has a NUL character (0x00{like}); save the file as "
+            "UTF-8, without it"
+        )
+    return text
 
 
 def _unpacked(path: str, ending: str) -> bytes:
@@ -190,7 +219,29 @@ def _records(text: str, name: str, delimiter: str) -> Iterator[tuple[int, list[s
             yield line, cells
 
 
-def _check_header(name: str, line: int, header: list[str]):
+def _check_quotes(text: str, name: str, delimiter: str):
+    """Refuses quotes that a space comes before, as they would not quote the cell."""
+    # Within a quoted cell each quote is doubled, or the last of the cell.
+    mark = re.escape(delimiter)
+    found = re.search(rf'(?m)(?:^|{mark}) +"(?!"|{mark}|\r|\n|\Z)', text)
+    if found:
+        line = text.count("\n", 0, found.end()) + 1
+        raise InputError(
+            f"{name}, line {line}: a cell has a space before its double quote, which "
+            "then does not quote it; remove the space"
+        )
+
+
+def _check_header(name: str, line: int, header: list[str], delimiter: str):
+    for other, called in _SEPARATORS.items():
+        cells = [cell.strip(' "') for cell in delimiter.join(header).split(other)]
+        if other != delimiter and {"chosen", "rejected"} <= set(cells) - set(header):
+            raise InputError(
+                f"{name}, line {line}: cells are separated by {called}, but are read "
+                f"as separated by {_SEPARATORS.get(delimiter, repr(delimiter))}; save "
+                "it with commas as .csv, or with tabs as .tsv"
+            )
+    check_names(f"{name}, line {line}", header)
     for cell in header:
         if cell and header.count(cell) > 1:
             raise InputError(
@@ -253,6 +304,10 @@ def _parsed(text: str, name: str, first_line: int) -> Any:
         raise InputError(
             f"{name}, line {first_line + error.lineno - 1}, is not JSON ({error.msg}, "
             f"column {error.colno}); write one object a line, or one list of objects"
+        ) from None
+    except ValueError as error:  # an integer of more digits than Python reads
+        raise InputError(
+            f"{name}, line {first_line}, cannot be read: {one_line(error)}"
         ) from None
     except RecursionError:
         raise InputError(

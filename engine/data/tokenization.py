@@ -188,6 +188,9 @@ def _cut(
 ) -> PairTokens:
     """Applies the limits, and drops pairs of which a side has nothing left to score."""
     start, end = pairs.offsets[:-1].copy(), pairs.offsets[1:].copy()
+    # A limit beyond all tokens means none; sums with it must not leave int64.
+    beyond = len(pairs.values) + 1
+    limits = limits.at_most(beyond)
     origin = start.copy()
     score_at = start + np.repeat(boundary, 2)
     keeps_bos = np.zeros(len(start), np.bool_)

@@ -48,6 +48,16 @@ BAD_ROWS = {
         "'chosen' and 'rejected', do not start with the same messages",
     ),
     "tools": ({**CHAT, "tools": "{"}, "field 'tools', is not JSON (Expecting"),
+    "nested tools": ({**CHAT, "tools": "[" * 100_000}, "field 'tools', is not JSON"),
+    "bytes": ({**OK, "chosen": b"c"}, "'chosen', is bytes (b'c'); it must be text"),
+    "token ids": (
+        {**OK, "chosen": [5, 6]},
+        "'chosen', is a list of numbers, as token ids are; it must be text",
+    ),
+    "refused arguments": (
+        {**CHAT, "chat_template_kwargs": {"tokenize": True}},
+        "field 'chat_template_kwargs': the tokenizer's chat template refuses",
+    ),
     "tools kind": ({**CHAT, "tools": 3}, "field 'tools', is 3 (a int); give a list"),
     "arguments": ({**CHAT, "chat_template_kwargs": "x"}, "is text; give a mapping"),
 }

@@ -6,6 +6,7 @@ import json
 import pytest
 from datasets import Dataset
 
+from engine.data.doubts import Doubts
 from engine.data.pairs import (
     Limits,
     check_limits,
@@ -47,6 +48,12 @@ def warnings(rows, caplog, tmp_path, **options) -> list[str]:
 
 
 TURNS = turn("user", "Tea?")
+TURNS_BACK = turn("assistant", "b")
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
+}
 DOUBTFUL = {
     "json": (
         row(
@@ -68,6 +75,28 @@ DOUBTFUL = {
         row(TURNS, TURNS + turn("assistant", "a"), TURNS + turn("assistant", "b")),
         "repeat the prompt at the start of chosen and rejected",
     ),
+    "no prompt": (
+        {"chosen": "Tea.", "rejected": "Not."},
+        "have no prompt: the field is not there",
+    ),
+    "empty text": (row("Tea?", "Tea.", ""), "have an answer without text"),
+    "blank text": (row("Tea?", " \n", "Not."), "have an answer without text"),
+    "empty message": (
+        row(TURNS, turn("assistant", " "), turn("assistant", "b")),
+        "have an answer without text",
+    ),
+    "no parts": (
+        row(TURNS, [{"role": "assistant", "content": []}], turn("assistant", "b")),
+        "have an answer without text",
+    ),
+    "a user's answer": (
+        row(TURNS, turn("assistant", "a"), turn("user", "b")),
+        "have an answer that does not start with a message of the role assistant",
+    ),
+    "a user's answer, prompt in both": (
+        {"chosen": TURNS + turn("user", "a"), "rejected": TURNS + TURNS_BACK},
+        "have an answer that does not start with a message of the role assistant",
+    ),
     "equal text": (
         row("Tea?", "Tea.", "Tea."),
         "have the same tokens in chosen and rejected",
@@ -87,6 +116,20 @@ def test_what_is_surely_not_meant_is_said_once(name, caplog, tmp_path):
     assert said.startswith(first + message)
 
 
+def test_a_call_of_a_tool_is_no_empty_answer():
+    doubts = Doubts()
+    doubts.see_row(0, row(TURNS, [CALL], TURNS_BACK))
+    assert doubts.found() == ()
+    doubts.see_row(1, row(TURNS, [{**CALL, "tool_calls": None}], TURNS_BACK))
+    assert doubts.found() == (("empty answer", 1, 1),)
+
+
+def test_columns_beside_a_missing_prompt_are_named(caplog, tmp_path):
+    rows = Dataset.from_list([{"id": 1, "chosen": "a", "rejected": "b"}])
+    (said,) = warnings(rows, caplog, tmp_path)
+    assert said.startswith("1 of 1 rows") and said.endswith("(not read: id)")
+
+
 def test_pairs_that_a_limit_makes_equal(caplog, tmp_path):
     rows = [row("p", "abcd", "abce"), row("p", "abcd", "xbce")]
     assert warnings(rows, caplog, tmp_path) == []
@@ -103,7 +146,9 @@ def test_what_may_be_meant_is_not_said(caplog, tmp_path):
         row("Tea or not?", "Tea or not? Tea.", "Not."),  # one side only
         row("Write JSON.", '[{"tea": "green"}]', "[1, 2]"),
         row(TURNS, turn("assistant", "Tea?"), turn("assistant", "Tea")),
-        {"chosen": TURNS + turn("assistant", "a"), "rejected": TURNS * 2},
+        {"chosen": TURNS + turn("assistant", "a"), "rejected": TURNS + TURNS_BACK},
+        {"chosen": "Tea? Yes.", "rejected": "Tea? No."},
+        {"chosen": "Tea? Yes.", "rejected": "Tea? No.", "prompt_id": "7"},
         row("Tea?", TURNS + turn("assistant", "a"), TURNS + turn("assistant", "b")),
     ]
     assert warnings(rows, caplog, tmp_path) == []

@@ -1,9 +1,14 @@
 """Names of files, Parquet's columns, and what of a folder is read."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
@@ -167,3 +172,35 @@ def test_files_of_other_kinds_are_refused():
         file.write("text")
     with pytest.raises(InputError, match="folder holds text files; json, csv, parquet"):
         load("folder")
+
+
+def test_what_is_put_away_is_not_read(caplog):
+    os.mkdir("kept")
+    row = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    for name in ("a.jsonl", "a.jsonl.bak"):
+        Path("kept", name).write_text(json.dumps({**row, "prompt": name}) + "\n")
+    rows = load("kept")
+    assert [r["prompt"] for _, batch in rows.batches(9) for r in batch] == ["a.jsonl"]
+    assert "kept: 1 of its 2 data files are not read, the first a.jsonl.bak" in (
+        caplog.text
+    )
+
+
+@pytest.mark.parametrize(
+    "ending, pack", [(".bz2", bz2.compress), (".xz", lzma.compress)]
+)
+def test_tabs_in_a_packed_file(ending, pack):
+    Path(f"a.tsv{ending}").write_bytes(pack(b"prompt\tchosen\trejected\np, q\tc\tr\n"))
+    ((_, (row,)),) = load(f"a.tsv{ending}").batches(9)
+    assert row == {"prompt": "p, q", "chosen": "c", "rejected": "r"}
+
+
+def test_text_in_parquet_that_is_not_utf8():
+    text = pa.array([b"ok", b"\xff\xfe"]).cast(pa.binary()).view(pa.string())
+    pq.write_table(
+        pa.table(dict.fromkeys(["prompt", "chosen", "rejected"], text)), "a.parquet"
+    )
+    with pytest.raises(
+        InputError, match="a.parquet: rows cannot be read: 'utf-8' codec"
+    ):
+        list(load("a.parquet").batches(9))

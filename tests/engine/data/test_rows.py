@@ -43,3 +43,30 @@ def test_bad_data_from_python(data, message):
     with pytest.raises(InputError) as caught:
         as_rows(data)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "column",
+    ["Prompt", "prompt ", "prompt\u00a0", "\ufeffprompt", "prompts", "promt"]
+    + ["question", "Instruction", "query", "input"],
+)
+def test_a_prompt_under_another_name_is_refused(column):
+    bad = {column: "p", "chosen": "c", "rejected": "r"}
+    for data, where in (
+        (Dataset.from_list([bad]), "the data set"),
+        ([ROWS[0], bad], "the data set, row 1 (counting from 0)"),
+    ):
+        with pytest.raises(InputError) as caught:
+            as_rows(data)
+        expected = (
+            f"{where}, has no 'prompt', but {column!r}, which is not read; rename"
+        )
+        assert str(caught.value).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "column", ["id", "prompt_id", "score_chosen", "source", "text"]
+)
+def test_other_columns_may_be_there(column):
+    data = Dataset.from_list([{column: "1", "chosen": "a b", "rejected": "a c"}])
+    assert as_rows(data).sources[0].ignored == (column,)

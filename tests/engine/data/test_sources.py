@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -191,6 +192,7 @@ def test_weights_interleave_in_exact_proportions_without_repeats():
 def bad_files():
     lines("ok.jsonl")
     lines("numbers.jsonl", [{"prompt": "p", "chosen": "c"}])
+    Path("loop.jsonl").symlink_to("loop.jsonl")
     lines("near.jsonl", [{"prompt": "p", "choosen": "c", "rejected": "r"}])
     with open("cut.jsonl", "w") as file:
         file.write(json.dumps(ROWS[0]) + '\n{"prompt": "p\n')
@@ -227,7 +229,17 @@ def bad_files():
             "numbers.jsonl",
             "numbers.jsonl has no column 'rejected'; it has prompt, chos",
         ),
-        ("near.jsonl", "near.jsonl has no column 'chosen'; did you mean 'choosen'"),
+        (
+            "near.jsonl",
+            "near.jsonl, line 1, has no 'chosen', but 'choosen', which is not read; "
+            "rename it to 'chosen'",
+        ),
+        (
+            {"data_files": "ok.jsonl", "dataset_split_name": "a"},
+            "dataset_split_name='a' has no effect with ok.jsonl",
+        ),
+        ("loop.jsonl", "loop.jsonl cannot be read: "),
+        ({"data_files": "fold*", "type": "json"}, "fold* matches folders only"),
         (
             "cut.jsonl",
             "cut.jsonl, line 2, is not JSON (Unterminated string starting at, "

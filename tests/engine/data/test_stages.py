@@ -47,6 +47,15 @@ MIXED = (
             "its data card, README.md, is no valid YAML (mapping values are not "
             "allowed)",
         ),
+        (
+            ValueError('Instruction "test" corresponds to no data!'),
+            "the split that is asked for holds no rows; name another in split",
+        ),
+        (
+            ValueError("Config name is missing.\nPlease pick one: ['a', 'b']"),
+            "it holds several data sets; name one in dataset_split_name (Please pick "
+            "one: ['a', 'b'])",
+        ),
         (OSError("x" * 1000), "x" * 300 + "..."),
     ],
 )

@@ -282,7 +282,7 @@ def test_a_row_may_set_the_date():
 
 def test_the_date_is_formatted_as_python_does():
     form = " ".join(f"%{c}" for c in "aAbBcdfHIjmMpSUwWxXyYGuV") + " %-d %-m %-H %%d"
-    template = f"  {{{{ strftime_now('{form}') }}}}\n x"
+    template = f"  {{{{ strftime_now(format='{form}') }}}}\n x"
     text = ChatTemplate(make(template=template)).render(turn("user", "Tea?"))
     assert text == f"  {templates.FIXED_DATE.strftime(form)}\n x"
 

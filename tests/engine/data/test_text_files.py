@@ -252,3 +252,51 @@ def test_packed_rows_are_a_sequence():
     other = PackedRows.of([({"rejected": "a"}, ["rejected"])])
     assert rows[:1].joined(other).column_names == ("chosen", "x", "rejected")
     assert list(rows[:1].joined(other)) == [{"chosen": "0"}, {"rejected": "a"}]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            "question,chosen,rejected\na,b,c\n",
+            "line 1, has no 'prompt', but 'question'",
+        ),
+        ("\ufeff\ufeff" + HEADER, "line 1, has no 'prompt', but '\\ufeffprompt'"),
+        (
+            HEADER.replace(",", "\t"),
+            "line 1: cells are separated by tabs, but are read",
+        ),
+        (HEADER.replace(",", ";"), "line 1: cells are separated by semicolons, but"),
+        (HEADER + 'a,b,c\n"a", "b","c"\n', "line 3: a cell has a space before its"),
+        (HEADER + "a,b\0,c\n", "line 2, has a NUL character (0x00); save"),
+        (HEADER.encode("utf-16-le"), "NUL character (0x00, it looks like UTF-16)"),
+        (b"PAR1\x15\x04", "it is a Parquet file; set type to parquet"),
+        (b"PK\x03\x04\x14\0", "it is a zip archive, or an Excel workbook"),
+    ],
+)
+def test_what_a_csv_file_is_instead(text, message):
+    with pytest.raises(InputError) as caught:
+        csv_rows(text)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_quotes_in_cells_with_spaces():
+    text = HEADER + '"  ""hi""","so, ""no"", ","x, "\n'
+    assert csv_rows(text) == [row('  "hi"', 'so, "no", ', "x, ")]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            '{"promt": "p", "chosen": "c", "rejected": "r"}',
+            "has no 'prompt', but 'promt'",
+        ),
+        ("[" + "9" * 5000 + "]", "line 1, cannot be read: Exceeds the limit"),
+    ],
+)
+def test_json_that_is_not_meant(text, message):
+    with pytest.raises(InputError) as caught:
+        json_rows('{"prompt": "p", "chosen": "c", "rejected": "r"}\n' + text)
+    expected = message.replace("line 1", "line 2")
+    assert f"line 2, {expected.removeprefix('line 2, ')}" in str(caught.value)

@@ -288,3 +288,22 @@ def test_thousands_of_rows_keep_their_order():
     assert pairs.rows.tolist() == list(range(2500))
     for i in (0, 999, 1000, 2499):
         assert sequence(pairs, 2 * i)[1] == [*ids(str(i)), EOS]
+
+
+@pytest.mark.parametrize("limit", [2**62, 2**63 - 1, 2**64])
+def test_limits_beyond_what_integers_hold_are_none(limit):
+    for name in ("max_length", "max_prompt_length", "max_completion_length"):
+        for mode in ("keep_start", "keep_end"):
+            options = {"max_length": None, "truncation_mode": mode} | {name: limit}
+            found = tokenize(
+                [{"prompt": "p q", "chosen": "c", "rejected": "r"}] * 3,
+                make(),
+                **options,
+            )
+            free = tokenize(
+                [{"prompt": "p q", "chosen": "c", "rejected": "r"}] * 3,
+                make(),
+                max_length=None,
+            )
+            np.testing.assert_array_equal(found.tokens, free.tokens)
+            np.testing.assert_array_equal(found.score_start, free.score_start)
