@@ -200,9 +200,8 @@ def _scalar(value: Any, kind: Any) -> tuple[bool, Any]:
     if isinstance(value, bool):  # which Python counts as an int
         return False, None
     if kind is int:
-        if isinstance(value, numbers.Integral) and -_INT64 <= value < _INT64:
-            return True, int(value)
-        return False, None
+        whole = int(value) if isinstance(value, numbers.Integral) else None
+        return whole is not None and -_INT64 <= whole < _INT64, whole
     if isinstance(value, str) and re.match(r"[-+]?0[0-9]", value):
         return False, None  # 010: eight to some readers, ten to others
     if not isinstance(value, str | numbers.Real):
