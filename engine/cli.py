@@ -1,6 +1,7 @@
 """The command line: `dpo train`, `dpo validate`, `dpo run`, `dpo verify`."""
 
 import argparse
+import errno
 import importlib
 import logging
 import os
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from engine import __version__
-from engine.errors import InputError
+from engine.errors import InputError, one_line, stage
 
 _DESCRIPTION = """\
 Preference-tune (DPO) language models in JAX, on CPU, GPU and TPU.
@@ -29,6 +30,7 @@ _COMMANDS = {
 }
 _BAD_INPUT = 2
 _INTERRUPTED = 130
+_BROKEN_PIPE = 141  # as a shell reports whom SIGPIPE ended
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,25 +49,59 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command, and returns its exit code; bad input is one line and a 2."""
     _quiet()
     try:
-        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        # Now: at Python's exit, what fails here would have Python's own words.
+        _flush_output()
+        return code
+    except BrokenPipeError:  # who reads the output has seen enough, as `head` has
+        _discard_output()
+        return _BROKEN_PIPE
     except InputError as error:
-        # A path or a value in the message may hold a line break of its own.
-        print(f"dpo: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return _BAD_INPUT
+        return _refuse(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        _discard_output()
+        return _refuse(f"the output cannot be written: {one_line(error)}")
     except KeyboardInterrupt:
         print("dpo: interrupted", file=sys.stderr)
         return _INTERRUPTED
 
 
+def _refuse(message: str) -> int:
+    # A path or a value in the message may hold a line break of its own.
+    print(f"dpo: error: {' '.join(message.split())}", file=sys.stderr)
+    return _BAD_INPUT
+
+
+def _flush_output():
+    if sys.stdout is not None:  # as it is where it was closed: `>&-`
+        sys.stdout.flush()
+
+
+def _discard_output():
+    """What is still in the buffer would fail once more when Python exits."""
+    if sys.stdout is None:
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
 def _dispatch(argv: list[str]) -> int:
     if argv[:1] == ["verify"]:  # which reads its own arguments
+        _import_jax()
         from dpo_kernels.verify import main as verify
 
         return verify(argv[1:])
     if argv and argv[0].split("=")[0] == "--config":
         argv = ["run", *argv]
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit:  # --help and --version
+        _flush_output()
+        raise
     if arguments.command is None:
         parser.print_help()
         return 0
@@ -81,7 +117,17 @@ def _dispatch(argv: list[str]) -> int:
     return 0
 
 
+def _import_jax():
+    """First of all libraries, as it reads its environment variables at the import."""
+    with stage("the working directory cannot be used", "change to one that is there"):
+        os.getcwd()
+    hint = "correct the environment variables whose names begin with JAX_"
+    with stage("JAX cannot be imported", hint):
+        importlib.import_module("jax")
+
+
 def _run(command: str, path: str, overrides: list[str]):
+    _import_jax()
     from engine.config.run import load_run_config
 
     run_config = load_run_config(path, overrides)

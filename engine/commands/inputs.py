@@ -50,7 +50,13 @@ def _check_save_directory(run: RunConfig) -> None:
         "model.tokenizer": run.model.tokenizer,
         "reference_model.name_or_path": reference and reference.name_or_path,
     }
-    check_save_directory(run.trainer.save_directory, sources)
+    data = {}
+    for name, mixture in (("mixture", run.mixture), ("eval_mixture", run.eval_mixture)):
+        for i, source in enumerate(mixture.informs if mixture else ()):
+            files = source.data_files
+            files = (files,) if isinstance(files, str) else files
+            data[f"{name}.informs.{i}.data_files"] = files
+    check_save_directory(run.trainer.save_directory, sources, data)
 
 
 def _pairs(

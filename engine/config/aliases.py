@@ -18,6 +18,7 @@ _BATCH = "pairs of one optimizer step over all devices and accumulation steps, n
 _NEVER = "the model is saved once, at the end, in save_directory"
 _DTYPE = "bfloat16 or float32"
 _ONLY_ADAMW = "it is always AdamW"
+_NOT_QUANTISED = "parameters are bfloat16 or float32, see model.param_dtype"
 
 ALIASES = {
     # Lengths of a run
@@ -71,6 +72,15 @@ ALIASES = {
     "attn_implementation": Alias(None, "it is chosen for the device"),
     "peft_config": Alias(None, "all parameters are trained"),
     "use_peft": Alias(None, "all parameters are trained"),
+    "use_lora": Alias(None, "all parameters are trained"),
+    "lora_r": Alias(None, "all parameters are trained"),
+    "lora_rank": Alias(None, "all parameters are trained"),
+    "lora_alpha": Alias(None, "all parameters are trained"),
+    "lora_dropout": Alias(None, "all parameters are trained"),
+    "lora_target_modules": Alias(None, "all parameters are trained"),
+    "load_in_4bit": Alias(None, _NOT_QUANTISED),
+    "load_in_8bit": Alias(None, _NOT_QUANTISED),
+    "quantization_config": Alias(None, _NOT_QUANTISED),
     "trust_remote_code": Alias(None, "code of a checkpoint or data set is never run"),
     "sharding_array": Alias("sharding", "its keys are data, fsdp and tensor"),
     # Data
@@ -88,6 +98,7 @@ ALIASES = {
     "max_eval_samples": Alias("eval_mixture.informs.0.num_rows"),
     "max_seq_length": Alias("trainer.max_length"),
     "max_sequence_length": Alias("trainer.max_length"),
+    "cutoff_len": Alias("trainer.max_length"),
     "max_target_length": Alias("trainer.max_completion_length"),
     "max_response_length": Alias("trainer.max_completion_length"),
     "padding_free": Alias(None, "batches are padded to a few lengths"),
@@ -98,6 +109,7 @@ ALIASES = {
     "dpo_beta": Alias("trainer.beta"),
     "dpo_loss_type": Alias("trainer.loss_type"),
     "f_divergence_type": Alias(None, "it is always the reverse KL divergence"),
+    "rpo_alpha": Alias(None, "the loss has no term for the chosen answer's likelihood"),
     "precompute_ref_log_probs": Alias(None, "the reference is scored in each step"),
     "use_liger_kernel": Alias("trainer.implementation", "of the log-probabilities"),
     "use_liger_loss": Alias("trainer.implementation", "of the log-probabilities"),

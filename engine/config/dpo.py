@@ -5,9 +5,13 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from dpo_kernels.op.backends import BACKENDS
 from engine.config.fields import (
     check_choice,
+    check_count,
+    check_float32,
     check_positive,
     check_types,
     check_unused,
@@ -108,16 +112,24 @@ class DPOConfig:
         for name in ("model_name", "save_directory"):
             if not getattr(self, name):
                 raise InputError(f"{name}='' must not be empty")
-        check_positive(self, "beta", "adam_epsilon", "num_train_epochs")
-        check_positive(self, "total_batch_size", "gradient_accumulation_steps")
-        check_positive(self, "max_training_steps", "eval_steps", "eval_batch_size")
-        check_positive(self, "ref_model_sync_steps", "log_steps", "workspace_bytes")
-        check_positive(self, "max_prompt_length", "max_completion_length")
-        check_within(self, 2, math.inf, "max_length")  # one token to condition on
-        check_within(self, 0, math.inf, "learning_rate", "warmup_steps")
+        check_positive(self, "beta", "adam_epsilon", "workspace_bytes")
+        check_count(self, "total_batch_size", "gradient_accumulation_steps")
+        check_count(self, "num_train_epochs", "max_training_steps", "log_steps")
+        check_count(self, "eval_steps", "eval_batch_size", "ref_model_sync_steps")
+        check_count(self, "max_prompt_length", "max_completion_length")
+        check_count(self, "max_length", low=2)  # one token to condition on
+        check_count(self, "warmup_steps", low=0)
+        check_within(self, 0, math.inf, "learning_rate")
         check_within(self, 0, math.inf, "weight_decay", "max_grad_norm")
         check_within(self, 0, 1, "adam_beta1", "adam_beta2")
         check_within(self, 0, 0.5, "label_smoothing")
+        check_float32(self)
+        for name in ("adam_beta1", "adam_beta2"):
+            if np.float32(getattr(self, name)) == 1:
+                raise InputError(
+                    f"{name}={getattr(self, name)!r} is 1 in float32, in which the "
+                    "moments are kept and would never change; give at most 0.9999999"
+                )
         check_within(self, 0, 2**32, "seed")
         if not 0 < self.ref_model_mixup_alpha <= 1:
             raise InputError(

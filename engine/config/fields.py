@@ -9,13 +9,20 @@ import difflib
 import functools
 import math
 import numbers
+import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+import numpy as np
+
 from engine.config.aliases import other_name
-from engine.errors import InputError
+from engine.errors import InputError, shortened
+
+COUNT_LIMIT = 2**31  # of what is counted: arrays and JAX's counters are 32 bits wide
+_INT64 = 2**63
+_FLOAT32 = np.finfo(np.float32)
 
 _WORDS = {
     bool: "true or false",
@@ -79,7 +86,20 @@ def convert(value: Any, hint: Any, name: str) -> Any:
             found, result = _scalar(value, option)
             if found:
                 return result
-    raise InputError(f"{name}={value!r} must be {describe(hint)}{_near(value, hint)}")
+    if isinstance(value, numbers.Integral) and {int, float} & {*_options(hint)}:
+        if not isinstance(value, bool):  # the type is right
+            raise InputError(f"{name}={shown(value)} is too large; give a smaller one")
+    raise InputError(
+        f"{name}={shown(value)} must be {describe(hint)}{_near(value, hint)}"
+    )
+
+
+def shown(value: Any) -> str:
+    """`repr` for a message: not too long, whatever the value is."""
+    try:
+        return shortened(repr(value))
+    except (ValueError, RecursionError):  # thousands of digits or of levels
+        return f"<a {type(value).__name__} too large to print>"
 
 
 def describe(hint: Any) -> str:
@@ -106,6 +126,29 @@ def check_positive(config: Any, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and value <= 0:
             raise InputError(f"{name}={value!r} must be greater than 0")
+
+
+def check_count(config: Any, *names: str, low: int = 1) -> None:
+    """Refuses fields (None allowed) that count fewer than `low` or too many."""
+    if low == 1:
+        check_positive(config, *names)
+    check_within(config, low, COUNT_LIMIT, *names)
+
+
+def check_float32(config: Any) -> None:
+    """Refuses floats that float32, in which training computes, cannot hold."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not isinstance(value, float) or value == 0:
+            continue
+        low, high = float(_FLOAT32.smallest_normal), float(_FLOAT32.max)
+        if not low <= abs(value) <= high:
+            becomes = "0" if abs(value) < low else "infinite"
+            raise InputError(
+                f"{field.name}={value!r} is {becomes} in float32, in which training "
+                f"computes; give a number within {low:.3g} and {high:.3g}, or 0 where "
+                "that is allowed"
+            )
 
 
 def check_within(config: Any, low: float, high: float, *names: str) -> None:
@@ -157,12 +200,14 @@ def _scalar(value: Any, kind: Any) -> tuple[bool, Any]:
     if isinstance(value, bool):  # which Python counts as an int
         return False, None
     if kind is int:
-        whole = isinstance(value, numbers.Integral)
-        return whole, int(value) if whole else None
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            return False, None
-    finite = isinstance(value, numbers.Real) and math.isfinite(value)
-    return finite, float(value) if finite else None
+        whole = int(value) if isinstance(value, numbers.Integral) else None
+        return whole is not None and -_INT64 <= whole < _INT64, whole
+    if isinstance(value, str) and re.match(r"[-+]?0[0-9]", value):
+        return False, None  # 010: eight to some readers, ten to others
+    if not isinstance(value, str | numbers.Real):
+        return False, None
+    try:
+        value = float(value)
+    except (ValueError, OverflowError):
+        return False, None
+    return math.isfinite(value), value

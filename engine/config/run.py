@@ -1,11 +1,12 @@
 """A run: which model, which data, which devices, which options, and what to do."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from engine.config.dpo import DPOConfig
-from engine.config.fields import check_positive, check_types
+from engine.config.fields import check_count, check_types, check_within
 from engine.config.run_file import build, read_run_file
 from engine.errors import InputError
 from engine.paths import expand
@@ -62,7 +63,7 @@ class SourceConfig:
                 f"dataset_split_name={self.dataset_split_name!r} has no effect with "
                 f"type {self.type!r}; remove it"
             )
-        check_positive(self, "num_rows")
+        check_count(self, "num_rows")
         _expand(self, "data_files")
 
 
@@ -81,6 +82,7 @@ class MixtureConfig:
         if not self.informs:
             raise InputError("informs=[] must list at least one source")
         _expand(self, "cache_dir")
+        check_within(self, 0, 2**32, "seed")
         if self.mixture_weights is None:
             return
         if len(self.mixture_weights) != len(self.informs):
@@ -92,6 +94,11 @@ class MixtureConfig:
             raise InputError(
                 f"mixture_weights={list(self.mixture_weights)} must all be greater "
                 "than 0"
+            )
+        if math.isinf(sum(self.mixture_weights)):
+            raise InputError(
+                f"mixture_weights={list(self.mixture_weights)} have an infinite sum; "
+                "give smaller ones, as only their ratios count"
             )
 
 

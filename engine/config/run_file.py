@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from engine.config.aliases import other_name
-from engine.config.fields import convert, did_you_mean
+from engine.config.fields import convert, did_you_mean, shown
 from engine.errors import InputError
 from engine.paths import as_path
 
@@ -82,7 +82,7 @@ class _Builder:
         hints = typing.get_type_hints(cls)
         if not isinstance(data, dict):
             rule = f"must be a mapping with keys from {', '.join(hints)}"
-            raise self.run_file.error(f"{key}={data!r} {rule}", key)
+            raise self.run_file.error(f"{key}={shown(data)} {rule}", key)
         for name in data:
             if name not in hints:
                 near = self._nearest(name, hints, prefix)
@@ -113,7 +113,7 @@ class _Builder:
         if not is_list:
             return self.section(nested, value, key)
         if not isinstance(value, list):
-            message = f"{key}={value!r} must be a list of mappings"
+            message = f"{key}={shown(value)} must be a list of mappings"
             raise self.run_file.error(message, key)
         return tuple(self.section(nested, v, f"{key}.{i}") for i, v in enumerate(value))
 
@@ -151,7 +151,11 @@ def dotted_keys(cls: type, prefix: str = "") -> Iterator[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader, but a key that is given twice in one mapping is an error."""
+    """SafeLoader with fewer surprises.
+
+    A key that is given twice in one mapping is an error, and numbers are decimal: what
+    YAML 1.1 reads as octal (010 is 8) or to the base of 60 (1:30 is 90) is a string.
+    """
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -166,13 +170,31 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# By the first character of a plain word: its tag and what it must look like.
+_NUMBERS = {
+    "int": r"[-+]?(?:0|[1-9][0-9_]*)",
+    "float": r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+}
+_TAGS = tuple(f"tag:yaml.org,2002:{kind}" for kind in _NUMBERS)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag not in _TAGS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _form in zip(_TAGS, _NUMBERS.values(), strict=True):
+    _Loader.add_implicit_resolver(
+        _tag, re.compile(rf"(?:{_form})$"), list("-+.0123456789")
+    )
+
+
 def _parse(path: str | Path) -> Any:
     try:
         text = as_path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file; give a YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        said = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+    except (OSError, ValueError) as error:  # a NUL in the name is a ValueError
+        said = error.strerror if isinstance(error, OSError) else str(error)
+        said = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else said
         raise InputError(f"{path}: cannot be read ({said}); give a YAML file") from None
     try:
         return _load(text)
@@ -194,6 +216,8 @@ def _load(text: str) -> Any:
         raise ValueError(f"{error.problem}{place}") from None
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def _override(tree: dict[str, Any], word: str) -> str:
@@ -210,8 +234,8 @@ def _override(tree: dict[str, Any], word: str) -> str:
         value = _load(text)
     except ValueError as error:
         raise InputError(
-            f"command line: {key}: {text!r} is not a YAML value ({error}); put it in "
-            "quotes"
+            f"command line: {key}: {shown(text)} is not a YAML value ({error}); put it "
+            "in quotes"
         ) from None
     parent: Any = tree
     for depth, part in enumerate(parts[:-1]):
@@ -230,8 +254,9 @@ def _place(parent: Any, part: str, above: list[str], key: str) -> Any:
         return part
     said = f"command line: {key}: {'.'.join(above)}"
     if not isinstance(parent, list):
-        raise InputError(f"{said} is {parent!r}, which has no keys")
-    if not part.isdecimal() or int(part) >= len(parent):
+        raise InputError(f"{said} is {shown(parent)}, which has no keys")
+    # (By the text first: int() takes no more than 4300 digits.)
+    if not part.isdecimal() or len(part) > 9 or int(part) >= len(parent):
         raise InputError(
             f"{said} is a list of {len(parent)}, so {part!r} must be a smaller number"
         )

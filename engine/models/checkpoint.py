@@ -1,6 +1,7 @@
 """A checkpoint's directory: where it is, its config.json, which files are what."""
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatch
@@ -100,9 +101,19 @@ def resolve_directory(path_or_hub_id: str | Path, what: str = "model") -> Path:
     return Path(local)
 
 
+def refuse_dangling_link(path: Path) -> None:
+    """InputError for a link to nothing, such as a half-copied cache of the hub has."""
+    if path.is_symlink() and not path.exists():
+        raise InputError(
+            f"{path}: a link to {os.readlink(path)}, which is not there; fetch the "
+            "checkpoint again, or copy it with its links followed (cp -rL)"
+        )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; InputError where the file is missing or holds something else."""
     if not path.is_file():
+        refuse_dangling_link(path)
         raise InputError(f"{path}: missing; a checkpoint directory needs it")
     with library_errors(
         lambda error: f"{path}: not JSON ({one_line(error)}); mend or replace it"
@@ -180,6 +191,8 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     """
     if (directory / SINGLE).is_file():
         return [directory / SINGLE], {}
+    for name in (SINGLE, INDEX):
+        refuse_dangling_link(directory / name)
     if not (directory / INDEX).is_file():
         _refuse_foreign_weights(directory)
         raise InputError(
@@ -195,6 +208,8 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
         raise InputError(
             f"{path}: weight_map names {listed(outside)}; only files beside it are read"
         )
+    for name in names:
+        refuse_dangling_link(directory / name)
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise InputError(

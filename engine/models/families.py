@@ -9,10 +9,11 @@ from typing import Any
 from engine.errors import InputError
 from engine.models.architecture import FULL, SLIDING, DecoderConfig
 from engine.models.rope import parse_rope
-from engine.models.values import flag, integer, number
+from engine.models.values import flag, integer, number, shown
 
 logger = logging.getLogger(__name__)
 
+_MOST_LAYERS = 10_000  # each has entries in tables; real models have some hundred
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -126,6 +127,10 @@ def _refuse_foreign(values: Mapping[str, Any], model_type: str, family: Family) 
                 f"{model_type!r}; allowed: {allowed}"
             )
     architectures = values.get("architectures") or [family.causal_lm]
+    if not isinstance(architectures, list):
+        raise InputError(
+            f"config.json: architectures={shown(architectures)} must be a list of names"
+        )
     if family.causal_lm not in architectures:
         raise InputError(
             f"config.json: architectures={architectures} is not supported; model_type "
@@ -168,7 +173,7 @@ def _layer_types(
         first = values.get("max_window_layers", 28)
         if not isinstance(first, int):
             raise InputError(
-                f"config.json: max_window_layers={first!r} must be an integer"
+                f"config.json: max_window_layers={shown(first)} must be an integer"
             )
         if flag(values, "use_sliding_window", False):
             window = 4096 if values.get("sliding_window", 4096) is not None else None
@@ -236,9 +241,9 @@ def _activation(values: Mapping[str, Any], gemma: bool) -> str:
     # gemma's `hidden_act` is a leftover that transformers ignores
     key = "hidden_activation" if gemma else "hidden_act"
     name = values.get(key, "gelu_pytorch_tanh" if gemma else "silu")
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise InputError(
-            f"config.json: {key} {name!r} is not supported; allowed: "
+            f"config.json: {key} {shown(name)} is not supported; allowed: "
             f"{', '.join(ACTIVATIONS)}"
         )
     return ACTIVATIONS[name]
@@ -265,7 +270,7 @@ def parse_hf_config(values: dict[str, Any]) -> DecoderConfig:
             values["auto_map"],
             family.causal_lm,
         )
-    layers = integer(values, "num_hidden_layers")
+    layers = integer(values, "num_hidden_layers", most=_MOST_LAYERS)
     layer_types, window = _layer_types(values, model_type, layers)
     heads, kv_heads, head_dim = _heads(values, family)
     hidden = integer(values, "hidden_size")

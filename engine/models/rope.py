@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from engine.errors import InputError
-from engine.models.values import is_positive
+from engine.models.values import is_positive, shown
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,9 @@ class Rope:
 def _number(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
     value = values.get(key, default)
     if not is_positive(value):
-        raise InputError(f"config.json: rope {key}={value!r} must be a number above 0")
+        raise InputError(
+            f"config.json: rope {key}={shown(value)} must be a finite number above 0"
+        )
     return float(value)
 
 

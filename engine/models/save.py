@@ -27,6 +27,7 @@ from engine.models.save_directory import (
     WRITER,
     check_save_directory,
     earlier_save,
+    files_in,
     replacing,
 )
 
@@ -206,8 +207,7 @@ def _write_all(
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         _write_json(staging / INDEX, index)
-    others = [p.relative_to(staging).as_posix() for p in staging.rglob("*")]
-    names = json.dumps(sorted([*others, *split.filename_to_tensors]))
+    names = json.dumps(sorted([*files_in(staging), *split.filename_to_tensors]))
     for file_name, held in split.filename_to_tensors.items():
         with open(staging / file_name, "wb") as out:
             part = {name: tensors[name] for name in held}

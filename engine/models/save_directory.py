@@ -1,18 +1,20 @@
 """Where a trained model goes: what may be replaced there, and how that is done."""
 
 import contextlib
+import errno
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from engine.errors import InputError, library_errors, one_line
 from engine.models.checkpoint import CONFIG, INDEX, is_tokenizer_file, listed
-from engine.paths import as_path
+from engine.paths import as_path, is_url, matching_files
 
 # In the header of every weight file, beside transformers' `format`: who wrote it, and
 # the names of all that was written with it. Nothing else is ever replaced or removed.
@@ -22,44 +24,75 @@ GENERATION = "generation_config.json"
 
 _WAY_OUT = "give another save_directory"
 _STAGING = ".model.part"
+_MARK = ".dpo-engine"  # in it, while it is being written: it is ours to remove
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _OLD_PARTS = re.compile(r"\.(model.*\.safetensors(\.index\.json)?|config\.json)\.part")
 
 
 def check_save_directory(
-    directory: str | Path, sources: Mapping[str, str | Path | None]
+    directory: str | Path,
+    sources: Mapping[str, str | Path | None],
+    data: Mapping[str, Iterable[str]] | None = None,
 ) -> Path:
     """The directory, `~` expanded, if a model may be saved there; makes nothing.
 
     Args:
         sources: what the run reads, by the name of its option; None and hub ids are
             passed over.
+        data: likewise, of data: files, patterns or folders.
     Raises:
-        InputError: it is a source's own directory, a file, not to be written to, or has
-            a model or a tokenizer that no earlier save put there.
+        InputError: it is a source's own directory, the data's or one that holds it, a
+            file, not to be written to, or has a model or a tokenizer that no earlier
+            save put there.
     """
     shown = f"save_directory={str(directory)!r}"
     with library_errors(
         lambda error: f"{shown} cannot be used ({one_line(error)}); {_WAY_OUT}"
     ):
         directory = as_path(directory)
+        if ".." in directory.parts:
+            # Of `nodir/../model` nothing exists until nodir is made, and then all.
+            directory = Path(os.path.realpath(directory))
         _check_place(directory, shown)
         for option, source in sources.items():
-            folder = None if source is None else as_path(source)
-            if folder is None or not folder.is_dir() or not directory.exists():
-                continue
-            if os.path.samefile(folder, directory):
+            if source is not None and _same(as_path(source), directory):
                 raise InputError(
                     f"{shown} is the directory of {option}={str(source)!r}, which the "
                     f"trained model would replace; {_WAY_OUT}"
                 )
+        for option, paths in (data or {}).items():
+            _check_data(directory, shown, option, paths)
         if directory.is_dir():
             earlier_save(directory)
     return directory
 
 
+def _same(source: Path, directory: Path) -> bool:
+    """Whether both are one directory, however they are spelt."""
+    source = Path(os.path.realpath(source))
+    return source.is_dir() and directory.exists() and source.samefile(directory)
+
+
+def _check_data(directory: Path, shown: str, option: str, paths: Iterable[str]) -> None:
+    """Refuses a directory in which what is saved would lie among the data.
+
+    A pattern such as *.jsonl would take the metrics for data in the next run.
+    """
+    for path in paths:
+        for name in () if is_url(path) else matching_files(path):
+            found = Path(os.path.realpath(name))
+            folder = found if found.is_dir() else found.parent
+            if any(_same(above, directory) for above in (folder, *folder.parents)):
+                raise InputError(
+                    f"{shown} is, or holds, the folder of {option}={path!r}; what is "
+                    f"saved would lie among the data; {_WAY_OUT}"
+                )
+
+
 def _check_place(directory: Path, shown: str) -> None:
     """Whether there is, or can be made, a directory to write into."""
+    if "\0" in str(directory):
+        raise InputError(f"{shown} has a NUL character, which no path has; {_WAY_OUT}")
     if directory.is_symlink() and not directory.exists():
         raise InputError(f"{shown} is a link to nothing; {_WAY_OUT}")
     if directory.exists() and not directory.is_dir():
@@ -75,6 +108,33 @@ def _check_place(directory: Path, shown: str) -> None:
         raise InputError(
             f"{shown} cannot be written: no permission in {str(parent)!r}; {_WAY_OUT}"
         )
+    try:
+        _try_to_write(parent)
+    except OSError as error:
+        raise InputError(
+            f"{shown} cannot be written: {one_line(error)}; {_WAY_OUT}"
+        ) from error
+
+
+def _try_to_write(folder: Path) -> None:
+    """Makes a file without a name, or where there is no such thing, one for a moment.
+
+    (`os.access` knows of permissions alone, which root has in /proc too.)
+    """
+    if hasattr(os, "O_TMPFILE"):
+        try:
+            os.close(os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o600))
+            return
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+                raise
+    with tempfile.TemporaryFile(dir=folder, prefix=".dpo-"):
+        pass
+
+
+def _is_our_staging(path: Path) -> bool:
+    """Whether a save of this program was at work there and did not end."""
+    return path.is_dir() and not path.is_symlink() and (path / _MARK).is_file()
 
 
 def _survey(directory: Path) -> tuple[frozenset[str], list[str]]:
@@ -100,6 +160,9 @@ def earlier_save(directory: Path) -> frozenset[str]:
         InputError: there is a model or a tokenizer that is not from one.
     """
     ours, foreign = _survey(directory)
+    staging = directory / _STAGING
+    if os.path.lexists(staging) and not _is_our_staging(staging):
+        foreign.append(_STAGING)
     if foreign:
         raise InputError(
             f"save_directory={str(directory)!r} has {listed(foreign)}, which this "
@@ -135,16 +198,21 @@ def replacing(directory: Path) -> Iterator[Path]:
     """
     check_save_directory(directory, {})
     staging = directory / _STAGING
+    made = False
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(directory)
         staging.mkdir()
+        made = True
+        (staging / _MARK).touch()
         yield staging
-        written = _files(staging)
+        written = files_in(staging)
         for name in written:
             _flush(staging / name)
+        (staging / _MARK).unlink()  # whole: what cannot be published is kept
     except BaseException as error:
-        shutil.rmtree(staging, ignore_errors=True)
+        if made:
+            shutil.rmtree(staging, ignore_errors=True)
         if not isinstance(error, OSError):
             raise
         raise InputError(
@@ -169,7 +237,8 @@ def _publish(staging: Path, directory: Path, written: list[str]) -> None:
             (directory / name).parent.mkdir(exist_ok=True)
             os.replace(staging / name, directory / name)
         for name in earlier - set(written):
-            (directory / name).unlink(missing_ok=True)
+            if not (directory / name).is_dir():
+                (directory / name).unlink(missing_ok=True)
         shutil.rmtree(staging)
         _flush(directory)
     except OSError as error:
@@ -181,14 +250,16 @@ def _publish(staging: Path, directory: Path, written: list[str]) -> None:
 
 def _remove_leftovers(directory: Path) -> None:
     """What an interrupted save has left; earlier versions left single files."""
-    shutil.rmtree(directory / _STAGING, ignore_errors=True)
+    if _is_our_staging(directory / _STAGING):
+        shutil.rmtree(directory / _STAGING)
     for path in directory.iterdir():
-        if _OLD_PARTS.fullmatch(path.name):
+        if _OLD_PARTS.fullmatch(path.name) and path.is_file():
             path.unlink()
 
 
-def _files(folder: Path) -> list[str]:
-    paths = (path for path in folder.rglob("*") if path.is_file())
+def files_in(folder: Path) -> list[str]:
+    """Names of the files below the folder of a new save, without its mark."""
+    paths = (p for p in folder.rglob("*") if p.is_file() and p.name != _MARK)
     return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import tokenizers
 from huggingface_hub import snapshot_download
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from engine.errors import InputError, library_errors, one_line
 from engine.models.checkpoint import (
+    CONFIG,
     MORE_TEMPLATES,
     VOCABULARIES,
     is_tokenizer_file,
@@ -22,6 +23,7 @@ from engine.models.checkpoint import (
     read_json,
     resolve_directory,
 )
+from engine.models.values import shown
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +31,8 @@ TOKENIZER_JSON = "tokenizer.json"
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # else SentencePiece
 _PROBES = ("Two words", " space before", "a\n\nb  c", "it's 12345", "é 漢 😀")
 _WAY_OUT = "or name another tokenizer with model.tokenizer"
-_JSON_FILES = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
+_SETTINGS, _ADDED = "tokenizer_config.json", "added_tokens.json"
+_JSON_FILES = (_SETTINGS, _ADDED, "special_tokens_map.json")
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
@@ -44,24 +43,59 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """
     directory = resolve_directory(name_or_path, "tokenizer")
     tokenizer = _from_directory(directory)
-    _warn_of_other_tokens(tokenizer, directory / TOKENIZER_JSON)
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, int | float):
+        raise InputError(
+            f"{directory / _SETTINGS}: model_max_length={shown(longest)} must be a "
+            "number or null"
+        )
+    path = directory / TOKENIZER_JSON
+    if path.is_file() and hasattr(tokenizer, "backend_tokenizer"):
+        with library_errors(
+            lambda error: f"{path}: cannot be read ({one_line(error)})"
+        ):
+            by_file = tokenizers.Tokenizer.from_file(str(path))
+        _warn_of_new_tokens(tokenizer, by_file, directory)
+        _warn_of_other_tokens(tokenizer, by_file, path)
     return tokenizer
 
 
-def _warn_of_other_tokens(tokenizer: Any, path: Path) -> None:
+def _warn_of_new_tokens(tokenizer: Any, by_file: Any, directory: Path) -> None:
+    """Tells of special tokens that no file lists, which transformers then adds."""
+    known = set(by_file.get_vocab(with_added_tokens=True))
+    for name, key in ((_SETTINGS, "added_tokens_decoder"), (_ADDED, None)):
+        path = directory / name
+        values = read_json(path) if path.is_file() else {}
+        if key is None:
+            known |= values.keys()
+        else:
+            known |= {str(token["content"]) for token in values.get(key, {}).values()}
+    new = {
+        f"{option}={token!r}": tokenizer.convert_tokens_to_ids(token)
+        for option, token in tokenizer.special_tokens_map.items()
+        if isinstance(token, str) and token not in known
+    }
+    if new:
+        logger.warning(
+            "%s: not in the vocabulary: %s; each gets a new id, which the model has "
+            "never seen: correct them in %s",
+            directory,
+            listed(f"{name} (id {index})" for name, index in new.items()),
+            _SETTINGS,
+        )
+
+
+def _warn_of_other_tokens(tokenizer: Any, by_file: Any, path: Path) -> None:
     """Tells of a class of transformers that overrules what tokenizer.json says.
 
     Some of its classes set spaces and splitting up on their own. Training then sees
     other tokens than programs that go by the file, or by another version.
     """
-    if not path.is_file() or not hasattr(tokenizer, "backend_tokenizer"):
-        return
-    with library_errors(lambda error: f"{path}: cannot be read ({one_line(error)})"):
-        by_file = tokenizers.Tokenizer.from_file(str(path))
     by_file.no_truncation()
     by_file.no_padding()
     for text in _PROBES:
-        ours = tokenizer(text, add_special_tokens=False)["input_ids"]
+        # (verbose=False: not a word on texts above model_max_length.)
+        ours = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         others = by_file.encode(text, add_special_tokens=False).ids
         if ours != others:
             logger.warning(
@@ -113,7 +147,7 @@ def _refuse_missing_package(directory: Path) -> None:
 
 def _why_unreadable(directory: Path, error: BaseException) -> str:
     """The message for a tokenizer that transformers does not load."""
-    settings = directory / "tokenizer_config.json"
+    settings = directory / _SETTINGS
     if settings.is_file() and "auto_map" in read_json(settings):
         return (
             f"{settings}: auto_map names code that comes with the tokenizer, which is "
@@ -132,10 +166,27 @@ def _why_unreadable(directory: Path, error: BaseException) -> str:
                 path.read_text(encoding="utf-8")
     if (directory / "vocab.json").is_file() and not list(directory.glob("merges*")):
         return f"{directory}: vocab.json needs a merges.txt beside it, {_WAY_OUT}"
+    if _fault_of_config(directory) == one_line(error):
+        return (
+            f"{directory / CONFIG}: transformers cannot read it ({one_line(error)}); "
+            f"mend it, {_WAY_OUT}"
+        )
     return (
         f"{directory}: the tokenizer cannot be loaded ({one_line(error)}); fetch its "
         f"files again, {_WAY_OUT}"
     )
+
+
+def _fault_of_config(directory: Path) -> str | None:
+    """What transformers, which reads it for a tokenizer too, says of config.json."""
+    if not (directory / CONFIG).is_file():
+        return None
+    try:
+        with library_errors(one_line):
+            AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def _fault_of_tokenizer_json(path: Path) -> str | None:

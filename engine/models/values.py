@@ -4,17 +4,30 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-from engine.errors import InputError
+from engine.errors import InputError, shortened
+
+MOST = 2**31 - 1  # of any size or count: arrays' indices have 32 bits
+
+
+def shown(value: Any) -> str:
+    """A value in a message, on one line that is not too long."""
+    return shortened(repr(value))
 
 
 def is_positive(value: Any) -> TypeGuard[float]:
     """A finite number above 0, as JSON has them; true and false are none."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and 0 < value < math.inf
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return 0 < float(value) < math.inf
+    except OverflowError:  # JSON's integers have no end
+        return False
 
 
-def integer(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """An integer above 0; null is as if the key were not there."""
+def integer(
+    values: Mapping[str, Any], key: str, default: int | None = None, most: int = MOST
+) -> int:
+    """An integer within 1 and `most`; null is as if the key were not there."""
     value = values.get(key)
     value = default if value is None else value
     if value is None:
@@ -22,7 +35,13 @@ def integer(values: Mapping[str, Any], key: str, default: int | None = None) -> 
             f"config.json: {key} is missing; it must be an integer above 0"
         )
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"config.json: {key}={value!r} must be an integer above 0")
+        raise InputError(
+            f"config.json: {key}={shown(value)} must be an integer above 0"
+        )
+    if value > most:
+        raise InputError(
+            f"config.json: {key}={shown(value)} is too large; at most {most} is allowed"
+        )
     return value
 
 
@@ -32,7 +51,9 @@ def number(values: Mapping[str, Any], key: str, default: float | None) -> float 
     if value is None:
         return None
     if not is_positive(value):
-        raise InputError(f"config.json: {key}={value!r} must be a number above 0")
+        raise InputError(
+            f"config.json: {key}={shown(value)} must be a finite number above 0"
+        )
     return float(value)
 
 
@@ -41,5 +62,5 @@ def flag(values: Mapping[str, Any], key: str, default: bool) -> bool:
     value = values.get(key)
     value = default if value is None else value
     if not isinstance(value, bool):
-        raise InputError(f"config.json: {key}={value!r} must be true or false")
+        raise InputError(f"config.json: {key}={shown(value)} must be true or false")
     return value

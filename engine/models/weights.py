@@ -10,11 +10,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from engine.errors import InputError
 from engine.models.checkpoint import resolve_directory
 from engine.models.decoder import Decoder
 from engine.models.init import placed_parameters, stored_dtype
 from engine.models.reader import Index, Reader
 from engine.models.tensors import compare_unread, open_checkpoint
+from engine.models.values import shown
 from engine.parallel.sharding import Parameter, make_mesh
 
 
@@ -75,6 +77,11 @@ def load_model(
     Raises:
         InputError: an unsupported model; missing, extra or mis-shaped tensors.
     """
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise InputError(
+            f"mesh={shown(mesh)} must be a jax.sharding.Mesh; make one with "
+            "engine.parallel.sharding.make_mesh, or leave it out"
+        )
     mesh = make_mesh() if mesh is None else mesh
     stored = stored_dtype(param_dtype)
     directory = resolve_directory(path_or_hub_id)

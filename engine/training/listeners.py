@@ -41,9 +41,16 @@ class MetricsFile(Listener):
         """Make the directory; the file itself comes with its first line."""
         with stage(f"{self.path} cannot be written", "see save_directory"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if os.path.lexists(self.path) and (
+                self.path.is_symlink() or not self.path.is_file()
+            ):
+                raise InputError(
+                    f"{self.path} is a link or a directory, not a file of an earlier "
+                    "run; move it, or give another save_directory"
+                )
             if not done and self.path.exists():
                 number = 1
-                while (old := self.path.with_suffix(f".{number}.jsonl")).exists():
+                while os.path.lexists(old := self.path.with_suffix(f".{number}.jsonl")):
                     number += 1
                 os.rename(self.path, old)
                 logger.info("kept the metrics of an earlier run as %s", old)

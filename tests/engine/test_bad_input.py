@@ -226,6 +226,15 @@ def test_a_save_directory_that_is_the_models_own(run):
     assert "is the directory of model.name_or_path='model'" in line
 
 
+def test_a_save_directory_that_holds_the_data(run):
+    for where in (".", "model/.."):
+        assert run(f"trainer.save_directory={where}") == (
+            f"save_directory='{where}' is, or holds, the folder of mixture.informs.0."
+            "data_files='pairs.jsonl'; what is saved would lie among the data; give "
+            "another save_directory"
+        )
+
+
 def test_a_save_directory_that_is_a_file(run):
     assert "save_directory='pairs.jsonl' is a file" in run(
         "trainer.save_directory=pairs.jsonl"

@@ -1,8 +1,11 @@
 """The command line: what it calls, what it prints, and its exit codes."""
 
+import errno
+import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +13,7 @@ import engine
 from engine.cli import main
 from engine.errors import InputError
 
+ROOT = Path(__file__).parents[2]
 RUN = """\
 config:
   model: {name_or_path: m}
@@ -133,6 +137,65 @@ def test_module_runs_and_help_imports_no_jax():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: dpo")
+
+
+def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What `python -m engine` says in a shell, where `dpo` stands for it."""
+    return subprocess.run(
+        ["bash", "-c", f'dpo() {{ "{sys.executable}" -m engine "$@"; }}; {command}'],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_output_that_nobody_reads_or_that_is_full():
+    """Not a word where the reader has gone, as in Unix tools; one for a full disk."""
+    done = shell("dpo --help | true; exit ${PIPESTATUS[0]}")
+    # (A help of a few lines may fit the pipe before its end closes.)
+    assert done.returncode in (0, 141) and done.stderr == ""
+    done = shell("dpo --version > /dev/full", PYTHONUNBUFFERED="")
+    assert done.returncode == 2
+    assert done.stderr.startswith("dpo: error: the output cannot be written: ")
+    assert done.stderr.count("\n") == 1
+    assert shell("dpo --version >&-").returncode == 0
+
+
+@pytest.mark.parametrize("code, expected", [(errno.EPIPE, 141), (errno.ENOSPC, 2)])
+def test_output_that_fails_at_once(run_file, calls, monkeypatch, capfd, code, expected):
+    """As it does where it is not buffered."""
+
+    def fail(run):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(sys.modules["engine.commands.train"], "main", fail)
+    monkeypatch.setattr("engine.cli._discard_output", lambda: None)
+    assert main(["train", run_file]) == expected
+    assert capfd.readouterr().err.count("\n") == (expected == 2)
+
+
+@pytest.mark.parametrize(
+    "variable, value, expected",
+    [
+        ("JAX_NUM_CPU_DEVICES", "abc", "jax_num_cpu_devices"),
+        ("JAX_ENABLE_X64", "maybe", "'maybe'"),
+    ],
+)
+def test_an_environment_that_jax_cannot_read(run_file, variable, value, expected):
+    done = shell(f"dpo train {run_file}", **{variable: value})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("dpo: error: JAX cannot be imported: ")
+    assert expected in done.stderr
+
+
+def test_a_working_directory_that_is_gone(run_file, tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["validate", run_file]) == 2
+    said = capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert said.startswith("dpo: error: the working directory cannot be used: ")
 
 
 def test_package_exports():

@@ -95,6 +95,22 @@ def test_overrides(write):
     assert run.actions == ("validate", "train")
 
 
+def test_numbers_are_decimal(write):
+    """Also where YAML 1.1 reads another base, in what is no number at all."""
+    run = load_run_config(
+        write(SMALL + "  trainer: {model_name: 010, log_steps: 1_000, seed: 0}\n"),
+        ["trainer.save_directory=1:30", "trainer.beta=1.5e-1", "trainer.drop_last=yes"],
+    )
+    assert run.trainer.model_name == "010"
+    assert run.trainer.save_directory == "1:30"
+    assert (run.trainer.log_steps, run.trainer.beta, run.trainer.seed) == (
+        1000,
+        0.15,
+        0,
+    )
+    assert run.trainer.drop_last is True
+
+
 @pytest.mark.parametrize(
     "override, expected",
     [
@@ -108,6 +124,13 @@ def test_overrides(write):
         ("trainer.beta.x=1", "trainer.beta.x: trainer.beta is 0.08"),
         ("mixture.informs.1.split=x", "mixture.informs is a list of 1"),
         ("mixture.informs.first.split=x", "mixture.informs is a list of 1"),
+        ("trainer.seed=010", "trainer.seed='010' must be a whole number"),
+        ("trainer.seed=1:30", "trainer.seed='1:30' must be a whole number"),
+        ("trainer.beta=1:30.5", "trainer.beta='1:30.5' must be a finite number"),
+        ("trainer.beta=" + "[" * 5000, "nested too deeply"),
+        ("trainer.beta" + ".x" * 5000 + "=1", "trainer.beta is 0.08, which has no"),
+        ("mixture.informs." + "1" * 5000 + "=x", "mixture.informs is a list of 1"),
+        ("trainer.max_length=" + "9" * 5000, "is not a YAML value"),
         ("trainer={beta: 0}", "trainer.beta=0.0 must be greater than 0"),
     ],
 )
@@ -115,6 +138,11 @@ def test_bad_override_blames_the_command_line(write, override, expected):
     message = refusal(write(TUTORIAL), override)
     assert message.startswith("command line: ")
     assert expected in message
+
+
+def test_a_deep_key(write):
+    message = refusal(write(TUTORIAL), "trainer.seed" + ".x" * 5000 + "=1")
+    assert "trainer.seed=<a dict too large to print> must be a whole num" in message
 
 
 def test_file_is_blamed_beside_overrides(write):
@@ -155,6 +183,8 @@ def test_file_is_blamed_beside_overrides(write):
         ),
         (SMALL + "  trainer: {1: 1}\n", "unknown key trainer.1"),
         (SMALL + "  trainer: {no: 1}\n", "unknown key trainer.False"),
+        (SMALL + "  trainer: " + "[" * 5000, "not valid YAML: nested too deeply"),
+        (SMALL + "  trainer: {beta: 1e30000}\n", "must be a finite number"),
         (SMALL + "  trainer: 3\n", "trainer=3 must be a mapping"),
         (SMALL + "  sharding: {fsdp: 0}\n", "sharding.fsdp=0 must be at least 1"),
         (SMALL + "  sharding: {data: -1}\n", "sharding.fsdp=-1 cannot be"),
@@ -211,6 +241,12 @@ def test_bad_file(write, text, expected):
             "mixture.mixture_weights.0='a' must be a finite number",
         ),
         (
+            "{informs: [{data_files: x}, {data_files: y}], mixture_weights: [1e308, 1e3"
+            "08]}",
+            "mixture.mixture_weights=[1e+308, 1e+308] have an infinite sum",
+        ),
+        ("{informs: [{data_files: x}], seed: -1}", "mixture.seed=-1 must be at least"),
+        (
             "{informs: [{data_files: x}], mixture_weights: [0]}",
             "mixture.mixture_weights=[0.0] must all be greater than 0",
         ),
@@ -225,6 +261,7 @@ def test_unreadable_files(tmp_path):
     missing = tmp_path / "none.yaml"
     assert refusal(missing) == f"{missing}: there is no such file; give a YAML file"
     assert "cannot be read" in refusal(tmp_path)
+    assert "cannot be read (embedded null byte" in refusal("run\0.yaml")
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\x00")
     assert "not UTF-8 text" in refusal(binary)

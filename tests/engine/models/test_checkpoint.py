@@ -25,6 +25,14 @@ def quantise(path):
     save_file(tensors, path / "model.safetensors")
 
 
+def dangle(name):
+    def change(path):
+        (path / name).unlink()
+        (path / name).symlink_to("../blobs/gone")
+
+    return change
+
+
 def lose_a_file(path):
     (path / "model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
@@ -41,6 +49,8 @@ def lose_a_file(path):
         (lambda path: (path / "config.json").write_text("[]"), "must be a JSON object"),
         (lambda path: (path / "model.safetensors").unlink(), "no weights; expected"),
         (lose_a_file, "1 of its 1 files are missing: model-00001-of-00001"),
+        (dangle("model.safetensors"), "model.safetensors: a link to ../blobs/gone, wh"),
+        (dangle("config.json"), "config.json: a link to ../blobs/gone, which is not"),
     ],
 )
 def test_a_broken_directory_is_refused(tmp_path, spoil, message):

@@ -102,7 +102,7 @@ def test_a_theta_of_null_counts_as_one_that_is_not_there():
     rope = {"rope_type": "default", "rope_theta": 5e5}
     config = parse("llama", rope_theta=None, rope_parameters=rope)
     assert config.ropes[0].theta == 5e5
-    with pytest.raises(InputError, match="rope_theta=None must be a number above 0"):
+    with pytest.raises(InputError, match="rope_theta=None must be a finite number"):
         parse("llama", rope_theta=None)
 
 

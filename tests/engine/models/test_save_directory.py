@@ -162,6 +162,7 @@ def test_what_a_killed_save_has_left_is_removed(tmp_path, llama):
     put_users_files(tmp_path)
     (tmp_path / ".model.part").mkdir()
     leftovers = (
+        ".model.part/.dpo-engine",
         ".model.part/model.safetensors",
         ".model.safetensors.part",
         ".model-00001-of-00002.safetensors.part",
@@ -174,6 +175,29 @@ def test_what_a_killed_save_has_left_is_removed(tmp_path, llama):
     save_pretrained(llama, tmp_path)
     ours = {"config.json", "config_v4.json", "model.safetensors"}
     assert names_in(tmp_path) == {*USERS, *ours}
+
+
+@pytest.mark.parametrize("kind", ["directory", "link", "file"])
+def test_a_users_own_part_is_not_removed(tmp_path, llama, kind):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / ".dpo-engine").write_text("mine")
+    part = tmp_path / "out" / ".model.part"
+    part.parent.mkdir()
+    if kind == "directory":
+        part.mkdir()
+        (part / "notes.txt").write_text("mine")
+    elif kind == "link":
+        part.symlink_to(tmp_path / "elsewhere")
+    else:
+        part.write_text("mine")
+    before = contents(tmp_path)
+    for save_there in (
+        lambda: check_save_directory(part.parent, {}),
+        lambda: save_pretrained(llama, part.parent),
+    ):
+        with pytest.raises(InputError, match=r"has \.model\.part, which this program"):
+            save_there()
+    assert contents(tmp_path) == before
 
 
 def test_names_in_a_header_stay_in_the_directory(tmp_path, llama):
@@ -192,7 +216,7 @@ def test_names_in_a_header_stay_in_the_directory(tmp_path, llama):
 
 @pytest.mark.parametrize(
     "spelling",
-    ["{base}", "{base}/", "{base}/../base", "link", "~/base", "base"],
+    ["{base}", "{base}/", "{base}/../base", "link", "~/base", "base", "no/../base"],
 )
 @pytest.mark.parametrize("option", ["model.name_or_path", "model.tokenizer"])
 def test_the_directory_of_a_source_is_refused(tmp_path, monkeypatch, spelling, option):
@@ -215,6 +239,20 @@ def test_the_directory_of_a_source_is_refused(tmp_path, monkeypatch, spelling, o
     assert contents(tmp_path) == before and not (base / "out").exists()
 
 
+@pytest.mark.parametrize("target", ["data", ".", "data/deep/..", "no/../data"])
+@pytest.mark.parametrize("path", ["data/a.jsonl", "data", "data/*.jsonl", "linked"])
+def test_the_folder_of_the_data_is_refused(tmp_path, monkeypatch, target, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "deep").mkdir(parents=True)
+    (tmp_path / "data" / "a.jsonl").write_text("{}")
+    (tmp_path / "linked").symlink_to(tmp_path / "data" / "a.jsonl")
+    data = {"mixture.informs.0.data_files": ("hf://a/b", "org/name", path)}
+    with pytest.raises(InputError, match="is, or holds, the folder of mixture.informs"):
+        check_save_directory(target, {}, data)
+    for name in ("out", "data/deep", "data/out"):
+        check_save_directory(name, {}, data)
+
+
 def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
@@ -223,6 +261,8 @@ def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch):
         ("file/below/that", "cannot be made, as '.*file' is a file"),
         ("dangling", "is a link to nothing"),
         ("x" * 300, "cannot be used .*File name too long"),
+        ("a\0b", r"a\\x00b' has a NUL character"),
+        ("/proc/new", "/proc/new' cannot be written: "),
     ):
         with pytest.raises(InputError, match=message):
             check_save_directory(tmp_path / name, {})

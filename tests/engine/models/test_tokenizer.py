@@ -185,6 +185,22 @@ def test_a_class_that_overrules_its_file_is_told_of(folder, caplog, class_name, 
     assert all("its tokens of 'Two words' are [4, 5, 6, 3, 5, 6" in x for x in lines)
 
 
+def test_a_special_token_that_is_not_in_the_vocabulary_is_told_of(folder, caplog):
+    """And a model_max_length below the probes' lengths is no reason to speak."""
+    (folder / "special_tokens_map.json").unlink()
+    edit(folder, "tokenizer_config.json", eos_token="<|nowhere|>", model_max_length=2)
+    loaded = load_tokenizer(folder)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert (
+        f"not in the vocabulary: eos_token='<|nowhere|>' (id {len(loaded) - 1})" in line
+    )
+    caplog.clear()
+    listed = {str(len(loaded) - 1): {"content": "<|nowhere|>", "special": True}}
+    edit(folder, "tokenizer_config.json", added_tokens_decoder=listed)
+    load_tokenizer(folder)
+    assert not caplog.records
+
+
 def drop(name):
     return lambda path: (path / name).unlink()
 
@@ -238,6 +254,14 @@ BOTH = ("tokenizer.json", "tokenizer.model")
         (write("chat_template.jinja", b"\xff"), "chat_template.jinja: not UTF-8"),
         (write("config.json", b"{"), "config.json.*not a valid JSON file"),
         (
+            lambda path: edit(path, "config.json", hidden_size="x"),
+            "config.json: transformers cannot read it .*'hidden_size'",
+        ),
+        (
+            lambda path: edit(path, "tokenizer_config.json", model_max_length="x"),
+            "tokenizer_config.json: model_max_length='x' must be a number",
+        ),
+        (
             lambda path: edit(path, "special_tokens_map.json", eos_token=5),
             "cannot be loaded .*eos_token has to be",
         ),
@@ -255,7 +279,7 @@ def test_a_tokenizer_that_cannot_be_read(folder, monkeypatch, spoil, message):
         "model.tokenizer" in text
         or "not JSON" in text
         or "UTF-8" in text
-        or ("must be a JSON object" in text)
+        or "must be a" in text
     )
 
 

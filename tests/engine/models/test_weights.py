@@ -1,3 +1,4 @@
+import inspect
 import json
 
 import jax
@@ -172,6 +173,9 @@ def test_a_buffer_of_another_name_is_extra(tmp_path):
 def test_options_are_checked_before_anything_is_read():
     with pytest.raises(InputError, match="param_dtype='int8'; allowed: bfloat16"):
         load(FIXTURES / "llama", param_dtype="int8")
+    with pytest.raises(InputError, match=r"mesh=5 must be a jax.sharding.Mesh"):
+        # (Unwrapped: the type checker of the tests would speak first.)
+        inspect.unwrap(weights.load_model)(FIXTURES / "llama", mesh=5)
 
 
 def test_an_abstract_model_has_the_shape_of_a_real_one():

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from engine.errors import InputError
 from engine.training.events import Record
 from engine.training.listeners import MetricsFile
 from engine.training.loop import MetricsWindow
@@ -64,6 +65,19 @@ def test_an_earlier_run_is_kept(tmp_path):
     names = ("metrics.1.jsonl", "metrics.2.jsonl", "metrics.jsonl")
     found = [json.loads((tmp_path / name).read_text())["run"] for name in names]
     assert found == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["directory", "link"])
+def test_what_is_no_file_of_an_earlier_run_stays(tmp_path, kind):
+    path = tmp_path / "metrics.jsonl"
+    if kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to(tmp_path / "elsewhere.jsonl")
+    with pytest.raises(InputError, match="metrics.jsonl is a link or a directory"):
+        MetricsFile(tmp_path).started(1, 0)
+    assert path.is_symlink() or path.is_dir()
+    assert [other.name for other in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_full_precision_and_valid_json(tmp_path):
