@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -36,6 +36,7 @@ class MetricsFile(Listener):
 
     def __init__(self, directory: Path):
         self.path = directory / FILE_NAME
+        self._file: IO[str] | None = None
 
     def started(self, total_steps: int, done: int) -> None:
         """Make the directory; the file itself comes with its first line."""
@@ -62,11 +63,18 @@ class MetricsFile(Listener):
             name: None if isinstance(x, float) and not math.isfinite(x) else x
             for name, x in record.metrics.items()
         }
-        with (
-            stage(f"{self.path} cannot be written", "see save_directory"),
-            self.path.open("a", encoding="utf-8") as file,
-        ):
-            file.write(json.dumps(line) + "\n")
+        with stage(f"{self.path} cannot be written", "see save_directory"):
+            if self._file is None:
+                # Held open: should another run rename it, it stays this one's.
+                self._file = self.path.open("a", encoding="utf-8")
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+
+    def ended(self, error: BaseException | None) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 class Terminal(Listener):

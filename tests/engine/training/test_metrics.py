@@ -11,6 +11,7 @@ from engine.training.listeners import MetricsFile
 from engine.training.loop import MetricsWindow
 from engine.training.metrics import Sums, means
 from engine.training.step import StepOut
+from tests.json_lines import read_lines
 
 
 def sums(**pairs) -> Sums:
@@ -58,13 +59,17 @@ def record(**metrics) -> Record:
 
 
 def test_an_earlier_run_is_kept(tmp_path):
-    for run in range(3):
-        file = MetricsFile(tmp_path)
+    """Under another name; and one that still runs goes on in its own file."""
+    files = [MetricsFile(tmp_path) for _ in range(3)]
+    for run, file in enumerate(files):
         file.started(1, 0)
         file.recorded(record(run=run))
+    for run, file in enumerate(files):
+        file.recorded(record(run=run))
+        file.ended(None)
     names = ("metrics.1.jsonl", "metrics.2.jsonl", "metrics.jsonl")
-    found = [json.loads((tmp_path / name).read_text())["run"] for name in names]
-    assert found == [0, 1, 2]
+    found = [[x["run"] for x in read_lines(tmp_path / name)] for name in names]
+    assert found == [[0, 0], [1, 1], [2, 2]]
 
 
 @pytest.mark.parametrize("kind", ["directory", "link"])
@@ -85,5 +90,6 @@ def test_full_precision_and_valid_json(tmp_path):
     file.started(1, 0)
     file.recorded(record(loss=0.1234567890123456, grad_norm=float("nan")))
     line = file.path.read_text()
+    file.ended(None)
     assert "0.1234567890123456" in line
     assert json.loads(line)["grad_norm"] is None
