@@ -22,6 +22,8 @@ from engine.errors import InputError
 from engine.objective.losses import LOSSES
 from engine.paths import expand
 
+_MOST_PAIRS = 2**20  # of a batch, which is laid out in the host's memory
+
 
 @refuses_unknown
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +118,7 @@ class DPOConfig:
         check_count(self, "total_batch_size", "gradient_accumulation_steps")
         check_count(self, "num_train_epochs", "max_training_steps", "log_steps")
         check_count(self, "eval_steps", "eval_batch_size", "ref_model_sync_steps")
+        check_within(self, 1, _MOST_PAIRS + 1, "total_batch_size", "eval_batch_size")
         check_count(self, "max_prompt_length", "max_completion_length")
         check_count(self, "max_length", low=2)  # one token to condition on
         check_count(self, "warmup_steps", low=0)

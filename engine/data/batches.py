@@ -22,6 +22,9 @@ _SCORED_UNIT = 128  # capacities for scored tokens are multiples of it
 _MAX_CANDIDATES = 128  # lengths among which the buckets are chosen
 _WORTHWHILE = 0.95  # another bucket must save a twentieth of all padded tokens
 
+# Of more epochs than that not every batch is looked at: one shape fits what may come.
+_MOST_EPOCHS = 100
+
 Shape = tuple[int, int]  # length S of a row, capacity T of a shard for scored tokens
 
 
@@ -127,9 +130,15 @@ class Padded:
         buckets = choose_buckets(candidates, np.cumsum(counts) / len(longest))
         capacities = (int(most[longest <= bucket].max()) for bucket in buckets)
         return tuple(
-            (bucket, -(-capacity // _SCORED_UNIT) * _SCORED_UNIT)
+            (bucket, _rounded(capacity, _SCORED_UNIT))
             for bucket, capacity in zip(buckets, capacities, strict=True)
         )
+
+    def largest(self) -> Shape:
+        """What any batch of these pairs fits into."""
+        longest = int(self._lengths.max())
+        most = int(np.sort(self._scored)[-self.grid[2] :].sum())
+        return _rounded(longest, _LENGTH_UNIT), _rounded(most, _SCORED_UNIT)
 
     def build(
         self, members: Int64[np.ndarray, " pairs"], shape: Shape
@@ -153,9 +162,12 @@ class BatchPlan:
         self.order = order
         self.layout = layout
         self.steps = order.batches_per_epoch if steps is None else steps
-        needs = [layout.needs(self._members(epoch)) for epoch in self._epochs()]
+        epochs = self._epochs()
+        needs = [layout.needs(self._members(x)) for x in epochs[:_MOST_EPOCHS]]
         longest, most = (np.concatenate(x) for x in zip(*needs, strict=True))
         self.shapes = layout.shapes(longest, most)
+        if len(epochs) > _MOST_EPOCHS:
+            self.shapes = tuple(dict.fromkeys((*self.shapes, layout.largest())))
 
     def _epochs(self) -> range:
         # Without shuffling every epoch has the same batches.
@@ -189,6 +201,10 @@ class BatchPlan:
         longest, most = self.layout.needs(members[None])
         shape = next((s, t) for s, t in self.shapes if longest[0] <= s and most[0] <= t)
         return self.layout.build(members, shape)
+
+
+def _rounded(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
 
 
 def choose_buckets(

@@ -205,6 +205,14 @@ def test_a_run_that_ends_early_has_only_its_own_shapes():
     assert met == set(begun.shapes) and max(met) <= max(whole.shapes)
 
 
+def test_very_many_epochs_are_planned_at_once():
+    pairs = make_pairs(20, longest=100)
+    plan = plan_of(pairs, 4, shuffle=True, steps=5 * 2**31)
+    largest = np.sort(pairs.num_scored.reshape(-1, 2).sum(axis=1))[-4:].sum()
+    assert plan.shapes[-1] == (104, -(-largest // 128) * 128)
+    assert next(plan.batches(5 * 2**30))[0].shape in plan.shapes
+
+
 def test_capacities_are_exact():
     pairs = make_pairs(64, longest=100)
     plan = plan_of(pairs, 16, shards=2)
