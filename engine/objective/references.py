@@ -44,7 +44,7 @@ class Reference(Protocol):
         """Summed log-probabilities of the chosen and the rejected, inside shard_map."""
         ...
 
-    def update(self, params: Any, step: int) -> None:
+    def update(self, params: Any, frozen: Any, step: int) -> None:
         """Called after each optimizer step, with all of the policy's parameters."""
         ...
 
@@ -67,7 +67,7 @@ class NoReference:
         del operands, microbatch, group, options
         return jnp.zeros_like(policy.chosen), jnp.zeros_like(policy.rejected)
 
-    def update(self, params: Any, step: int) -> None:
+    def update(self, params: Any, frozen: Any, step: int) -> None:
         """Nothing."""
 
 
@@ -92,7 +92,7 @@ class FrozenModel:
         found = score_completions(model, microbatch, group, options)
         return lax.stop_gradient(found.chosen), lax.stop_gradient(found.rejected)
 
-    def update(self, params: Any, step: int) -> None:
+    def update(self, params: Any, frozen: Any, step: int) -> None:
         """Nothing."""
 
 
@@ -110,10 +110,11 @@ class SyncedModel(FrozenModel):
         # Compiled here: nothing is during a run.
         self._mix = mix.lower(self.operands, nnx.split(policy)[1]).compile()
 
-    def update(self, params: Any, step: int) -> None:
+    def update(self, params: Any, frozen: Any, step: int) -> None:
         """Mix the policy in where it is time; the old arrays are used up."""
         if step % self._every == 0:
-            self.operands = self._mix(self.operands, params)
+            policy = nnx.merge_state(params, frozen)
+            self.operands = self._mix(self.operands, policy)
 
 
 def mix_parameters[Params](ref_params: Params, params: Params, alpha: float) -> Params:

@@ -134,8 +134,7 @@ class Trainer:
 
         def dispatch(batch: Batch, step: int) -> StepOut:
             self.state, out = train_step(self.state, *self._operands(batch))
-            params = nnx.merge_state(self.state.params, self._frozen)
-            self._reference.update(params, step)
+            self._reference.update(self.state.params, self._frozen, step)
             return out
 
         loop = Loop(
@@ -174,7 +173,7 @@ class Trainer:
 
     def _evaluate_while_training(self, prefix: str) -> dict[str, float]:
         metrics = self._evaluate(prefix)
-        check_finite(metrics, prefix, int(self.state.step))
+        check_finite(metrics, prefix, self.progress.step)
         return metrics
 
     def evaluate(self) -> dict[str, float]:
@@ -226,14 +225,16 @@ class Trainer:
             learning_rate_schedule(arguments, plan.steps),
             step_options(arguments),
         )
-        state = abstract_state(self.model, self._optimizer)
-        return Request(step, self._abstract_arguments([plan], state))
+        return Request(step, self._abstract_arguments([plan], self._abstract_state))
 
     def _eval_request(self) -> Request:
         step = make_eval_step(self.model, self._reference, step_options(self.arguments))
-        params = abstract_state(self.model, self._optimizer).params
-        plans = self.run.eval_plans.values()
+        plans, params = self.run.eval_plans.values(), self._abstract_state.params
         return Request(step, self._abstract_arguments(plans, params))
+
+    @functools.cached_property
+    def _abstract_state(self) -> TrainState:
+        return abstract_state(self.model, self._optimizer)
 
     def _abstract_arguments(
         self, plans: Iterable[BatchPlan], first: TrainState | Params
