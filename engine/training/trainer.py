@@ -285,7 +285,7 @@ def make_reference(
     policy: Decoder, given: Decoder | None, arguments: DPOConfig
 ) -> Reference:
     """Where the reference's log-probabilities come from."""
-    if arguments.reference_free:
+    if arguments.without_reference:
         return NoReference()
     synced = arguments.sync_ref_model
     model = model_for_reference(policy, given, synced=synced)
