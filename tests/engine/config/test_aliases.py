@@ -95,7 +95,7 @@ def test_spelling_of_aliases():
         ("learning_rat", "learning_rat: no such option; did you mean 'learning_rate'?"),
         (
             "zzz",
-            "zzz: no such option; known: beta, loss_type, model_name, save_directory",
+            "zzz: no such option; known: beta, loss_type",
         ),
     ],
 )

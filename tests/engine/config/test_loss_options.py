@@ -66,7 +66,7 @@ def test_every_name_makes_a_loss(name):
 
 
 def test_combinations_that_mean_something():
-    mpo = DPOConfig(loss_type=["sigmoid", "bco_pair"], rpo_alpha=0.5)
+    mpo = DPOConfig(loss_type=("sigmoid", "bco_pair"), rpo_alpha=0.5)
     assert mpo.losses == {"sigmoid": 1.0, "bco_pair": 1.0, "sft": 0.5}
     assert DPOConfig(loss_type="simpo", rpo_alpha=0.1).without_reference
     shifted = DPOConfig(loss_type="bco_pair", bco_shift="batch_mean")
@@ -74,7 +74,7 @@ def test_combinations_that_mean_something():
     assert DPOConfig(loss_type="exo_pair").smoothing == 1e-3
     assert DPOConfig(loss_type="exo_pair", label_smoothing=0.1).smoothing == 0.1
     divergence = DPOConfig(
-        loss_type=["ipo", "sft"], f_divergence_type="alpha_divergence"
+        loss_type=("ipo", "sft"), f_divergence_type="alpha_divergence"
     )
     assert divergence.loss.reference
     assert DPOConfig(use_weighting=True).loss.stats == ("collision",)

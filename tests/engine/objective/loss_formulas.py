@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engine.objective.interface import Divergence
+
 
 @dataclass(frozen=True, kw_only=True)
 class Numbers:
@@ -18,7 +20,7 @@ class Numbers:
     lam: float = 50.0
     gamma: float = 0.5
     alpha: float = 1.0
-    divergence: str = "reverse_kl"
+    divergence: Divergence = "reverse_kl"
     power: float = 0.5
 
 

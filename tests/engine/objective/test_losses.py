@@ -10,7 +10,7 @@ import pytest
 
 from engine.objective.batch_losses import kto_pair
 from engine.objective.divergences import score
-from engine.objective.interface import LossOptions, PairLogps
+from engine.objective.interface import Divergence, LossOptions, PairLogps
 from engine.objective.losses import BCO_SHIFTED, LOSSES, Loss, total_loss
 from tests.engine.objective.loss_formulas import Numbers, pair_loss
 from tests.engine.objective.loss_formulas import score as score64
@@ -41,29 +41,27 @@ def logps_of(margins: np.ndarray, weights: np.ndarray | None = None) -> PairLogp
 
 
 def options_of(n: Numbers, **changes) -> LossOptions:
-    return LossOptions(
-        **dict(
-            beta=n.beta,
-            label_smoothing=n.eps,
-            discopop_tau=n.tau,
-            dpop_lambda=n.lam,
-            simpo_gamma=n.gamma,
-            cpo_alpha=n.alpha,
-            f_divergence_type=n.divergence,
-            f_alpha_divergence_coef=n.power,
-        )
-        | changes
+    options = LossOptions(
+        beta=n.beta,
+        label_smoothing=n.eps,
+        discopop_tau=n.tau,
+        dpop_lambda=n.lam,
+        simpo_gamma=n.gamma,
+        cpo_alpha=n.alpha,
+        f_divergence_type=n.divergence,
+        f_alpha_divergence_coef=n.power,
     )
+    return dataclasses.replace(options, **changes)
 
 
 def truth(name: str, logps: PairLogps, n: Numbers) -> tuple[np.ndarray, np.ndarray]:
     """The mean loss's values and its gradient by the policy's two sums, in float64."""
     x = [np.asarray(v, np.float64) for v in logps[:6]]
 
-    def mean(chosen, rejected):
-        return pair_loss(name, chosen, rejected, *x[2:], n).mean()
+    def each(chosen, rejected):
+        return pair_loss(name, chosen, rejected, x[2], x[3], x[4], x[5], n)
 
-    values = pair_loss(name, *x, n)
+    values = each(x[0], x[1])
     gradient = np.zeros((2, len(x[0])))
     step = 1e-5
     if name == "kto_pair":  # its estimates of a divergence are constants
@@ -73,7 +71,7 @@ def truth(name: str, logps: PairLogps, n: Numbers) -> tuple[np.ndarray, np.ndarr
             up, down = ([a.copy() for a in x[:2]] for _ in range(2))
             up[side][i] += step
             down[side][i] -= step
-            gradient[side, i] = (mean(*up) - mean(*down)) / (2 * step)
+            gradient[side, i] = (each(*up) - each(*down)).mean() / (2 * step)
     return values, gradient
 
 
@@ -137,9 +135,9 @@ def test_alpha_divergence_has_its_limits():
 
 @pytest.mark.parametrize("name", ALL)
 def test_everything_is_finite_far_away(name):
-    kinds = ["reverse_kl"]
+    kinds: tuple[Divergence, ...] = ("reverse_kl",)
     if ALL[name].divergence:
-        kinds += ["forward_kl", "js_divergence", "alpha_divergence"]
+        kinds += ("forward_kl", "js_divergence", "alpha_divergence")
     for kind in kinds:
         for beta in (0.1, 1.0):
             options = LossOptions(
@@ -167,7 +165,11 @@ def test_what_prefers_the_chosen_is_better(name):
 def test_empty_completions_are_finite():
     logps = logps_of(MARGINS["equal"])
     zeros, ones = jnp.zeros(5), jnp.ones(5)
-    empty = PairLogps(*[zeros] * 6, ones, zeros, ones, ones)
+    empty = PairLogps(*logps)._replace(
+        **dict.fromkeys(PairLogps._fields[:6], zeros),
+        whole_chosen=zeros,
+        mean_chosen_length=ones,
+    )
     for name, loss in ALL.items():
         for given in (empty, logps._replace(rejected=zeros, rejected_length=zeros)):
             found = ours(loss, given, options_of(NUMBERS))
