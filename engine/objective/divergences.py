@@ -2,16 +2,18 @@
 
 With u = log(policy / reference), t = exp(u) and a divergence of generator f, the reward
 of the best policy is beta f'(t) up to a constant (Wang et al. 2023, arXiv:2309.16240,
-eq. 8 and table 1). A constant is the same for both completions and is left out.
+eq. 8 and table 1). The constant is such that the score of u = 0 is 0: it matters where
+scores are divided by lengths.
 
-| f_divergence_type | f'(t)                       | score of u               |
-|-------------------|-----------------------------|--------------------------|
-| reverse_kl        | log t + 1                   | u                        |
-| forward_kl        | -1 / t                      | -exp(-u)                 |
-| js_divergence     | log(2 t / (1 + t))          | log sigmoid(u)           |
-| alpha_divergence  | (t^(a - 1) - 1) / (a - 1)   | exp((a - 1) u) / (a - 1) |
+| f_divergence_type | score of u                         |
+|-------------------|------------------------------------|
+| reverse_kl        | log t = u                          |
+| forward_kl        | 1 - 1 / t                          |
+| js_divergence     | log(2 t / (1 + t))                 |
+| alpha_divergence  | (t^(alpha - 1) - 1) / (alpha - 1)  |
 """
 
+import math
 from typing import Any
 
 import jax
@@ -30,15 +32,15 @@ def score(u: Float[Array, " B"], kind: str, alpha: Any) -> Float[Array, " B"]:
     if kind == "reverse_kl":
         return u
     if kind == "forward_kl":
-        return -_exp(-u)
+        return -_expm1(-u)
     if kind == "js_divergence":
-        return jax.nn.log_sigmoid(u)
+        return math.log(2) + jax.nn.log_sigmoid(u)
     assert kind == "alpha_divergence", kind
     power = jnp.asarray(alpha, u.dtype) - 1
     near = jnp.abs(power) < _LIMIT
     power = jnp.where(near, 1.0, power)
-    return jnp.where(near, u, _exp(power * u) / power)
+    return jnp.where(near, u, _expm1(power * u) / power)
 
 
-def _exp(x: Float[Array, " B"]) -> Float[Array, " B"]:
-    return jnp.exp(jnp.minimum(x, _MAX_EXPONENT))
+def _expm1(x: Float[Array, " B"]) -> Float[Array, " B"]:
+    return jnp.expm1(jnp.minimum(x, _MAX_EXPONENT))

@@ -40,10 +40,10 @@ def score(u, n: Numbers):
     if n.divergence == "reverse_kl":
         return u
     if n.divergence == "forward_kl":
-        return -np.exp(-u)
+        return 1 - np.exp(-u)
     if n.divergence == "js_divergence":
-        return np.log(np.exp(u) / (1 + np.exp(u)))
-    return (np.exp(u) ** (n.power - 1)) / (n.power - 1)
+        return np.log(2 * np.exp(u) / (1 + np.exp(u)))
+    return (np.exp(u) ** (n.power - 1) - 1) / (n.power - 1)
 
 
 def pair_loss(name, pc, pr, rc, rr, lc, lr, n: Numbers):
