@@ -20,7 +20,8 @@ from engine.config.dpo import DPOConfig
 from engine.data.batches import BatchPlan, Order, Padded
 from engine.data.tokenization import PairTokens
 from engine.models import Decoder, DecoderConfig, init_model, parse_hf_config
-from engine.objective.losses import LOSSES, LossOptions, PairLogps
+from engine.objective.interface import LossOptions, PairLogps
+from engine.objective.losses import LOSSES
 from engine.parallel.batch import Batch, put_batch
 from engine.parallel.sharding import BATCH, make_mesh, param_specs
 from engine.training.metrics import means
@@ -229,6 +230,9 @@ def make_plain_step(
             chosen_length=lengths[0],
             rejected_length=lengths[1],
             weights=jnp.ones_like(lengths[0]),
+            whole_chosen=policy[0],
+            mean_chosen_length=jnp.full_like(lengths[0], lengths[0].mean()),
+            likelihood=jnp.ones_like(lengths[0]),
         )
         rewards = {
             "rewards/chosen": options.beta * (policy[0] - ref[0]).mean(),

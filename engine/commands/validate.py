@@ -18,7 +18,7 @@ def main(run: RunConfig) -> None:
     prepared = prepare_run(run)
     model, plan, mesh = prepared.model, prepared.plan, prepared.mesh
     print(f"model       {run.model.name_or_path}: {model.model_type}, {_size(model)}")
-    if run.trainer.reference_free:
+    if run.trainer.without_reference:
         print("reference   none")
     elif run.reference_model is not None:
         print(f"reference   {run.reference_model.name_or_path}")

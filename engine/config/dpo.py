@@ -18,8 +18,8 @@ from engine.config.fields import (
     check_within,
     refuses_unknown,
 )
+from engine.config.loss import LossConfig
 from engine.errors import InputError
-from engine.objective.losses import LOSSES
 from engine.paths import expand
 
 _MOST_PAIRS = 2**20  # of a batch, which is laid out in the host's memory
@@ -27,8 +27,8 @@ _MOST_PAIRS = 2**20  # of a batch, which is laid out in the host's memory
 
 @refuses_unknown
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig:
-    """Options of `DPOTrainer`.
+class DPOConfig(LossConfig):
+    """Options of `DPOTrainer`; those of the loss are in `LossConfig`.
 
     They are named as in EasyDeL's run files, which this program reads, and as in TRL
     where EasyDeL has no such option.
@@ -45,10 +45,7 @@ class DPOConfig:
     # Of the trained weights on disk; None: as they were in the model's files.
     save_dtype: Literal["bfloat16", "float16", "float32"] | None = None
 
-    # Loss. The reward of a completion is beta * (policy - reference) log-probability.
-    beta: float = 0.1  # strength of the pull towards the reference, > 0
-    loss_type: str = "sigmoid"  # a name in engine.objective.losses.LOSSES
-    label_smoothing: float = 0.0  # probability that a label is wrong, in [0, 0.5)
+    # Reference.
     reference_free: bool = False  # count the reference's log-probabilities as 0
     sync_ref_model: bool = False  # let the reference follow the policy
     ref_model_sync_steps: int = 64  # optimizer steps between two updates of it
@@ -95,7 +92,6 @@ class DPOConfig:
     def __post_init__(self):
         check_types(self)
         object.__setattr__(self, "save_directory", expand(self.save_directory))
-        check_choice("loss_type", self.loss_type, LOSSES)
         check_choice("implementation", self.implementation, ("auto", *BACKENDS))
         self._check_ranges()
         self._check_combinations()
@@ -109,6 +105,13 @@ class DPOConfig:
     def pairs_per_eval_batch(self) -> int:
         """Pairs of one evaluation batch, over all devices."""
         return self.eval_batch_size or self.microbatch_size
+
+    @property
+    def without_reference(self) -> str | None:
+        """The option for which nothing is measured from a reference, or None."""
+        if self.reference_free:
+            return "reference_free=True"
+        return None if self.loss.reference else f"loss_type={self.loss_type!r}"
 
     def _check_ranges(self):
         for name in ("model_name", "save_directory"):
@@ -146,11 +149,9 @@ class DPOConfig:
                 f"total_batch_size={self.total_batch_size} must be a multiple of "
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
             )
-        every = frozenset[str]().union(*(loss.options for loss in LOSSES.values()))
-        reason = f"with loss_type {self.loss_type!r}"
-        check_unused(self, reason, *sorted(every - LOSSES[self.loss_type].options))
-        if self.reference_free:
-            check_unused(self, "with reference_free", "sync_ref_model")
+        self.check_loss()
+        if self.without_reference:
+            check_unused(self, f"with {self.without_reference}", "sync_ref_model")
         if not self.sync_ref_model:
             names = "ref_model_sync_steps", "ref_model_mixup_alpha"
             check_unused(self, "without sync_ref_model", *names)

@@ -138,9 +138,10 @@ class RunConfig:
 
     def __post_init__(self):
         check_types(self)
-        if self.trainer.reference_free and self.reference_model is not None:
+        if self.reference_model is not None and self.trainer.without_reference:
             raise InputError(
-                "reference_model has no effect with trainer.reference_free; remove one"
+                "reference_model has no effect with "
+                f"trainer.{self.trainer.without_reference}; remove one"
             )
         if self.eval_mixture is None:
             for name, value in (

@@ -1,56 +1,22 @@
-"""The losses: `sigmoid`, `hinge`, `ipo`. Each is a pure function of log-probabilities.
+"""The table of losses, and their weighted sum.
 
-Notation of the sources: c and r are policy minus reference for chosen and rejected, the
-margin is c - r.
+A new loss is a function in `pair_losses` or `batch_losses` and a row here;
+docs/losses.md has the formulas.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-Scalar = Any  # a float, an array without axes, or what stands for one in JAX
-
-
-class PairLogps(NamedTuple):
-    """What a loss may see of pairs: nats, float32, summed over completions."""
-
-    chosen: Float[Array, " B"]  # policy
-    rejected: Float[Array, " B"]
-    ref_chosen: Float[Array, " B"]  # reference; zeros when reference-free
-    ref_rejected: Float[Array, " B"]
-    chosen_length: Float[Array, " B"]  # scored tokens
-    rejected_length: Float[Array, " B"]
-    weights: Float[Array, " B"]  # 0 for a padding pair, which is to have no effect
-
-    @property
-    def margin(self) -> Float[Array, " B"]:
-        """How much more than the reference the policy prefers the chosen: c - r."""
-        return (self.chosen - self.ref_chosen) - (self.rejected - self.ref_rejected)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class LossOptions:
-    """Numbers that losses share: arguments of the compiled step, not part of it."""
-
-    beta: Scalar
-    label_smoothing: Scalar = 0.0
-
-
-class LossOut(NamedTuple):
-    """What a loss returns. The batch's loss is the weighted mean of `per_pair`."""
-
-    per_pair: Float[Array, " B"]
-    metrics: Mapping[str, Float[Array, " B"]] = {}  # the loss's own, by their names
+from engine.objective import batch_losses, pair_losses
+from engine.objective.interface import LossOptions, LossOut, PairLogps
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """A row of the table: the function, and which options mean something to it.
+    """A row of the table: the function, and what has a meaning beside it.
 
     A `whole_batch` loss compares pairs with each other: it is given all pairs of the
     optimizer step at once, over every device and microbatch. Any other is given them in
@@ -60,42 +26,89 @@ class Loss:
     function: Callable[[PairLogps, LossOptions], LossOut]
     whole_batch: bool = False
     options: frozenset[str] = field(default=frozenset())  # of DPOConfig, besides beta
+    divergence: bool = False  # of the scores, and so of any f_divergence_type
+    reference: bool = True  # False: of the policy's log-probabilities alone
+    sums: bool = True  # of the completions' sums, to which ld_alpha applies
+    weighable: bool = True  # of pairs one by one, which use_weighting can weigh
+    stats: tuple[str, ...] = ()  # of the op, that it needs
 
 
-def sigmoid(logps: PairLogps, options: LossOptions) -> LossOut:
-    """-(1 - eps) log sigmoid(beta margin) - eps log sigmoid(-beta margin).
-
-    Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7; with eps, the conservative
-    form of Mitchell 2023 (a note on DPO with noisy preferences).
-    """
-    x, eps = options.beta * logps.margin, options.label_smoothing
-    return LossOut(-(1 - eps) * jax.nn.log_sigmoid(x) - eps * jax.nn.log_sigmoid(-x))
+def _row(function: Callable, *options: str, **facts: Any) -> Loss:
+    return Loss(function=function, options=frozenset(options), **facts)
 
 
-def hinge(logps: PairLogps, options: LossOptions) -> LossOut:
-    """max(0, 1 - beta margin).
-
-    Source: Liu et al. 2023, arXiv:2309.06657 (RSO), the normalised SLiC loss.
-    """
-    return LossOut(jax.nn.relu(1 - options.beta * logps.margin))
-
-
-def ipo(logps: PairLogps, options: LossOptions) -> LossOut:
-    """(c / |chosen| - r / |rejected| - 1 / (2 beta)) squared, on means over tokens.
-
-    Source: Azar et al. 2023, arXiv:2310.12036, eq. 17; the means over tokens are the
-    form that its authors use.
-    """
-    # An empty completion has log-probability 0, and its mean is 0 as well.
-    chosen_length = jnp.maximum(logps.chosen_length, 1)
-    rejected_length = jnp.maximum(logps.rejected_length, 1)
-    chosen = (logps.chosen - logps.ref_chosen) / chosen_length
-    rejected = (logps.rejected - logps.ref_rejected) / rejected_length
-    return LossOut((chosen - rejected - 1 / (2 * options.beta)) ** 2)
-
+SMOOTHING = "label_smoothing"
 
 LOSSES = {
-    "sigmoid": Loss(function=sigmoid, options=frozenset({"label_smoothing"})),
-    "hinge": Loss(function=hinge),
-    "ipo": Loss(function=ipo),
+    "sigmoid": _row(pair_losses.sigmoid, SMOOTHING, divergence=True),
+    "hinge": _row(pair_losses.hinge, divergence=True),
+    "ipo": _row(pair_losses.ipo, divergence=True),
+    "exo_pair": _row(pair_losses.exo_pair, SMOOTHING, divergence=True),
+    "nca_pair": _row(pair_losses.nca_pair),
+    "robust": _row(pair_losses.robust, SMOOTHING, divergence=True),
+    "bco_pair": _row(pair_losses.bco_pair, "bco_shift"),
+    "sppo_hard": _row(pair_losses.sppo_hard),
+    "aot": _row(batch_losses.aot, SMOOTHING, whole_batch=True, weighable=False),
+    "aot_unpaired": _row(
+        batch_losses.aot_unpaired, SMOOTHING, whole_batch=True, weighable=False
+    ),
+    "discopop": _row(pair_losses.discopop, "discopop_tau", divergence=True),
+    "apo_zero": _row(pair_losses.apo_zero),
+    "apo_down": _row(pair_losses.apo_down),
+    "sft": _row(pair_losses.sft, sums=False, weighable=False),
+    "sigmoid_norm": _row(pair_losses.sigmoid_norm, SMOOTHING, divergence=True),
+    "dpop": _row(pair_losses.dpop, SMOOTHING, "dpop_lambda"),
+    "simpo": _row(
+        pair_losses.simpo, SMOOTHING, "simpo_gamma", reference=False, sums=False
+    ),
+    "orpo": _row(pair_losses.orpo, reference=False, sums=False, weighable=False),
+    "cpo": _row(
+        pair_losses.cpo,
+        SMOOTHING,
+        "cpo_alpha",
+        reference=False,
+        sums=False,
+        weighable=False,
+    ),
+    "kto_pair": _row(batch_losses.kto_pair, whole_batch=True),
 }
+
+# What a loss becomes under an option.
+BCO_SHIFTED = _row(batch_losses.bco_pair_shifted, "bco_shift", whole_batch=True)
+
+ALSO_CALLED = {"aot_pair": "aot_unpaired"}  # EasyDeL's name
+
+
+def total_loss(losses: dict[str, Loss], *, weighting: bool = False) -> Loss:
+    """The sum of losses, by their names, each times its of `options.loss_weights`.
+
+    Of several, the mean of each is a metric, `loss/NAME`, before its weight.
+
+    Args:
+        weighting: multiply each pair's loss by its likelihood under the policy (Zhou et
+            al. 2024, arXiv:2406.11827, eq. 2).
+    """
+
+    def function(logps: PairLogps, options: LossOptions) -> LossOut:
+        outs = {name: loss.function(logps, options) for name, loss in losses.items()}
+        terms = [out.per_pair for out in outs.values()]
+        if weighting:
+            terms = [term * logps.likelihood for term in terms]
+        per_pair = jnp.zeros_like(terms[0])
+        for weight, term in zip(options.loss_weights, terms, strict=True):
+            per_pair += weight * term
+        metrics = {name: x for out in outs.values() for name, x in out.metrics.items()}
+        if len(losses) > 1:
+            metrics |= {
+                f"loss/{name}": term for name, term in zip(losses, terms, strict=True)
+            }
+        rewards = [out.rewards for out in outs.values() if out.rewards is not None]
+        return LossOut(per_pair, metrics, rewards[0] if rewards else None)
+
+    rows: Sequence[Loss] = tuple(losses.values())
+    return Loss(
+        function=function,
+        whole_batch=any(row.whole_batch for row in rows),
+        reference=all(row.reference for row in rows),
+        stats=("collision",) if weighting else (),
+    )

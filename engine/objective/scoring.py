@@ -23,10 +23,12 @@ from engine.parallel.sharding import FSDP, VOCAB
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringOptions:
-    """How the op is called: see `dpo_kernels.token_logprobs`."""
+    """How the op is called: see `dpo_kernels.token_logprobs`; and what is summed."""
 
     workspace_bytes: int = 256 * 2**20
     implementation: str = "auto"
+    # The weight of tokens past the length of the pair's shorter completion; None: 1.
+    ld_alpha: float | None = None
 
 
 class GroupTokens(NamedTuple):
@@ -41,10 +43,11 @@ class GroupTokens(NamedTuple):
 
 
 class SequenceLogps(NamedTuple):
-    """Of the pairs of an fsdp group."""
+    """Of the pairs of an fsdp group; sums of log-probabilities in nats, float32."""
 
-    chosen: Float[Array, " B"]  # summed log-probability, nats, float32
+    chosen: Float[Array, " B"]  # by the weights that ld_alpha gives tokens
     rejected: Float[Array, " B"]
+    whole_chosen: Float[Array, " B"]  # every scored token weighing 1
     chosen_length: Float[Array, " B"]  # scored tokens
     rejected_length: Float[Array, " B"]
     tokens: TokenLogprobs  # in the order of GroupTokens
@@ -109,13 +112,60 @@ def score_completions(
         workspace_bytes=options.workspace_bytes,
         implementation=options.implementation,
     )
-    sums, counts = sequence_sums(
-        tokens.logprob,
-        offsets=group.offsets,
+    return _sequence_logps(tokens, group, options)
+
+
+def _sums(
+    values: Float[Array, " FT"], offsets: Int[Array, " bounds"], options: ScoringOptions
+) -> tuple[Array, Array]:
+    """Sums of values between offsets, and how many there are."""
+    return sequence_sums(
+        values,
+        offsets=offsets,
         # xla means no kernels at all; the others need not be the sums' choice.
         implementation="xla" if options.implementation == "xla" else "auto",
     )
-    return SequenceLogps(*by_pair(sums), *by_pair(counts), tokens=tokens)
+
+
+def _sequence_logps(
+    tokens: TokenLogprobs, group: GroupTokens, options: ScoringOptions
+) -> SequenceLogps:
+    if options.ld_alpha is None:
+        sums, counts = _sums(tokens.logprob, group.offsets, options)
+        (chosen, rejected), lengths = by_pair(sums), by_pair(counts)
+        return SequenceLogps(chosen, rejected, chosen, *lengths, tokens=tokens)
+    # Each sequence is summed in two pieces, cut at the length of the shorter one of its
+    # pair (Liu et al. 2024, arXiv:2409.06411, eq. 11).
+    begins, counts_FQ = group.offsets[:-1], jnp.diff(group.offsets)
+    counts_F2P = counts_FQ.reshape(lax.axis_size(FSDP), 2, -1)
+    shared = jnp.broadcast_to(counts_F2P.min(axis=1, keepdims=True), counts_F2P.shape)
+    cuts = jnp.stack([begins, begins + shared.reshape(-1)], axis=1)
+    offsets = jnp.concatenate([cuts.reshape(-1), group.offsets[-1:]])
+    sums, counts = _sums(tokens.logprob, offsets, options)
+    sums_FQ2, lengths = sums.reshape(-1, 2), by_pair(counts.reshape(-1, 2).sum(axis=1))
+    weighted = sums_FQ2[:, 0] + options.ld_alpha * sums_FQ2[:, 1]
+    whole_chosen, _ = by_pair(sums_FQ2.sum(axis=1))
+    return SequenceLogps(*by_pair(weighted), whole_chosen, *lengths, tokens=tokens)
+
+
+def pair_likelihood(
+    scored: SequenceLogps, group: GroupTokens, options: ScoringOptions
+) -> Float[Array, " B"]:
+    """WPO's weight of each pair: how likely the policy itself is to give both answers.
+
+    The product over both of exp(mean over tokens of (log p(target) - log sum_v p_v^2));
+    no gradient flows through it.
+
+    Source: Zhou et al. 2024, arXiv:2406.11827, eq. 2.
+    """
+    collision = scored.tokens.collision
+    assert collision is not None
+    # What pads the tokens has a collision of 0.
+    aligned = scored.tokens.logprob - jnp.log(jnp.where(collision > 0, collision, 1.0))
+    chosen, rejected = by_pair(_sums(aligned, group.offsets, options)[0])
+    mean = chosen / jnp.maximum(scored.chosen_length, 1)
+    mean += rejected / jnp.maximum(scored.rejected_length, 1)
+    return lax.stop_gradient(jnp.exp(mean))
 
 
 def _padding_bias(vocab_size: int, local_vocab: int) -> Float[Array, " V"] | None:

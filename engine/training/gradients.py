@@ -17,12 +17,14 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from dpo_kernels import TokenLogprobs
-from engine.objective.losses import Loss, LossOptions, LossOut, PairLogps
+from engine.objective.interface import LossOptions, LossOut, PairLogps
+from engine.objective.losses import Loss
 from engine.objective.references import Reference
 from engine.objective.scoring import (
     GroupTokens,
     ScoringOptions,
     group_tokens,
+    pair_likelihood,
     score_completions,
 )
 from engine.parallel.batch import Batch
@@ -51,12 +53,18 @@ class Objective:
     graphdef: nnx.GraphDef  # of the policy
 
     def score(
-        self, params: Params, frozen: Params, ref: Any, microbatch: Batch
+        self,
+        params: Params,
+        frozen: Params,
+        ref: Any,
+        microbatch: Batch,
+        mean_chosen_length: Float[Array, ""],
     ) -> Scored:
         """Run both models; `ref` are the reference's operands."""
         model = nnx.merge(self.graphdef, params, frozen)
         group = group_tokens(microbatch)
-        policy = score_completions(model, microbatch, group, self.scoring, stats=STATS)
+        stats = (*STATS, *self.loss.stats)
+        policy = score_completions(model, microbatch, group, self.scoring, stats=stats)
         ref_chosen, ref_rejected = self.reference.logps(
             ref, policy, microbatch, group, self.scoring
         )
@@ -68,6 +76,13 @@ class Objective:
             chosen_length=policy.chosen_length,
             rejected_length=policy.rejected_length,
             weights=group.pair_weights,
+            whole_chosen=policy.whole_chosen,
+            mean_chosen_length=jnp.full_like(policy.chosen_length, mean_chosen_length),
+            likelihood=(
+                pair_likelihood(policy, group, self.scoring)
+                if "collision" in self.loss.stats
+                else jnp.ones_like(policy.chosen)
+            ),
         )
         return Scored(logps, policy.tokens, group)
 
@@ -82,9 +97,10 @@ class Objective:
     ) -> tuple[Params, Sums]:
         """float32 gradients of the mean loss over all pairs, and the batch's sums."""
         params = vary_over_batch(params, specs)
+        mean_length = _mean_chosen_length(batch)
 
         def score(params: Params, microbatch: Batch) -> Scored:
-            return self.score(params, frozen, ref, microbatch)
+            return self.score(params, frozen, ref, microbatch, mean_length)
 
         split = _whole_batch if self.loss.whole_batch else _pair_by_pair
         grads, sums = split(self.loss, score, params, batch, options)
@@ -94,9 +110,10 @@ class Objective:
         self, params: Params, frozen: Params, ref: Any, batch: Batch, options: Any
     ) -> Sums:
         """The batch's sums alone."""
+        mean_length = _mean_chosen_length(batch)
 
         def score(microbatch: Batch) -> Scored:
-            return self.score(params, frozen, ref, microbatch)
+            return self.score(params, frozen, ref, microbatch, mean_length)
 
         def sums(microbatch: Batch, *loss: LossOut) -> Sums:
             scored = score(microbatch)
@@ -160,6 +177,17 @@ def _float32(grads: Params) -> Params:
 
 def _num_pairs(batch: Batch) -> Float[Array, ""]:
     return lax.psum(batch.pairs.weights.sum(), BATCH)
+
+
+def _mean_chosen_length(batch: Batch) -> Float[Array, ""]:
+    """Scored tokens of a chosen completion, in the mean over the pairs of all devices.
+
+    At least 1, so that nothing is divided by it where nothing is scored.
+    """
+    weights = batch.pairs.weights
+    lengths = batch.scored.counts[..., : weights.shape[-1]].astype(jnp.float32)
+    total = lax.psum((weights * lengths).sum(), BATCH)
+    return jnp.maximum(total / _num_pairs(batch), 1.0)
 
 
 def _pair_by_pair(

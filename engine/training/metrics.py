@@ -1,7 +1,8 @@
 """The table of metrics: what is summed inside the step, and the means made of it.
 
-Names and definitions are TRL's; rewards are in nats times beta, logps and entropy in
-nats. A new metric is a row of `METRICS`, or of the `metrics` that a loss returns.
+Names and definitions are TRL's, but for log_ratio, which it lacks; rewards are in nats
+times beta, logps, log_ratio and entropy in nats. A new metric is a row of `METRICS`, or
+of the `metrics` that a loss returns.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from dpo_kernels import TokenLogprobs
-from engine.objective.losses import LossOptions, LossOut, PairLogps
+from engine.objective.interface import LossOptions, LossOut, PairLogps
 from engine.objective.scoring import GroupTokens, token_weights
 
 STATS = ("entropy", "mean_logit", "top1")  # of the op, that the table needs
@@ -33,32 +34,47 @@ class Observed(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A mean over real pairs, or over scored tokens: all, or of one side."""
+    """A mean over pairs, or over scored tokens: all, or of one side.
+
+    `value` has one entry for each of what it is `summed` over: by default what the mean
+    is over.
+    """
 
     over: Over
-    value: Callable[[Observed], Array | None]  # one a pair, or one a token
+    value: Callable[[Observed], Array | None]
+    summed: Over | None = None
 
 
-def _reward(observed: Observed, logps: Array, ref_logps: Array) -> Array:
-    return observed.options.beta * (logps - ref_logps)
+def _rewards(observed: Observed) -> tuple[Array, Array]:
+    """Of chosen and rejected: beta times the log-ratio, or the loss's own."""
+    if observed.loss.rewards is not None:
+        return observed.loss.rewards
+    beta, logps = observed.options.beta, observed.logps
+    return beta * logps.chosen_ratio, beta * logps.rejected_ratio
+
+
+def _reward_margin(observed: Observed) -> Array:
+    if observed.loss.rewards is None:
+        return observed.options.beta * observed.logps.margin
+    chosen, rejected = observed.loss.rewards
+    return chosen - rejected
 
 
 METRICS = {
     "loss": Metric(over="pairs", value=lambda x: x.loss.per_pair),
-    "rewards/chosen": Metric(
-        over="pairs",
-        value=lambda x: _reward(x, x.logps.chosen, x.logps.ref_chosen),
-    ),
-    "rewards/rejected": Metric(
-        over="pairs",
-        value=lambda x: _reward(x, x.logps.rejected, x.logps.ref_rejected),
-    ),
-    "rewards/margins": Metric(
-        over="pairs", value=lambda x: x.options.beta * x.logps.margin
-    ),
-    "rewards/accuracies": Metric(over="pairs", value=lambda x: x.logps.margin > 0),
+    "rewards/chosen": Metric(over="pairs", value=lambda x: _rewards(x)[0]),
+    "rewards/rejected": Metric(over="pairs", value=lambda x: _rewards(x)[1]),
+    "rewards/margins": Metric(over="pairs", value=_reward_margin),
+    "rewards/accuracies": Metric(over="pairs", value=lambda x: _reward_margin(x) > 0),
     "logps/chosen": Metric(over="pairs", value=lambda x: x.logps.chosen),
     "logps/rejected": Metric(over="pairs", value=lambda x: x.logps.rejected),
+    # How far the policy has moved from the reference, a token.
+    "log_ratio/chosen": Metric(
+        over="chosen", summed="pairs", value=lambda x: x.logps.chosen_ratio
+    ),
+    "log_ratio/rejected": Metric(
+        over="rejected", summed="pairs", value=lambda x: x.logps.rejected_ratio
+    ),
     "logits/chosen": Metric(over="chosen", value=lambda x: x.tokens.mean_logit),
     "logits/rejected": Metric(over="rejected", value=lambda x: x.tokens.mean_logit),
     "entropy": Metric(over="tokens", value=lambda x: x.tokens.entropy),
@@ -91,9 +107,8 @@ def metric_sums(observed: Observed, group: GroupTokens) -> Sums:
     for name, metric in table.items():
         values = metric.value(observed)
         assert values is not None, f"{name} needs a statistic that is not in STATS"
-        sums[metric.over][name] = (
-            weights[metric.over] * values.astype(jnp.float32)
-        ).sum()
+        each = weights[metric.summed or metric.over]
+        sums[metric.over][name] = (each * values.astype(jnp.float32)).sum()
     return Sums(sums=sums, weights={over: x.sum() for over, x in weights.items()})
 
 

@@ -27,7 +27,7 @@ from engine.data.pairs import (
 )
 from engine.errors import InputError
 from engine.models import DecoderConfig, max_positions
-from engine.objective.losses import LOSSES, LossOptions
+from engine.objective.interface import LossOptions
 from engine.objective.references import check_comparable
 from engine.objective.scoring import ScoringOptions
 from engine.parallel.sharding import (
@@ -80,9 +80,10 @@ def prepare(
         if config is not None:
             check_mesh(config, mesh)
     if reference is not None:
-        if arguments.reference_free:
+        if arguments.without_reference:
             raise InputError(
-                "reference_model has no effect with reference_free=True; remove one"
+                f"reference_model has no effect with {arguments.without_reference}; "
+                "remove one"
             )
         check_comparable(model, reference, synced=arguments.sync_ref_model)
     check_vocabulary(model, tokenizer, train, *evaluations.values())
@@ -242,10 +243,11 @@ def plan_evaluation(config: DPOConfig, pairs: PairTokens, mesh: Mesh) -> BatchPl
 def step_options(config: DPOConfig) -> StepOptions:
     """The options that are compiled into a step."""
     return StepOptions(
-        loss=LOSSES[config.loss_type],
+        loss=config.loss,
         scoring=ScoringOptions(
             workspace_bytes=config.workspace_bytes,
             implementation=config.implementation,
+            ld_alpha=config.ld_alpha,
         ),
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
@@ -254,4 +256,14 @@ def step_options(config: DPOConfig) -> StepOptions:
 
 def loss_options(config: DPOConfig) -> LossOptions:
     """The numbers that a step is given."""
-    return LossOptions(beta=config.beta, label_smoothing=config.label_smoothing)
+    return LossOptions(
+        beta=config.beta,
+        label_smoothing=config.smoothing,
+        discopop_tau=config.discopop_tau,
+        dpop_lambda=config.dpop_lambda,
+        simpo_gamma=config.simpo_gamma,
+        cpo_alpha=config.cpo_alpha,
+        loss_weights=tuple(config.losses.values()),
+        f_alpha_divergence_coef=config.f_alpha_divergence_coef,
+        f_divergence_type=config.f_divergence_type,
+    )

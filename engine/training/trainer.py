@@ -55,6 +55,7 @@ from engine.training.step import (
     make_train_step,
     split_model,
 )
+from engine.training.watch import FallingChosen
 
 logger = logging.getLogger(__name__)
 
@@ -277,6 +278,8 @@ def _own_listeners(arguments: DPOConfig) -> Iterator[Listener]:
     directory = as_path(arguments.save_directory)
     yield MetricsFile(directory)
     yield Terminal(arguments.model_name, arguments.progress_bar)
+    if not arguments.without_reference and "apo_down" not in arguments.losses:
+        yield FallingChosen()
     if arguments.use_wandb:
         yield WandB(arguments, directory)
 
@@ -285,7 +288,7 @@ def make_reference(
     policy: Decoder, given: Decoder | None, arguments: DPOConfig
 ) -> Reference:
     """Where the reference's log-probabilities come from."""
-    if arguments.reference_free:
+    if arguments.without_reference:
         return NoReference()
     synced = arguments.sync_ref_model
     model = model_for_reference(policy, given, synced=synced)

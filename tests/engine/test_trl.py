@@ -1,4 +1,4 @@
-"""Five AdamW steps from the same checkpoint and data give TRL's own metrics."""
+"""AdamW steps from the same checkpoint and data give TRL's own metrics."""
 
 import json
 from pathlib import Path
@@ -18,11 +18,15 @@ TOLERANCE = 2e-4
 pytestmark = pytest.mark.numerics
 
 
-def train(case: Path, directory: Path, **changes) -> list[dict]:
+def train(
+    case: Path, directory: Path, *, evaluate: bool = True, **changes
+) -> list[dict]:
     import jax
 
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     settings = json.loads((case / "settings.json").read_text()) | changes
+    if not evaluate:
+        del settings["eval_batch_size"]
     reference = None
     if (case / "reference").exists():
         reference = load_model(case / "reference", mesh=mesh, dtype="float32")
@@ -31,7 +35,7 @@ def train(case: Path, directory: Path, **changes) -> list[dict]:
         reference_model=reference,
         arguments=DPOConfig(**settings, save_directory=str(directory)),
         train_dataset=read_lines(case / "data.jsonl"),
-        eval_dataset=read_lines(case / "eval.jsonl"),
+        eval_dataset=read_lines(case / "eval.jsonl") if evaluate else None,
         processing_class=AutoTokenizer.from_pretrained(case / "model"),
     ).train()
     return read_lines(directory / "metrics.jsonl")
@@ -39,7 +43,7 @@ def train(case: Path, directory: Path, **changes) -> list[dict]:
 
 def worst(ours: list[dict], theirs: list[dict], but: tuple[str, ...] = ()):
     """The largest difference of any metric, relative to max(1, |TRL's|)."""
-    assert len(ours) == len(theirs) and len(theirs) == 6  # five steps, one evaluation
+    assert len(ours) == len(theirs)
     return max(
         (abs(line[name] - value) / max(1, abs(value)), name, line["step"])
         for line, wanted in zip(ours, theirs, strict=True)
@@ -51,6 +55,7 @@ def worst(ours: list[dict], theirs: list[dict], but: tuple[str, ...] = ()):
 @pytest.mark.parametrize("name", ["text", "chat"])
 def test_the_metrics_are_those_of_trl(name, tmp_path):
     theirs = read_lines(FIXTURES / name / "metrics.jsonl")
+    assert len(theirs) == 6  # five steps, one evaluation
     ours = train(FIXTURES / name, tmp_path)
     assert worst(ours, theirs)[0] < TOLERANCE, worst(ours, theirs)
     # The runs move: a trainer that stood still would be off by hundreds of tolerances.
@@ -70,3 +75,20 @@ def test_accumulation_gives_the_metrics_of_the_whole_batch(tmp_path):
     ours = train(FIXTURES / "chat", tmp_path, gradient_accumulation_steps=2)
     # TRL, too, counts epochs in microbatches.
     assert worst(ours, theirs, but=("epoch",))[0] < TOLERANCE, worst(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["sum", "divergence", "weighting"])
+def test_losses_and_their_modifiers_are_trl_s(name, tmp_path):
+    """Every loss of TRL is in one of the sums, with the weight that balances it."""
+    case = json.loads((FIXTURES / "losses.json").read_text())[name]
+    theirs, steps = case["metrics"], len(case["metrics"])
+    ours = train(
+        FIXTURES / "text",
+        tmp_path,
+        evaluate=False,
+        max_training_steps=steps,
+        **case["options"],
+    )
+    first = worst(ours[:1], theirs[:1])
+    assert first[0] < 1e-5, first
+    assert worst(ours, theirs)[0] < TOLERANCE, worst(ours, theirs)

@@ -93,7 +93,10 @@ def test_spelling_of_aliases():
             "bf16: no such option; here it is 'model.dtype' (bfloat16 or float32)",
         ),
         ("learning_rat", "learning_rat: no such option; did you mean 'learning_rate'?"),
-        ("zzz", "zzz: no such option; known: trainer_type, model_name, save_directory"),
+        (
+            "zzz",
+            "zzz: no such option; known: beta, loss_type",
+        ),
     ],
 )
 def test_options_from_python(name, expected):

@@ -51,7 +51,7 @@ def test_batch_sizes():
     [
         (
             {"loss_type": "sigmiod"},
-            "loss_type='sigmiod' must be one of sigmoid, hinge, ipo; did you mean",
+            "loss_type='sigmiod' must be one of sigmoid, hinge, ipo, exo_pair",
         ),
         ({"save_directory": ""}, "save_directory='' must not be empty"),
         ({"beta": 0}, "beta=0.0 must be greater than 0"),

@@ -179,7 +179,7 @@ def test_file_is_blamed_beside_overrides(write):
         (SMALL + "  trainer: {dtype: float32}\n", "did you mean 'model.dtype'?"),
         (
             SMALL + "  trainer: {zzz: 1}\n",
-            "unknown key trainer.zzz; known: trainer_type",
+            "unknown key trainer.zzz; known: beta, loss_type",
         ),
         (SMALL + "  trainer: {1: 1}\n", "unknown key trainer.1"),
         (SMALL + "  trainer: {no: 1}\n", "unknown key trainer.False"),

@@ -10,7 +10,8 @@ import pytest
 from engine.config.dpo import DPOConfig
 from engine.data.batches import BatchPlan, Order, Padded
 from engine.models.architecture import DecoderConfig
-from engine.objective.losses import LOSSES, Loss, LossOut
+from engine.objective.interface import LossOut
+from engine.objective.losses import LOSSES, Loss
 from engine.parallel.batch import put_batch
 from engine.training.metrics import means
 from engine.training.optimizer import (
@@ -39,9 +40,14 @@ def whole_batch_loss(monkeypatch):
 
 
 def test_a_whole_batch_loss_is_that_of_the_whole_batch(whole_batch_loss):
-    """Whatever the batch is split into: microbatches, data, padding pairs."""
+    """Whatever the batch is split into: microbatches, data, padding pairs.
+
+    Beside it `sft`, whose mean is over the whole batch's tokens, and sums that are cut
+    at the shorter completion.
+    """
     pairs = make_pairs(14)  # and two padding pairs
-    options = {"steps": 1, "loss_type": "hinge", "pairs": pairs}
+    losses = {"loss_type": ("hinge", "sft"), "loss_weights": (1.0, 0.3)}
+    options = {"steps": 1, "pairs": pairs, "ld_alpha": 0.5} | losses
     want = run((1, 1, 1), **options)
     assert_same(run((1, 1, 1), gradient_accumulation_steps=2, **options), want)
     assert_same(run((2, 2, 1), gradient_accumulation_steps=4, **options), want)
@@ -52,12 +58,21 @@ def test_a_whole_batch_loss_is_that_of_the_whole_batch(whole_batch_loss):
 
 
 def test_a_loss_taken_both_ways_is_the_same(monkeypatch):
-    """`sigmoid` as a loss of the whole batch gives what it gives pair by pair."""
-    want = run((2, 2, 1), steps=1, gradient_accumulation_steps=2)
+    """`sigmoid` as a loss of the whole batch gives what it gives pair by pair.
+
+    Each pair weighed by its likelihood, on one device and on four.
+    """
+    want = run((1, 1, 1), steps=1, use_weighting=True)
     monkeypatch.setitem(
         LOSSES, "ipo", Loss(function=LOSSES["sigmoid"].function, whole_batch=True)
     )
-    got = run((2, 2, 1), steps=1, gradient_accumulation_steps=2, loss_type="ipo")
+    got = run(
+        (2, 2, 1),
+        steps=1,
+        gradient_accumulation_steps=2,
+        loss_type="ipo",
+        use_weighting=True,
+    )
     assert_same(got, want)
 
 
