@@ -25,8 +25,9 @@ from engine.objective.losses import LOSSES
 from engine.parallel.batch import Batch, put_batch
 from engine.parallel.sharding import BATCH, make_mesh, param_specs
 from engine.training.metrics import means
-from engine.training.optimizer import learning_rate_schedule, make_optimizer
+from engine.training.optimizer import make_optimizer
 from engine.training.prepare import loss_options, step_options
+from engine.training.schedules import learning_rate_schedule
 from engine.training.step import (
     StepOut,
     TrainState,
@@ -159,7 +160,7 @@ def make_candidate(name: str, workload: Workload) -> Candidate:
     # Another one than the policy: with equal ones every reward would be 0.
     reference = init_model(config, mesh=mesh, dtype=workload.dtype, seed=1)
     frozen_model = make_reference(model, reference, ARGUMENTS)
-    optimizer = make_optimizer(ARGUMENTS, config, total_steps=STEPS)
+    optimizer = make_optimizer(ARGUMENTS, config, mesh, total_steps=STEPS)
     state, batch = init_state(model, optimizer), workload.batch()
     if name == OURS:
         schedule, options = (

@@ -17,7 +17,6 @@ class Alias(NamedTuple):
 _BATCH = "pairs of one optimizer step over all devices and accumulation steps, not per "
 _NEVER = "the model is saved once, at the end, in save_directory"
 _DTYPE = "bfloat16 or float32"
-_ONLY_ADAMW = "it is always AdamW"
 _NOT_QUANTISED = "parameters are bfloat16 or float32, see model.param_dtype"
 
 ALIASES = {
@@ -44,14 +43,20 @@ ALIASES = {
     "full_determinism": Alias(None, "every run is deterministic"),
     # Optimizer
     "lr": Alias("trainer.learning_rate"),
-    "scheduler": Alias("trainer.lr_scheduler_type", "constant, linear or cosine"),
-    "lr_scheduler": Alias("trainer.lr_scheduler_type", "constant, linear or cosine"),
+    "scheduler": Alias("trainer.lr_scheduler_type", "constant, linear, cosine, ..."),
+    "lr_scheduler": Alias("trainer.lr_scheduler_type"),
+    "lr_scheduler_args": Alias("trainer.lr_scheduler_kwargs"),
     "learning_rate_end": Alias(
-        "trainer.lr_scheduler_type", "linear and cosine end at 0, constant does not"
+        "trainer.lr_scheduler_kwargs",
+        "min_lr of cosine_with_min_lr, lr_end of polynomial",
     ),
-    "warmup_ratio": Alias("trainer.warmup_steps", "optimizer steps, not a share"),
-    "optim": Alias(None, _ONLY_ADAMW),
-    "optimizer": Alias(None, _ONLY_ADAMW),
+    "optim_args": Alias(None, "each optimizer's options are trainer's own"),
+    "extra_optimizer_kwargs": Alias(None, "each optimizer's options are trainer's own"),
+    "tx_mu_dtype": Alias("trainer.mu_dtype", "float32 or bfloat16"),
+    "nu_dtype": Alias(None, "second moments are float32: in bfloat16 they only grow"),
+    "momentum": Alias("trainer.sgd_momentum"),
+    "nesterov": Alias("trainer.sgd_nesterov"),
+    "optim": Alias("trainer.optimizer", "adamw, lion, adafactor, sgd or muon"),
     "adam_eps": Alias("trainer.adam_epsilon"),
     "label_smoothing_factor": Alias("trainer.label_smoothing"),
     "clip_grad": Alias("trainer.max_grad_norm"),

@@ -1,11 +1,8 @@
 """Every option of DPO training: the `trainer:` section of a run file."""
 
 import importlib.util
-import math
 from dataclasses import dataclass
 from typing import Literal
-
-import numpy as np
 
 from dpo_kernels.op.backends import BACKENDS
 from engine.config.fields import (
@@ -19,6 +16,7 @@ from engine.config.fields import (
     refuses_unknown,
 )
 from engine.config.loss import LossConfig
+from engine.config.optimizer import OptimizerConfig
 from engine.errors import InputError
 from engine.paths import expand
 
@@ -27,8 +25,8 @@ _MOST_PAIRS = 2**20  # of a batch, which is laid out in the host's memory
 
 @refuses_unknown
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig(LossConfig):
-    """Options of `DPOTrainer`; those of the loss are in `LossConfig`.
+class DPOConfig(OptimizerConfig, LossConfig):
+    """Options of `DPOTrainer`; the bases have those of optimizer and loss.
 
     They are named as in EasyDeL's run files, which this program reads, and as in TRL
     where EasyDeL has no such option.
@@ -57,17 +55,6 @@ class DPOConfig(LossConfig):
     max_completion_length: int | None = None  # keeps the completion's start
     truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"  # by max_length
 
-    # Optimizer: AdamW.
-    learning_rate: float = 1e-6  # the highest of the schedule
-    # After warm-up; linear and cosine reach 0 at the last step.
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
-    warmup_steps: int = 0  # optimizer steps from 0 up to learning_rate
-    weight_decay: float = 0.0
-    max_grad_norm: float | None = 1.0  # clip to this global norm; None or 0: never
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-
     # Batches. Sizes count pairs, over all devices.
     total_batch_size: int = 16  # pairs of one optimizer step
     gradient_accumulation_steps: int = 1  # microbatches that share those pairs
@@ -90,6 +77,7 @@ class DPOConfig(LossConfig):
     implementation: str = "auto"
 
     def __post_init__(self):
+        self._read_schedule_options()
         check_types(self)
         object.__setattr__(self, "save_directory", expand(self.save_directory))
         check_choice("implementation", self.implementation, ("auto", *BACKENDS))
@@ -117,25 +105,16 @@ class DPOConfig(LossConfig):
         for name in ("model_name", "save_directory"):
             if not getattr(self, name):
                 raise InputError(f"{name}='' must not be empty")
-        check_positive(self, "beta", "adam_epsilon", "workspace_bytes")
+        check_positive(self, "beta", "workspace_bytes")
         check_count(self, "total_batch_size", "gradient_accumulation_steps")
         check_count(self, "num_train_epochs", "max_training_steps", "log_steps")
         check_count(self, "eval_steps", "eval_batch_size", "ref_model_sync_steps")
         check_within(self, 1, _MOST_PAIRS + 1, "total_batch_size", "eval_batch_size")
         check_count(self, "max_prompt_length", "max_completion_length")
         check_count(self, "max_length", low=2)  # one token to condition on
-        check_count(self, "warmup_steps", low=0)
-        check_within(self, 0, math.inf, "learning_rate")
-        check_within(self, 0, math.inf, "weight_decay", "max_grad_norm")
-        check_within(self, 0, 1, "adam_beta1", "adam_beta2")
         check_within(self, 0, 0.5, "label_smoothing")
         check_float32(self)
-        for name in ("adam_beta1", "adam_beta2"):
-            if np.float32(getattr(self, name)) == 1:
-                raise InputError(
-                    f"{name}={getattr(self, name)!r} is 1 in float32, in which the "
-                    "moments are kept and would never change; give at most 0.9999999"
-                )
+        self._check_optimizer()
         check_within(self, 0, 2**32, "seed")
         if not 0 < self.ref_model_mixup_alpha <= 1:
             raise InputError(

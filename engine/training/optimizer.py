@@ -1,6 +1,5 @@
-"""AdamW and its learning-rate schedules, with the conventions of transformers."""
+"""The optimizer by its name, and the rounding of what it does to parameters."""
 
-import functools
 import zlib
 from typing import Any
 
@@ -10,57 +9,77 @@ import optax
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from engine.config.dpo import DPOConfig
 from engine.models import DecoderConfig
-from engine.parallel.sharding import Role
-
-
-def learning_rate_schedule(config: DPOConfig, total_steps: int) -> optax.Schedule:
-    """Learning rate of the update number `step`, counted from 0.
-
-    Warm-up is linear from 0 at step 0 to `learning_rate` at step `warmup_steps`; then
-    constant, or falling to 0 at `total_steps` in a line or half a cosine.
-    """
-    warmup, peak = config.warmup_steps, config.learning_rate
-    rest = max(1, total_steps - warmup)
-    after = {
-        "constant": functools.partial(optax.constant_schedule, peak),
-        "linear": functools.partial(optax.linear_schedule, peak, 0.0, rest),
-        "cosine": functools.partial(optax.cosine_decay_schedule, peak, rest),
-    }[config.lr_scheduler_type]()
-    if not warmup:
-        return after
-    return optax.join_schedules(
-        [optax.linear_schedule(0.0, peak, warmup), after], [warmup]
-    )
+from engine.training.matrices import (
+    orthogonalized_momentum,
+    parameter_blocks,
+    scale_by_adafactor,
+)
+from engine.training.schedules import learning_rate_schedule
 
 
 def make_optimizer(
-    config: DPOConfig, decoder: DecoderConfig, total_steps: int
+    config: DPOConfig, decoder: DecoderConfig, mesh: Mesh, total_steps: int
 ) -> optax.GradientTransformation:
-    """AdamW; like transformers it decays matrices and embeddings, not norms or biases.
+    """The optimizer, for use on each device's shards inside `shard_map`.
 
-    Its gradients and parameters are float32, and so is its state, whatever the dtype of
-    the stored parameters: in bfloat16 the decay of the second moment by 0.999 rounds to
-    none. Gradients reach it clipped: their global norm needs the mesh, see `step.py`.
+    It decays matrices and embeddings, not norms or biases, as transformers does. Its
+    gradients and parameters are float32, and so are its second moments, whatever the
+    dtype of the stored parameters: in bfloat16 the decay of the second moment by 0.999
+    rounds to none. Gradients reach it clipped: their global norm needs the mesh, see
+    `step.py`.
     """
-    decayed = {Role.VOCAB, Role.COLUMN, Role.KV_COLUMN, Role.ROW}
-    trained = {
-        path: param.role in decayed
-        for path, param in decoder.parameters().items()
-        if param.trainable
-    }
-    mask = nnx.State(unflatten_dict(trained))
-    return optax.adamw(
-        learning_rate_schedule(config, total_steps),
+    blocks = parameter_blocks(decoder, mesh)
+    rate = learning_rate_schedule(config, total_steps)
+    decay = config.weight_decay
+    decayed = nnx.State(unflatten_dict({path: x.decayed for path, x in blocks.items()}))
+    momentum = "bfloat16" if config.mu_dtype == "bfloat16" else None
+    adamw = optax.adamw(
+        rate,
         b1=config.adam_beta1,
         b2=config.adam_beta2,
         eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        mask=mask,
+        weight_decay=decay,
+        mask=decayed,
+        mu_dtype=momentum,
     )
+    decaying = optax.add_decayed_weights(decay, decayed)
+    stepping = optax.scale_by_learning_rate(rate)
+    match config.optimizer:
+        case "adamw":
+            return adamw
+        case "lion":
+            sign = optax.scale_by_lion(config.lion_beta1, config.lion_beta2, momentum)
+            return optax.chain(sign, decaying, stepping)
+        case "sgd":
+            # PyTorch's: the decay is part of the gradient, so momentum sees it.
+            steps = [decaying, stepping]
+            if config.sgd_momentum:
+                trace = optax.trace(config.sgd_momentum, config.sgd_nesterov, momentum)
+                steps.insert(1, trace)
+            return optax.chain(*steps)
+        case "adafactor":
+            return optax.chain(scale_by_adafactor(blocks), decaying, stepping)
+        case "muon":
+            whole = orthogonalized_momentum(
+                blocks,
+                beta=config.muon_momentum,
+                match_rms=config.muon_match_rms,
+                mu_dtype=momentum,
+            )
+            decaying = optax.add_decayed_weights(decay)
+            kinds = {
+                path: "muon" if x.orthogonalized else "adamw"
+                for path, x in blocks.items()
+            }
+            return optax.partition(
+                {"muon": optax.chain(whole, decaying, stepping), "adamw": adamw},
+                nnx.State(unflatten_dict(kinds)),
+            )
 
 
 def float32_copy[Params](params: Params) -> Params:

@@ -37,6 +37,7 @@ from engine.parallel.sharding import (
     check_mesh,
     padded_vocab,
 )
+from engine.training.schedules import check_schedule
 from engine.training.step import StepOptions
 
 EVAL = "eval_"  # before the names of an evaluation's metrics
@@ -186,19 +187,6 @@ def check_op(
                 tiling.backward_tile(problem, fused=backend.fused_dlogits)
         except (ValueError, NotImplementedError) as error:
             raise InputError(str(error)) from error
-
-
-def check_schedule(config: DPOConfig, total_steps: int) -> None:
-    """Refuse a warm-up that never ends.
-
-    Raises:
-        InputError: with the number of steps that there are.
-    """
-    if config.warmup_steps >= total_steps and config.warmup_steps:
-        raise InputError(
-            f"warmup_steps={config.warmup_steps} must be less than the run's "
-            f"{total_steps} steps, or learning_rate is never reached; lower it"
-        )
 
 
 def _shards(mesh: Mesh) -> int:

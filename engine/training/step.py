@@ -71,15 +71,26 @@ def split_specs(model: Decoder) -> tuple[Params, Params]:
 
 
 def opt_state_specs(optimizer: optax.GradientTransformation, params, specs) -> Any:
-    """A PartitionSpec for each leaf of the optimizer's state: its parameter's own."""
-    shapes = jax.eval_shape(optimizer.init, params)
-    return optax.tree.map_params(
-        optimizer,
-        lambda _, spec: spec,
-        shapes,
-        specs,
-        transform_non_params=lambda _: P(),
-    )
+    """A PartitionSpec for each leaf of the optimizer's state: its parameter's own.
+
+    Where an axis was summed over, and has length 1, it is not sharded.
+    """
+    of = {
+        path: (x.shape, spec)
+        for (path, x), spec in zip(
+            jax.tree.leaves_with_path(params), jax.tree.leaves(specs), strict=True
+        )
+    }
+
+    def spec_of(path: Any, leaf: Any) -> P:
+        found = (of[path[i:]] for i in range(len(path)) if path[i:] in of)
+        shape, spec = next(found, ((), P()))
+        if leaf.ndim != len(shape):  # a count
+            return P()
+        entries = zip(leaf.shape, shape, spec, strict=False)
+        return P(*(entry if size == whole else None for size, whole, entry in entries))
+
+    return jax.tree.map_with_path(spec_of, jax.eval_shape(optimizer.init, params))
 
 
 def state_specs(model: Decoder, optimizer: optax.GradientTransformation) -> TrainState:

@@ -40,12 +40,13 @@ from engine.training.gradients import Params
 from engine.training.listeners import MetricsFile, Terminal, WandB
 from engine.training.loop import Loop, Progress
 from engine.training.metrics import Sums
-from engine.training.optimizer import learning_rate_schedule, make_optimizer
+from engine.training.optimizer import make_optimizer
 from engine.training.prepare import (
     Prepared,
     loss_options,
     step_options,
 )
+from engine.training.schedules import learning_rate_schedule
 from engine.training.step import (
     StepOut,
     TrainState,
@@ -84,7 +85,9 @@ class Trainer:
         self._model_given = model
         self._reference = make_reference(model, reference_model, run.arguments)
         self._graphdef, _, self._frozen = split_model(model)
-        self._optimizer = make_optimizer(run.arguments, model.config, run.plan.steps)
+        self._optimizer = make_optimizer(
+            run.arguments, model.config, run.mesh, run.plan.steps
+        )
         self.state = init_state(model, self._optimizer)
         self.progress = Progress()
         whole = place(P(), model.mesh)

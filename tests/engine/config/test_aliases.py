@@ -53,14 +53,15 @@ def test_every_alias_leads_to_an_option_that_there_is():
         ),
         (
             "trainer",
-            "warmup_ratio",
-            "; here it is 'trainer.warmup_steps' (optimizer steps, not a share)",
+            "tx_mu_dtype",
+            "; here it is 'trainer.mu_dtype' (float32 or bfloat16)",
         ),
         ("trainer", "bf16", "; here it is 'model.dtype' (bfloat16 or float32)"),
         (
             "trainer",
-            "optim",
-            "; nothing here is like it: it is always AdamW; remove it",
+            "nu_dtype",
+            "; nothing here is like it: second moments are float32: in bfloat16 they "
+            "only grow; remove it",
         ),
         ("model", "torch_dtype", "; here it is 'model.dtype' (bfloat16 or float32)"),
         (
@@ -87,7 +88,7 @@ def test_spelling_of_aliases():
     "name, expected",
     [
         ("max_steps", "max_steps: no such option; here it is 'max_training_steps'"),
-        ("optim", "optim: no such option; nothing here is like it: it is always"),
+        ("optim", "optim: no such option; here it is 'optimizer' (adamw, lion"),
         (
             "bf16",
             "bf16: no such option; here it is 'model.dtype' (bfloat16 or float32)",

@@ -166,7 +166,10 @@ def test_file_is_blamed_beside_overrides(write):
         (SMALL + "  model: {name_or_path: n}\n", "the key 'model' is given twice"),
         (SMALL + "  trainer: {beta: 1, beta: 2}\n", "the key 'beta' is given twice"),
         (SMALL + "  trainer: {trainer_type: sft}\n", "='sft' must be one of dpo"),
-        (SMALL + "  trainer: {lr_scheduler_type: 1}\n", "one of constant, linear, cos"),
+        (
+            SMALL + "  trainer: {lr_scheduler_type: 1}\n",
+            "one of constant, constant_with",
+        ),
         (
             SMALL + "  trainer: {truncation_mode: keep_ends}\n",
             "did you mean 'keep_end'?",

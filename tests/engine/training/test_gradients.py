@@ -16,11 +16,11 @@ from engine.parallel.batch import put_batch
 from engine.training.metrics import means
 from engine.training.optimizer import (
     add_updates,
-    learning_rate_schedule,
     make_optimizer,
     round_at_random,
 )
 from engine.training.prepare import loss_options, step_options
+from engine.training.schedules import learning_rate_schedule
 from engine.training.step import init_state, make_train_step, split_model
 from engine.training.trainer import make_reference
 from tests.engine.training.test_step import assert_same, make_pairs, model_on, run
@@ -89,7 +89,7 @@ def test_what_is_not_trained_stays_and_has_no_state(monkeypatch):
     config = DPOConfig(total_batch_size=8, learning_rate=1e-2)
     model = model_on((1, 2, 1))
     reference = make_reference(model, model_on((1, 2, 1), seed=1), config)
-    optimizer = make_optimizer(config, model.config, 2)
+    optimizer = make_optimizer(config, model.config, model.mesh, 2)
     schedule = learning_rate_schedule(config, 2)
     step = make_train_step(model, reference, optimizer, schedule, step_options(config))
     _, params, frozen = split_model(model)

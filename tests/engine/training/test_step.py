@@ -16,8 +16,9 @@ from engine.objective.references import mix_parameters
 from engine.parallel.batch import put_batch
 from engine.parallel.sharding import make_mesh
 from engine.training.metrics import means
-from engine.training.optimizer import learning_rate_schedule, make_optimizer
+from engine.training.optimizer import make_optimizer
 from engine.training.prepare import loss_options, step_options
+from engine.training.schedules import learning_rate_schedule
 from engine.training.step import (
     init_state,
     make_eval_step,
@@ -100,7 +101,7 @@ def compiled(sizes, seeds, model_options, settings, steps):
         return model, make_reference(model, given, config)
 
     model, reference = make()
-    optimizer = make_optimizer(config, model.config, steps)
+    optimizer = make_optimizer(config, model.config, model.mesh, steps)
     schedule = learning_rate_schedule(config, steps)
     step = make_train_step(model, reference, optimizer, schedule, step_options(config))
     return config, step, optimizer, make
