@@ -27,9 +27,16 @@ from engine.paths import as_path
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = b"pair-tokens-3"  # change it when the same rows give other pairs than before
+_FORMAT = b"pair-tokens-4"  # change it when the same rows give other pairs than before
 _SCHEMA = pa.schema(
-    {"tokens": pa.large_list(pa.int32()), "score_start": pa.int32(), "row": pa.int64()}
+    {
+        "tokens": pa.large_list(pa.int32()),
+        # 0 or 1: a byte each, since Arrow's own eighth of one could not be mapped.
+        "scored": pa.large_list(pa.uint8()),
+        "completion_start": pa.int32(),
+        "row": pa.int64(),
+        "weight": pa.float32(),
+    }
 )
 _CHECKSUM = struct.Struct("<I")  # CRC-32 of all bytes before it
 _BLOCK = 2**24  # bytes of a file summed at a time
@@ -102,10 +109,15 @@ class _Summed:
 def _write(file: IO[bytes], pairs: PairTokens):
     facts = {"dropped": pairs.dropped, "doubts": pairs.doubts}
     schema = _SCHEMA.with_metadata({"facts": json.dumps(facts)})
-    tokens = pa.LargeListArray.from_arrays(
-        pa.array(pairs.offsets), pa.array(pairs.tokens)
-    )
-    columns = [tokens, pa.array(pairs.score_start), pa.array(pairs.rows.repeat(2))]
+    columns = [
+        *(
+            pa.LargeListArray.from_arrays(pa.array(pairs.offsets), pa.array(values))
+            for values in (pairs.tokens, pairs.scored.view(np.uint8))
+        ),
+        pa.array(pairs.completion_start),
+        pa.array(pairs.rows.repeat(2)),
+        pa.array(pairs.weights.repeat(2)),
+    ]
     summed = _Summed(file)
     with pa.ipc.new_stream(summed, schema) as stream:
         stream.write_batch(pa.record_batch(columns, schema=schema))
@@ -132,33 +144,50 @@ def _read(data: memoryview, limits: Limits | None) -> PairTokens:
         facts = json.loads((stream.schema.metadata or {})[b"facts"])
         batch = stream.read_next_batch()
     batch.validate()
-    tokens, score_start, row = batch.columns
+    tokens, scored, completion_start, row, weight = batch.columns
     assert isinstance(tokens, pa.LargeListArray)
+    assert isinstance(scored, pa.LargeListArray)
+    marks = scored.values.to_numpy()
+    if not scored.offsets.equals(tokens.offsets) or marks.max(initial=0) > 1:
+        raise ValueError("its parts do not fit together")
     pairs = PairTokens(
         tokens=tokens.values.to_numpy(),
+        scored=marks.view(np.bool_),
         offsets=tokens.offsets.to_numpy(),
-        score_start=score_start.to_numpy(),
+        completion_start=completion_start.to_numpy(),
         rows=row.to_numpy()[::2],
+        weights=weight.to_numpy()[::2],
         dropped=facts["dropped"],
         doubts=tuple(Doubt(*doubt) for doubt in facts["doubts"]),
         limits=limits,
     )
-    _check(pairs, row.to_numpy()[1::2])
+    _check(pairs, row.to_numpy()[1::2], weight.to_numpy()[1::2])
     return pairs
 
 
-def _check(pairs: PairTokens, odd_rows: np.ndarray):
+def _check(pairs: PairTokens, odd_rows: np.ndarray, odd_weights: np.ndarray):
     """Refuses arrays that are no pairs, whoever has written them."""
     sound = (
         np.array_equal(pairs.rows, odd_rows)
+        and np.array_equal(pairs.weights, odd_weights)
         and len(pairs) > 0
         and pairs.offsets[0] == 0
         and pairs.offsets[-1] == len(pairs.tokens)
-        and bool((pairs.score_start >= 1).all())
-        and bool((pairs.lengths > pairs.score_start).all())
+        and bool((pairs.completion_start >= 1).all())
+        and bool((pairs.lengths > pairs.completion_start).all())
+        and bool(((0 < pairs.weights) & (pairs.weights < np.inf)).all())
+        and _only_completions_are_scored(pairs)
     )
     if not sound:
         raise ValueError("its parts do not fit together")
+
+
+def _only_completions_are_scored(pairs: PairTokens) -> bool:
+    """That no prompt has a scored token, and each completion has."""
+    start = pairs.offsets[:-1]
+    bounds = np.stack([start, start + pairs.completion_start], axis=1).ravel()
+    counts = np.add.reduceat(pairs.scored, bounds, dtype=np.int64).reshape(-1, 2)
+    return bool((counts[:, 0] == 0).all() and (counts[:, 1] > 0).all())
 
 
 def _feed_tokenizer(

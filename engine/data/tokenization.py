@@ -1,4 +1,4 @@
-"""Token ids of preference pairs, and where in them scoring begins.
+"""Token ids of preference pairs, and which of them are scored.
 
 Ids and boundaries are those of `DPOTrainer` in trl 1.16, which tokenises prompt and
 prompt + completion each as a whole, so that tokens may merge across the boundary.
@@ -77,8 +77,10 @@ def encode_pairs(
     result = PairTokens(
         tokens=np.concatenate([part.tokens for part in parts]),
         offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]),
-        score_start=np.concatenate([part.score_start for part in parts]),
+        scored=np.concatenate([part.scored for part in parts]),
+        completion_start=np.concatenate([part.completion_start for part in parts]),
         rows=np.concatenate([part.rows for part in parts]),
+        weights=np.concatenate([part.weights for part in parts]),
         dropped=sum(part.dropped for part in parts),
         doubts=doubts.found(),
         limits=limits,
@@ -215,13 +217,16 @@ def _cut(
     size = (end - start)[sequences]
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(size)])
     source = ragged_arange(start[sequences], size)
+    scored = source >= np.repeat(score_at[sequences], size)
     with_bos = np.flatnonzero(keeps_bos[sequences])
     source[offsets[with_bos]] = origin[sequences[with_bos]]
     return PairTokens(
         tokens=pairs.values[source],
+        scored=scored,
         offsets=offsets,
-        score_start=(score_at - start)[sequences].astype(np.int32),
+        completion_start=(score_at - start)[sequences].astype(np.int32),
         rows=first_row + kept,
+        weights=np.ones(len(kept), np.float32),
         dropped=len(boundary) - len(kept),
     )
 

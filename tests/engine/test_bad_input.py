@@ -203,9 +203,11 @@ def test_a_token_that_the_model_does_not_have(tmp_path):
     config = json.loads((FIXTURE / "model" / "config.json").read_text())
     pairs = PairTokens(
         tokens=np.array([1, 2, 460, 1, 2, 3], np.int32),
+        scored=np.array([0, 1, 1, 0, 1, 1], np.bool_),
         offsets=np.array([0, 3, 6]),
-        score_start=np.array([1, 1], np.int32),
+        completion_start=np.array([1, 1], np.int32),
         rows=np.array([0]),
+        weights=np.ones(1, np.float32),
         dropped=0,
     )
     with pytest.raises(InputError, match="has no token 460"):

@@ -1,5 +1,6 @@
 """The step over meshes, accumulation and precisions."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import pytest
 
 from engine.config.dpo import DPOConfig
 from engine.data.batches import BatchPlan, Order, Padded
-from engine.data.tokenization import PairTokens
+from engine.data.tokenization import PairTokens, ragged_arange
 from engine.models import Decoder, init_model, parse_hf_config
 from engine.objective.references import mix_parameters
 from engine.parallel.batch import put_batch
@@ -66,9 +67,11 @@ def make_pairs(count: int, seed: int = 0) -> PairTokens:
     starts = np.array([rng.integers(1, n) for n in lengths], np.int32)
     return PairTokens(
         tokens=rng.integers(0, 201, lengths.sum()).astype(np.int32),
+        scored=ragged_arange(0 * lengths, lengths) >= np.repeat(starts, lengths),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        score_start=starts,
+        completion_start=starts,
         rows=np.arange(count),
+        weights=np.ones(count, np.float32),
         dropped=0,
     )
 
@@ -204,6 +207,28 @@ def test_padding_pairs_weigh_nothing():
     assert alone.pairs == want.pairs == 3
     assert_same(alone, want)
     assert_same(run((2, 4, 1), pairs=pairs, steps=1), want)
+
+
+def test_a_weight_counts_as_so_many_pairs():
+    """Alone and over eight devices; metrics over tokens, too."""
+    pairs = make_pairs(3)
+    spans = [slice(*pairs.offsets[[2 * p, 2 * p + 2]]) for p in (0, 1, 1, 2, 2, 2)]
+    sequences = np.array([0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 4, 5])
+    repeated = PairTokens(
+        tokens=np.concatenate([pairs.tokens[span] for span in spans]),
+        scored=np.concatenate([pairs.scored[span] for span in spans]),
+        offsets=np.concatenate([[0], np.cumsum(pairs.lengths[sequences])]),
+        completion_start=pairs.completion_start[sequences],
+        rows=np.arange(6),
+        weights=np.ones(6, np.float32),
+        dropped=0,
+    )
+    weighted = dataclasses.replace(pairs, weights=np.array([1, 2, 3], np.float32))
+    want = run((1, 1, 1), pairs=repeated, steps=1)
+    assert_same(run((1, 1, 1), pairs=weighted, steps=1), want)
+    assert_same(run((2, 4, 1), pairs=weighted, steps=1), want)
+    with pytest.raises(AssertionError):
+        assert_same(run((1, 1, 1), pairs=pairs, steps=1), want)
 
 
 @pytest.mark.parametrize(
