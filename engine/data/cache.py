@@ -13,15 +13,16 @@ import os
 import struct
 import tempfile
 import zlib
-from collections.abc import Buffer, Callable
+from collections.abc import Buffer, Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from engine.data.pair_tokens import Doubt, Limits, PairTokens
+from engine.data.pair_tokens import Doubt, Limits, PairTokens, Score
 from engine.data.rows import PreferenceRows
 from engine.paths import as_path
 
@@ -48,25 +49,34 @@ def default_cache_dir() -> Path:
 
 
 def cache_key(
-    rows: PreferenceRows, tokenizer: PreTrainedTokenizerBase, limits: Limits
+    rows: PreferenceRows,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    score: Score = "completion",
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
-    """A hash of the rows' content and order, the tokenizer and the limits."""
+    """A hash of the rows' content and order, the tokenizer and the options."""
     digest = hashlib.blake2b(_FORMAT, digest_size=16)
-    digest.update(repr(tuple(limits)).encode())
+    digest.update(repr((tuple(limits), score)).encode())
+    digest.update(json.dumps(tools, default=repr).encode() + b"\0")
     _feed_tokenizer(digest.update, tokenizer)
     rows.update_hash(digest.update)
     return digest.hexdigest()
 
 
-def load(path: Path, limits: Limits | None = None) -> PairTokens | None:
+def load(
+    path: Path, limits: Limits | None = None, score: Score | None = None
+) -> PairTokens | None:
     """The pairs in a file; None where there is none, or (logged) a damaged one.
 
-    The arrays are read-only and stay on disk. `limits` are what they were cut to.
+    The arrays are read-only and stay on disk. `limits` are what they were cut to, and
+    `score` is what is scored of them.
     """
     try:
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return _read(memoryview(mapped), limits)
+        pairs = _read(memoryview(mapped))
+        return replace(pairs, limits=limits, score=score)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -107,7 +117,11 @@ class _Summed:
 
 
 def _write(file: IO[bytes], pairs: PairTokens):
-    facts = {"dropped": pairs.dropped, "doubts": pairs.doubts}
+    facts = {
+        "dropped": pairs.dropped,
+        "weightless": pairs.weightless,
+        "doubts": pairs.doubts,
+    }
     schema = _SCHEMA.with_metadata({"facts": json.dumps(facts)})
     columns = [
         *(
@@ -125,7 +139,7 @@ def _write(file: IO[bytes], pairs: PairTokens):
     file.flush()
 
 
-def _read(data: memoryview, limits: Limits | None) -> PairTokens:
+def _read(data: memoryview) -> PairTokens:
     """The pairs of a whole file.
 
     Raises:
@@ -158,8 +172,8 @@ def _read(data: memoryview, limits: Limits | None) -> PairTokens:
         rows=row.to_numpy()[::2],
         weights=weight.to_numpy()[::2],
         dropped=facts["dropped"],
+        weightless=facts["weightless"],
         doubts=tuple(Doubt(*doubt) for doubt in facts["doubts"]),
-        limits=limits,
     )
     _check(pairs, row.to_numpy()[1::2], weight.to_numpy()[1::2])
     return pairs

@@ -1,10 +1,13 @@
 """Preference pairs as token ids: what tokenisation makes and batches are made of."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
+
+# Which tokens of a completion are scored: all, the assistant's turns, or its last one.
+Score = Literal["completion", "assistant", "last_turn"]
 
 
 class Doubt(NamedTuple):
@@ -13,6 +16,7 @@ class Doubt(NamedTuple):
     kind: str  # a key of doubts.MEANINGS
     num_rows: int
     first: int
+    example: str = ""  # of it, where there is one to show
 
 
 class Limits(NamedTuple):
@@ -52,8 +56,10 @@ class PairTokens:
     rows: Int64[np.ndarray, " pairs"]  # the row that each pair comes from
     weights: Float32[np.ndarray, " pairs"]  # a pair counts so many times; > 0, finite
     dropped: int  # pairs that had nothing to score
+    weightless: int = 0  # pairs left out because their weight is 0
     doubts: tuple[Doubt, ...] = ()  # what is surely not meant
     limits: Limits | None = None  # what they were cut to; None: nobody knows
+    score: Score | None = None  # what is scored of them; None: nobody knows
 
     def __len__(self) -> int:
         return len(self.rows)
