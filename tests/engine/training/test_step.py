@@ -307,19 +307,3 @@ def test_the_reference_follows_the_policy():
     policy, reference = {"w": jnp.ones(3)}, {"w": jnp.zeros(3)}
     mixed = mix_parameters(reference, policy, alpha=0.25)
     np.testing.assert_array_equal(mixed["w"], np.full(3, 0.25))
-
-
-@pytest.mark.parametrize(
-    "kind, want",
-    [
-        ("constant", [0, 0.5, 1, 1, 1, 1]),
-        ("linear", [0, 0.5, 1, 0.75, 0.5, 0.25]),
-        ("cosine", [0, 0.5, 1, 0.8535534, 0.5, 0.1464466]),
-    ],
-)
-def test_schedules(kind, want):
-    config = DPOConfig(learning_rate=2.0, lr_scheduler_type=kind, warmup_steps=2)
-    schedule = learning_rate_schedule(config, 6)
-    with jax.numpy_dtype_promotion("standard"):  # as in the step
-        got = [np.asarray(schedule(jnp.int32(step))) for step in range(6)]
-    np.testing.assert_allclose(got, 2 * np.array(want), rtol=1e-6)
