@@ -67,7 +67,8 @@ def test_a_missing_column(run):
     assert run(rows=[without(row, "rejected") for row in ROWS]) == (
         "pairs.jsonl has no column 'rejected'; it has prompt, chosen, and needs "
         "chosen, "
-        "rejected and (unless both start with it) prompt: rename its columns"
+        "rejected and (unless both start with it) prompt: rename its columns, or say "
+        "what they are called in the run file (columns)"
     )
 
 

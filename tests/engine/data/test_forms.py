@@ -291,7 +291,7 @@ def test_forms_in_a_dataset(caplog):
     assert_same(tokenize_dataset([messages, messages]), tokenize(messages, messages))
     implicit = {"chosen": [USER, YES], "rejected": [USER, NO], "question": "Tea?"}
     assert_same(tokenize_dataset([implicit]), tokenize(PLAIN))
-    assert not caplog.records
+    assert all(record.levelname != "WARNING" for record in caplog.records)
     both = IDS | {"chosen": "a", "rejected": "b"}
     assert tokenize_dataset([both]).tokens.tolist() == [20] * 4
     assert "chosen, rejected are not read, since prompt_ids, chosen_ids" in caplog.text
