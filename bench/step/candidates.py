@@ -91,9 +91,11 @@ class Workload:
         rng = np.random.default_rng(0)
         return PairTokens(
             tokens=rng.integers(0, self.vocab, size).astype(np.int32),
+            scored=np.tile(np.arange(self.length) >= self.prompt, sequences),
             offsets=np.arange(0, size + 1, self.length),
-            score_start=np.full(sequences, self.prompt, np.int32),
+            completion_start=np.full(sequences, self.prompt, np.int32),
             rows=np.arange(self.pairs),
+            weights=np.ones(self.pairs, np.float32),
             dropped=0,
         )
 

@@ -48,4 +48,8 @@ def _size(config: DecoderConfig) -> str:
 def _describe(pairs: PairTokens) -> str:
     longest = int(pairs.lengths.max())
     dropped = f", {pairs.dropped} dropped" if pairs.dropped else ""
-    return f"{len(pairs)} pairs{dropped}, the longest of {longest} tokens"
+    if pairs.weightless:
+        dropped += f", {pairs.weightless} of weight 0 left out"
+    low, high = pairs.weights.min(), pairs.weights.max()
+    weights = "" if low == high == 1 else f", weights from {low:g} to {high:g}"
+    return f"{len(pairs)} pairs{dropped}, the longest of {longest} tokens{weights}"

@@ -17,6 +17,7 @@ class Alias(NamedTuple):
 _BATCH = "pairs of one optimizer step over all devices and accumulation steps, not per "
 _NEVER = "the model is saved once, at the end, in save_directory"
 _DTYPE = "bfloat16 or float32"
+_NO_CODE = "no code is run on rows; write the file as it is to be read"
 _NOT_QUANTISED = "parameters are bfloat16 or float32, see model.param_dtype"
 
 ALIASES = {
@@ -106,6 +107,23 @@ ALIASES = {
     "cutoff_len": Alias("trainer.max_length"),
     "max_target_length": Alias("trainer.max_completion_length"),
     "max_response_length": Alias("trainer.max_completion_length"),
+    "format_fields": Alias(
+        "mixture.informs.0.columns", "the other way round: our name, then the file's"
+    ),
+    "column_mapping": Alias(
+        "mixture.informs.0.columns", "by our name, what the file calls it"
+    ),
+    "content_field": Alias(
+        "mixture.informs.0.columns", "a pair has several: prompt, chosen, rejected"
+    ),
+    "additional_fields": Alias(None, "columns that are not needed are never read"),
+    "format_callback": Alias(None, _NO_CODE),
+    "preprocessing_fn": Alias(None, _NO_CODE),
+    "streaming": Alias(None, "data is read once and tokenised data kept on disk"),
+    "shuffle_buffer_size": Alias(
+        "trainer.shuffle_train_dataset", "true or false: of all rows, in each epoch"
+    ),
+    "assistant_only_loss": Alias("trainer.score", "completion, assistant or last_turn"),
     "padding_free": Alias(None, "batches are padded to a few lengths"),
     "padding_value": Alias(None, "padding is never seen by the model"),
     "label_pad_token_id": Alias(None, "padding is never scored"),

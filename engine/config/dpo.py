@@ -55,6 +55,11 @@ class DPOConfig(OptimizerConfig, LossConfig):
     max_completion_length: int | None = None  # keeps the completion's start
     truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"  # by max_length
 
+    # Which tokens of a completion are scored: all of them, the assistant's turns, or
+    # its last turn. Of a message whose loss_weight is 0, none.
+    score: Literal["completion", "assistant", "last_turn"] = "completion"
+    tools: tuple[dict, ...] | None = None  # for the chat template of rows without any
+
     # Batches. Sizes count pairs, over all devices.
     total_batch_size: int = 16  # pairs of one optimizer step
     gradient_accumulation_steps: int = 1  # microbatches that share those pairs

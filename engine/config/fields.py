@@ -29,6 +29,7 @@ _WORDS = {
     int: "a whole number",
     float: "a finite number",
     str: "a string",
+    dict: "a mapping",
     type(None): "null",
 }
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from engine.config.columns import ColumnsConfig
 from engine.config.dpo import DPOConfig
 from engine.config.fields import check_count, check_types, check_within
 from engine.config.run_file import build, read_run_file
@@ -53,6 +54,8 @@ class SourceConfig:
     split: str = "train"  # with datasets' slices: train[:90%]
     dataset_split_name: str | None = None  # the hub data set's subset, for type hf
     num_rows: int | None = None  # use only the first so many
+    # What the files call the columns that are read, where they call them otherwise.
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
 
     def __post_init__(self):
         check_types(self)

@@ -250,23 +250,25 @@ def assemble(
     real_ANQ = np.concatenate([real, real], axis=2)
     start = np.where(real_ANQ, pairs.offsets[sequence_ANQ], 0)
     size = np.where(real_ANQ, pairs.offsets[sequence_ANQ + 1], 0) - start
-    skip = np.where(real_ANQ, pairs.score_start[sequence_ANQ], 0)
-    count = size - skip
-    assert count.sum(axis=2).max() <= T and size.max() <= S
+    assert size.max() <= S
 
     tokens = np.zeros(A * N * 2 * P * S, np.int32)
-    rows = np.arange(size.size) * S
     source = ragged_arange(start.ravel(), size.ravel())
-    tokens[ragged_arange(rows, size.ravel())] = pairs.tokens[source]
+    at = ragged_arange(np.arange(size.size) * S, size.ravel())
+    tokens[at] = pairs.tokens[source]
+    scored = pairs.scored[source]
+    owner = np.repeat(np.arange(size.size), size.ravel())[scored]
+    count = np.bincount(owner, minlength=size.size).reshape(size.shape)
+    assert count.sum(axis=2).max() <= T
 
     # Filled from the left, sequence after sequence: where each one's tokens go.
     shard = np.arange(A * N).reshape(A, N, 1)
     place = np.cumsum(count, axis=2) - count + shard * T
     place = ragged_arange(place.ravel(), count.ravel())
     positions, targets = np.zeros((2, A * N * T), np.int32)
-    before = np.arange(2 * P) * S + skip - 1
-    positions[place] = ragged_arange(before.ravel(), count.ravel())
-    targets[place] = pairs.tokens[ragged_arange((start + skip).ravel(), count.ravel())]
+    # A token is scored from the state before it, which a shard counts from its own.
+    positions[place] = (at[scored] - 1) % (2 * P * S)
+    targets[place] = pairs.tokens[source[scored]]
     batch = Batch(
         rows=ModelRows(tokens=tokens.reshape(A, N * 2 * P, S)),
         scored=ScoredTokens(
@@ -274,7 +276,7 @@ def assemble(
             targets=targets.reshape(A, N, T),
             counts=count.astype(np.int32),
         ),
-        pairs=Pairs(weights=real.astype(np.float32)),
+        pairs=Pairs(weights=np.where(real, pairs.weights[members], np.float32(0))),
     )
     check_distinct(batch.scored)
     return batch, int(size.sum())

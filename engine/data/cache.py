@@ -13,23 +13,31 @@ import os
 import struct
 import tempfile
 import zlib
-from collections.abc import Buffer, Callable
+from collections.abc import Buffer, Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from engine.data.pair_tokens import Doubt, Limits, PairTokens
+from engine.data.pair_tokens import Doubt, Limits, PairTokens, Score
 from engine.data.rows import PreferenceRows
 from engine.paths import as_path
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = b"pair-tokens-3"  # change it when the same rows give other pairs than before
+_FORMAT = b"pair-tokens-4"  # change it when the same rows give other pairs than before
 _SCHEMA = pa.schema(
-    {"tokens": pa.large_list(pa.int32()), "score_start": pa.int32(), "row": pa.int64()}
+    {
+        "tokens": pa.large_list(pa.int32()),
+        # 0 or 1: a byte each, since Arrow's own eighth of one could not be mapped.
+        "scored": pa.large_list(pa.uint8()),
+        "completion_start": pa.int32(),
+        "row": pa.int64(),
+        "weight": pa.float32(),
+    }
 )
 _CHECKSUM = struct.Struct("<I")  # CRC-32 of all bytes before it
 _BLOCK = 2**24  # bytes of a file summed at a time
@@ -41,25 +49,34 @@ def default_cache_dir() -> Path:
 
 
 def cache_key(
-    rows: PreferenceRows, tokenizer: PreTrainedTokenizerBase, limits: Limits
+    rows: PreferenceRows,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    score: Score = "completion",
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
-    """A hash of the rows' content and order, the tokenizer and the limits."""
+    """A hash of the rows' content and order, the tokenizer and the options."""
     digest = hashlib.blake2b(_FORMAT, digest_size=16)
-    digest.update(repr(tuple(limits)).encode())
+    digest.update(repr((tuple(limits), score)).encode())
+    digest.update(json.dumps(tools, default=repr).encode() + b"\0")
     _feed_tokenizer(digest.update, tokenizer)
     rows.update_hash(digest.update)
     return digest.hexdigest()
 
 
-def load(path: Path, limits: Limits | None = None) -> PairTokens | None:
+def load(
+    path: Path, limits: Limits | None = None, score: Score | None = None
+) -> PairTokens | None:
     """The pairs in a file; None where there is none, or (logged) a damaged one.
 
-    The arrays are read-only and stay on disk. `limits` are what they were cut to.
+    The arrays are read-only and stay on disk. `limits` are what they were cut to, and
+    `score` is what is scored of them.
     """
     try:
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return _read(memoryview(mapped), limits)
+        pairs = _read(memoryview(mapped))
+        return replace(pairs, limits=limits, score=score)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -100,12 +117,21 @@ class _Summed:
 
 
 def _write(file: IO[bytes], pairs: PairTokens):
-    facts = {"dropped": pairs.dropped, "doubts": pairs.doubts}
+    facts = {
+        "dropped": pairs.dropped,
+        "weightless": pairs.weightless,
+        "doubts": pairs.doubts,
+    }
     schema = _SCHEMA.with_metadata({"facts": json.dumps(facts)})
-    tokens = pa.LargeListArray.from_arrays(
-        pa.array(pairs.offsets), pa.array(pairs.tokens)
-    )
-    columns = [tokens, pa.array(pairs.score_start), pa.array(pairs.rows.repeat(2))]
+    columns = [
+        *(
+            pa.LargeListArray.from_arrays(pa.array(pairs.offsets), pa.array(values))
+            for values in (pairs.tokens, pairs.scored.view(np.uint8))
+        ),
+        pa.array(pairs.completion_start),
+        pa.array(pairs.rows.repeat(2)),
+        pa.array(pairs.weights.repeat(2)),
+    ]
     summed = _Summed(file)
     with pa.ipc.new_stream(summed, schema) as stream:
         stream.write_batch(pa.record_batch(columns, schema=schema))
@@ -113,7 +139,7 @@ def _write(file: IO[bytes], pairs: PairTokens):
     file.flush()
 
 
-def _read(data: memoryview, limits: Limits | None) -> PairTokens:
+def _read(data: memoryview) -> PairTokens:
     """The pairs of a whole file.
 
     Raises:
@@ -132,33 +158,50 @@ def _read(data: memoryview, limits: Limits | None) -> PairTokens:
         facts = json.loads((stream.schema.metadata or {})[b"facts"])
         batch = stream.read_next_batch()
     batch.validate()
-    tokens, score_start, row = batch.columns
+    tokens, scored, completion_start, row, weight = batch.columns
     assert isinstance(tokens, pa.LargeListArray)
+    assert isinstance(scored, pa.LargeListArray)
+    marks = scored.values.to_numpy()
+    if not scored.offsets.equals(tokens.offsets) or marks.max(initial=0) > 1:
+        raise ValueError("its parts do not fit together")
     pairs = PairTokens(
         tokens=tokens.values.to_numpy(),
+        scored=marks.view(np.bool_),
         offsets=tokens.offsets.to_numpy(),
-        score_start=score_start.to_numpy(),
+        completion_start=completion_start.to_numpy(),
         rows=row.to_numpy()[::2],
+        weights=weight.to_numpy()[::2],
         dropped=facts["dropped"],
+        weightless=facts["weightless"],
         doubts=tuple(Doubt(*doubt) for doubt in facts["doubts"]),
-        limits=limits,
     )
-    _check(pairs, row.to_numpy()[1::2])
+    _check(pairs, row.to_numpy()[1::2], weight.to_numpy()[1::2])
     return pairs
 
 
-def _check(pairs: PairTokens, odd_rows: np.ndarray):
+def _check(pairs: PairTokens, odd_rows: np.ndarray, odd_weights: np.ndarray):
     """Refuses arrays that are no pairs, whoever has written them."""
     sound = (
         np.array_equal(pairs.rows, odd_rows)
+        and np.array_equal(pairs.weights, odd_weights)
         and len(pairs) > 0
         and pairs.offsets[0] == 0
         and pairs.offsets[-1] == len(pairs.tokens)
-        and bool((pairs.score_start >= 1).all())
-        and bool((pairs.lengths > pairs.score_start).all())
+        and bool((pairs.completion_start >= 1).all())
+        and bool((pairs.lengths > pairs.completion_start).all())
+        and bool(((0 < pairs.weights) & (pairs.weights < np.inf)).all())
+        and _only_completions_are_scored(pairs)
     )
     if not sound:
         raise ValueError("its parts do not fit together")
+
+
+def _only_completions_are_scored(pairs: PairTokens) -> bool:
+    """That no prompt has a scored token, and each completion has."""
+    start = pairs.offsets[:-1]
+    bounds = np.stack([start, start + pairs.completion_start], axis=1).ravel()
+    counts = np.add.reduceat(pairs.scored, bounds, dtype=np.int64).reshape(-1, 2)
+    return bool((counts[:, 0] == 0).all() and (counts[:, 1] > 0).all())
 
 
 def _feed_tokenizer(

@@ -1,14 +1,25 @@
-"""One preference row as three texts: the prompt, and the prompt with each completion.
+"""One preference pair as three texts: the prompt, and the prompt with each completion.
 
 The rules are TRL's: `extract_prompt` and `DPOTrainer._prepare_dataset` of trl 1.16.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from engine.data.forms import PairRow
+from engine.data.messages import Messages, said
 from engine.data.templates import ChatTemplate
-from engine.errors import InputError, library_errors, one_line
+from engine.errors import InputError
+
+
+class Side(NamedTuple):
+    """A conversation of which the last messages, from `start` on, are an answer."""
+
+    messages: list[dict[str, Any]]
+    start: int
+    unscored: frozenset[int]  # numbers of the answer's messages with loss_weight 0
+    tools: list[Any] | None
+    arguments: Mapping[str, Any]  # of the chat template
 
 
 class Texts(NamedTuple):
@@ -17,31 +28,33 @@ class Texts(NamedTuple):
     prompt: str
     chosen: str
     rejected: str
-    templated: bool  # rendered by a chat template, which has put in every special token
+    # What a chat template has rendered them from, and put every special token into;
+    # None: plain text.
+    sides: tuple[Side, Side] | None
+    # What the template makes otherwise of the prompt when an answer follows.
+    rewritten: str | None = None
+    tools_unseen: bool = False  # whether there are tools that the template leaves out
 
 
 def row_texts(
-    row: Mapping[str, Any], where: str, template: ChatTemplate, eos: str | None
+    row: PairRow, where: str, template: ChatTemplate, eos: str | None
 ) -> Texts:
-    """The texts of one row; plain-text completions end with `eos`, once.
+    """The texts of one pair; plain-text completions end with `eos`, once.
 
     Raises:
-        InputError: a row that is not a preference pair, that the template refuses or
-            leaves words of out, or that has half a character; it begins with `where`.
+        InputError: kinds that do not go together, messages that the template refuses or
+            leaves words of out, or half a character; it begins with `where`.
     """
-    chosen = _field(row, "chosen", where)
-    rejected = _field(row, "rejected", where)
+    chosen, rejected = row.chosen, row.rejected
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise InputError(
             f"{where}, field 'rejected', is {_kind(rejected)}, but chosen is "
             f"{_kind(chosen)}; make both text or both lists of messages"
         )
-    prompt = _field(row, "prompt", where) if "prompt" in row else None
     if isinstance(chosen, str) and isinstance(rejected, str):
-        texts = _plain_texts(prompt, chosen, rejected, where, eos)
+        texts = _plain_texts(row.prompt, chosen, rejected, where, eos)
     else:
-        assert isinstance(chosen, list) and isinstance(rejected, list)
-        texts = _templated_texts(row, prompt, chosen, rejected, where, template)
+        texts = _templated_texts(row, where, template)
     for field, text in zip(("prompt", "chosen", "rejected"), texts[:3], strict=True):
         try:
             text.encode()
@@ -54,8 +67,12 @@ def row_texts(
     return texts
 
 
+def _kind(side: str | Messages) -> str:
+    return "text" if isinstance(side, str) else "a list of messages"
+
+
 def _plain_texts(
-    prompt: str | list[dict] | None,
+    prompt: str | Messages | None,
     chosen: str,
     rejected: str,
     where: str,
@@ -75,34 +92,19 @@ def _plain_texts(
         )
     chosen = chosen if chosen.endswith(eos) else chosen + eos
     rejected = rejected if rejected.endswith(eos) else rejected + eos
-    return Texts(prompt, prompt + chosen, prompt + rejected, templated=False)
+    return Texts(prompt, prompt + chosen, prompt + rejected, sides=None)
 
 
-def _templated_texts(
-    row: Mapping[str, Any],
-    prompt: str | list[dict] | None,
-    chosen: list[dict],
-    rejected: list[dict],
-    where: str,
-    template: ChatTemplate,
-) -> Texts:
-    if isinstance(prompt, list):
-        messages = prompt
-    else:
-        shared = _shared_turns(chosen, rejected, where)
-        messages, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-        if prompt is not None and prompt.strip() not in map(said, messages):
-            raise InputError(
-                f"{where}, field 'prompt', is text that is no message of what chosen "
-                "and rejected start with; give messages, or leave the column out"
-            )
+def _templated_texts(row: PairRow, where: str, template: ChatTemplate) -> Texts:
+    sides = _sides(row, where)
     if not template.exists:
         raise InputError(
             f"{where}, holds lists of messages, but the tokenizer has no chat "
             "template; name one that has in model.tokenizer (an instruct model's), "
             "or give prompt, chosen and rejected as text"
         )
-    tools, arguments = _tools(row, where), _arguments(row, where)
+    start = sides[0].start
+    tools, arguments = row.tools, row.arguments
 
     def render(field: str, messages: list[dict], **options: bool) -> str:
         try:
@@ -112,7 +114,8 @@ def _templated_texts(
                 field = "chat_template_kwargs"
             raise InputError(_refused(where, field, error)) from error
 
-    start = render("prompt", messages, add_generation_prompt=True)
+    messages = sides[0].messages[:start]
+    prompt = render("prompt", messages, add_generation_prompt=True)
     # Templates leave the reasoning of earlier answers out, as they are meant to.
     asked = [i for i, m in enumerate(messages) if m["role"] != "assistant"]
 
@@ -123,20 +126,71 @@ def _templated_texts(
         return template.render(copy, tools, arguments)
 
     template.check_words(
-        f"{where}, field 'prompt'", [messages[i] for i in asked], start, 0, render_asked
+        f"{where}, field 'prompt'",
+        [messages[i] for i in asked],
+        prompt,
+        0,
+        render_asked,
     )
     texts = []
-    for field, answer in (("chosen", chosen), ("rejected", rejected)):
-        text = render(field, messages + answer)
+    for field, side in zip(("chosen", "rejected"), sides, strict=True):
+        text = render(field, side.messages)
         template.check_words(
             f"{where}, field {field!r}",
-            answer,
+            side.messages[start:],
             text,
-            len(start) if text.startswith(start) else None,
+            len(prompt) if text.startswith(prompt) else None,
             lambda answer: template.render(messages + answer, tools, arguments),
         )
         texts.append(text)
-    return Texts(start, *texts, templated=True)
+    rewritten = None
+    if not all(text.startswith(prompt) for text in texts):
+        # Besides the generation prompt, which an answer may replace.
+        before = template.render(messages, tools, arguments)
+        rewritten = _first_difference(before, texts)
+    unseen = False
+    if tools:
+        without = template.render(messages, None, arguments, add_generation_prompt=True)
+        unseen = without == prompt
+    chosen, rejected = texts
+    return Texts(prompt, chosen, rejected, sides, rewritten, unseen)
+
+
+def _sides(row: PairRow, where: str) -> tuple[Side, Side]:
+    """Both whole conversations, with the prompt's messages in front."""
+    prompt, chosen, rejected = row.prompt, row.chosen, row.rejected
+    assert isinstance(chosen, Messages) and isinstance(rejected, Messages)
+    if isinstance(prompt, Messages):
+        before, start = prompt.messages, len(prompt.messages)
+        unscored = [
+            frozenset(i + start for i in x.unscored) for x in (chosen, rejected)
+        ]
+    else:
+        before, start = [], _shared_turns(chosen.messages, rejected.messages, where)
+        unscored = [
+            frozenset(i for i in x.unscored if i >= start) for x in (chosen, rejected)
+        ]
+        if prompt is not None and prompt.strip() not in map(
+            said, chosen.messages[:start]
+        ):
+            raise InputError(
+                f"{where}, field 'prompt', is text that is no message of what chosen "
+                "and rejected start with; give messages, or leave the column out"
+            )
+    one, other = (
+        Side(before + side.messages, start, of_it, row.tools, row.arguments)
+        for side, of_it in zip((chosen, rejected), unscored, strict=True)
+    )
+    return one, other
+
+
+def _first_difference(before: str, texts: Sequence[str]) -> str | None:
+    """Where a prompt is not what a text begins with: what stands there in both."""
+    for text in texts:
+        at = shared_length(before, text)
+        if at < len(before):
+            return f"{before[at : at + 20]!r} becomes {text[at : at + 20]!r}"
+    return None
 
 
 def _refused(where: str, field: str, error: ValueError) -> str:
@@ -158,73 +212,6 @@ def _renders(
     except ValueError:
         return False
     return True
-
-
-def said(message: dict) -> str:
-    """A message's text, its parts joined, without the white space around it."""
-    content = message.get("content", "")
-    parts = content if isinstance(content, list) else [{"text": content}]
-    return "".join(part["text"] for part in parts).strip()
-
-
-def _field(row: Mapping[str, Any], field: str, where: str) -> str | list[dict]:
-    """A required field: text, or a list of well-formed messages without their Nones."""
-    if field not in row:
-        raise InputError(
-            f"{where}, has no {field!r}, only {', '.join(map(repr, row))}; each row "
-            "needs chosen, rejected and (unless both start with it) prompt"
-        )
-    value = row[field]
-    if isinstance(value, str):
-        return value
-    numbers = isinstance(value, Sequence) and value and isinstance(value[0], int)
-    if isinstance(value, bytes | bytearray) or numbers:
-        found = "a list of numbers, as token ids are"
-        if isinstance(value, bytes | bytearray):
-            found = f"bytes ({_short(value)})"
-        raise InputError(
-            f"{where}, field {field!r}, is {found}; it must be text or a list of "
-            "messages: decode it"
-        )
-    if not isinstance(value, Sequence):
-        raise InputError(
-            f"{where}, field {field!r}, is {_kind(value)}; it must be text or a list "
-            "of messages: correct the row or leave it out"
-        )
-    if len(value) == 0:
-        raise InputError(
-            f"{where}, field {field!r}, is an empty list; give at least one message"
-        )
-    return [_message(m, f"{where}, field {field!r}", i) for i, m in enumerate(value)]
-
-
-def _message(message: Any, where: str, number: int) -> dict[str, Any]:
-    rule = 'a message is {"role": "user" or another, "content": text}'
-    if not isinstance(message, Mapping):
-        raise InputError(f"{where}, message {number}, is {_kind(message)}; {rule}")
-    # Where rows differ, Arrow fills in the keys of the others.
-    message = {k: v for k, v in message.items() if v is not None}
-    for key, other in (("role", "from"), ("content", "value")):
-        if key not in message and not (key == "content" and "tool_calls" in message):
-            hint = f": rename {other!r} to {key!r}" if other in message else ""
-            raise InputError(f"{where}, message {number}, has no {key!r}; {rule}{hint}")
-    if not isinstance(message["role"], str):
-        raise InputError(
-            f"{where}, message {number}, has the role {_short(message['role'])}; {rule}"
-        )
-    content = message.get("content", "")
-    parts = content if isinstance(content, list) else []
-    if not isinstance(content, str | list) or any(
-        not isinstance(part, Mapping)
-        or part.get("type") != "text"
-        or not isinstance(part.get("text"), str)
-        for part in parts
-    ):
-        raise InputError(
-            f"{where}, message {number}, has the content {_short(content)}; {rule}, or "
-            'a list of {"type": "text", "text": text} (images and sound are not read)'
-        )
-    return message
 
 
 def split_text(chosen: str, rejected: str) -> tuple[str, str, str]:
@@ -260,48 +247,3 @@ def shared_length(a: Sequence[Any], b: Sequence[Any]) -> int:
         if x != y:
             return i
     return min(len(a), len(b))
-
-
-def _tools(row: Mapping[str, Any], where: str) -> list[Any] | None:
-    """The row's `tools`, which may be a list or that list as JSON."""
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        with library_errors(
-            lambda error: (
-                f"{where}, field 'tools', is not JSON ({one_line(error)}); give a "
-                "list of tools, as JSON or not"
-            )
-        ):
-            tools = json.loads(tools)
-    if tools is not None and not isinstance(tools, list):
-        raise InputError(
-            f"{where}, field 'tools', is {_kind(tools)}; give a list of tools, or null"
-        )
-    return tools
-
-
-def _arguments(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    arguments = row.get("chat_template_kwargs")
-    if arguments is None:
-        return {}
-    if not isinstance(arguments, Mapping):
-        raise InputError(
-            f"{where}, field 'chat_template_kwargs', is {_kind(arguments)}; give a "
-            "mapping of the chat template's arguments, or null"
-        )
-    return {k: v for k, v in arguments.items() if v is not None}
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, str):
-        return "text"
-    if isinstance(value, list):
-        return "a list of messages"
-    return f"{_short(value)} (a {type(value).__name__})"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

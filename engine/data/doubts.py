@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from engine.data.conversations import said, shared_length, split_text
+from engine.data.conversations import Texts, shared_length, split_text
+from engine.data.forms import PairRow
+from engine.data.messages import Messages, said
 from engine.data.pair_tokens import Doubt, PairTokens
 from engine.data.rows import PreferenceRows
 from engine.errors import shortened
@@ -41,6 +43,16 @@ MEANINGS = {
         "have an answer without text in chosen or rejected, so that at most the end "
         "of a text is learned from it; fill it in, or remove these rows"
     ),
+    "history rewritten": (
+        "have messages before the answer that the chat template writes otherwise once "
+        "an answer follows (some leave out what a model thought in earlier turns), so "
+        "that what is scored begins there, within the prompt; use a template that "
+        "leaves earlier messages as they are. The first: "
+    ),
+    "tools unseen": (
+        "have tools that the chat template writes nothing of, so that the model never "
+        "sees them; use a template that knows tools, or leave them out"
+    ),
     "not the assistant's": (
         "have an answer that does not start with a message of the role assistant, so "
         "that another's words are trained on; correct the roles, or put what comes "
@@ -54,19 +66,28 @@ class Doubts:
 
     def __init__(self):
         self._rows: dict[str, list[int]] = {}
+        self._examples: dict[str, str] = {}  # of the first one
 
     def _add(self, kind: str, row: int):
         self._rows.setdefault(kind, []).append(row)
 
-    def see_row(self, index: int, row: Mapping[str, Any]):
+    def see_texts(self, index: int, texts: Texts):
+        """Looks at what the chat template has made of a row."""
+        if texts.rewritten is not None:
+            self._examples.setdefault("history rewritten", texts.rewritten)
+            self._add("history rewritten", index)
+        if texts.tools_unseen:
+            self._add("tools unseen", index)
+
+    def see_row(self, index: int, row: PairRow):
         """Looks at the fields of a row that is well formed."""
-        prompt, *sides = (row.get(k) for k in ("prompt", "chosen", "rejected"))
+        prompt, *sides = map(_written, (row.prompt, row.chosen, row.rejected))
         texts = [side for side in (prompt, *sides) if isinstance(side, str)]
         if any(_MESSAGES.match(text) for text in texts):
             self._add("messages as text", index)
         if prompt is not None and all(_begins_with(side, prompt) for side in sides):
             self._add("prompt repeated", index)
-        elif not all(map(_is_assistants, _answers(row))):
+        elif not all(map(_is_assistants, _answers(prompt, *sides))):
             self._add("not the assistant's", index)
         if any(map(_is_empty, sides)):
             self._add("empty answer", index)
@@ -87,19 +108,20 @@ class Doubts:
     def found(self) -> tuple[Doubt, ...]:
         """One of each kind that was seen."""
         return tuple(
-            Doubt(kind, len(rows), rows[0]) for kind, rows in self._rows.items()
+            Doubt(kind, len(set(rows)), rows[0], self._examples.get(kind, ""))
+            for kind, rows in self._rows.items()
         )
 
 
 def report(doubts: tuple[Doubt, ...], rows: PreferenceRows):
     """Logs one warning of each kind."""
-    for kind, count, first in doubts:
+    for kind, count, first, example in doubts:
         logger.warning(
             "%d of %d rows (the first: %s) %s",
             count,
             len(rows),
             rows.where(first),
-            MEANINGS[kind] + _ignored(kind, rows, first),
+            MEANINGS[kind] + _ignored(kind, rows, first) + example,
         )
 
 
@@ -134,14 +156,18 @@ def _ignored(kind: str, rows: PreferenceRows, row: int) -> str:
     return f" (not read: {shortened(', '.join(columns))})"
 
 
-def _answers(row: Mapping[str, Any]) -> list[list[Mapping[str, Any]]]:
+def _written(side: str | Messages | None) -> Any:
+    """Text, or a plain list of messages."""
+    return side.messages if isinstance(side, Messages) else side
+
+
+def _answers(prompt: Any, chosen: Any, rejected: Any) -> list[list[Mapping[str, Any]]]:
     """The messages of each side that are its answer; none of a side that is text."""
-    chosen, rejected = row.get("chosen"), row.get("rejected")
     if isinstance(chosen, str) or isinstance(rejected, str):
         return []
     assert chosen and rejected
     start = 0
-    if row.get("prompt") is None or isinstance(row["prompt"], str):
+    if prompt is None or isinstance(prompt, str):
         start = shared_length(chosen, rejected)
         start = min(start, len(chosen) - 1, len(rejected) - 1)
     return [chosen[start:], rejected[start:]]

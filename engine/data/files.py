@@ -6,9 +6,10 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from engine.data.rows import FIELDS
+from engine.data.columns import FIELDS, Renamed
+from engine.data.json_files import read_json
 from engine.data.stages import reading
-from engine.data.text_files import PackedRows, data_ending, read_csv, read_json
+from engine.data.text_files import PackedRows, data_ending, read_csv
 from engine.errors import InputError
 from engine.paths import is_url
 
@@ -21,19 +22,20 @@ def read_files(
     files: list[str],
     cache_dir: str | None,
     delimiter: str | None,
+    renamed: Renamed,
 ) -> Rows:
-    """All rows of files of one kind, in order."""
+    """All rows of files of one kind, in order; text already under the names read."""
     with reading(f"{name} cannot be read as {kind}"):
         local = [_download(file, cache_dir) for file in files]
     if kind in ("json", "csv"):
         parts: list[Rows] = []
         for path, file in zip(local, files, strict=True):
             if kind == "json":
-                parts.append(read_json(path, file))
+                parts.append(read_json(path, file, renamed))
             else:
                 tabs = data_ending(file) == ".tsv"
                 mark = delimiter or ("\t" if tabs else ",")
-                parts.append(read_csv(path, file, mark))
+                parts.append(read_csv(path, file, mark, renamed))
         return joined(parts)
     if kind == "parquet":
         with reading(f"{name} cannot be read as {kind}"):
@@ -43,7 +45,10 @@ def read_files(
         if not schemas:
             raise InputError(f"{name} has no rows; give at least one pair")
         names = dict(zip(local, files, strict=True))
-        _check_columns({names[path]: _columns(s) for path, s in schemas.items()})
+        found = {names[path]: schema for path, schema in schemas.items()}
+        for file, schema in found.items():
+            renamed.check(file, schema.names)
+        _check_columns({x: _columns(schema, renamed) for x, schema in found.items()})
         local = list(schemas)
     with reading(f"{name} cannot be read as {kind}"):
         data = datasets.load_dataset(
@@ -70,13 +75,29 @@ def _check_columns(columns: dict[str, dict[str, str]]):
                 )
 
 
-def _columns(schema: pa.Schema) -> dict[str, str]:
+def _columns(schema: pa.Schema, renamed: Renamed) -> dict[str, str]:
     """The type of each column that we read; texts of all widths are one type."""
+    types = {field.name: str(field.type) for field in schema}
     return {
-        field.name: str(field.type).replace("large_string", "string")
-        for field in schema
-        if field.name in FIELDS
+        name: kind.replace("large_string", "string")
+        for name, kind in renamed.row(types).items()
+        if name in FIELDS
     }
+
+
+def renamed_columns(data: Rows, name: str, renamed: Renamed) -> Rows:
+    """The rows under the names that are read; files of text have been read so.
+
+    Raises:
+        InputError: a column that is not there.
+    """
+    if not isinstance(data, datasets.Dataset) or not renamed.names:
+        return data
+    renamed.check(name, data.column_names)
+    own = {column: column for column in data.column_names}
+    kept = renamed.row(own)  # by the name that is read, the file's own
+    data = data.select_columns(list(kept.values()))
+    return data.rename_columns({c: k for k, c in kept.items() if c != k})
 
 
 def select(data: Rows, start: int, stop: int) -> Rows:

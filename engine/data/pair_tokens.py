@@ -1,10 +1,13 @@
 """Preference pairs as token ids: what tokenisation makes and batches are made of."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Bool, Float32, Int32, Int64
+
+# Which tokens of a completion are scored: all, the assistant's turns, or its last one.
+Score = Literal["completion", "assistant", "last_turn"]
 
 
 class Doubt(NamedTuple):
@@ -13,6 +16,7 @@ class Doubt(NamedTuple):
     kind: str  # a key of doubts.MEANINGS
     num_rows: int
     first: int
+    example: str = ""  # of it, where there is one to show
 
 
 class Limits(NamedTuple):
@@ -40,17 +44,22 @@ class Limits(NamedTuple):
 class PairTokens:
     """Tokenised pairs: sequence 2p is the chosen one of pair p, 2p + 1 the rejected.
 
-    Sequence i is tokens[offsets[i]:offsets[i + 1]]; its tokens from score_start[i] on
-    are scored, at least one, and the first has a token before it (score_start >= 1).
+    Sequence i is tokens[offsets[i]:offsets[i + 1]]. Its completion begins at its token
+    completion_start[i], which has a token before it (completion_start >= 1); of the
+    completion at least one token is scored, and of the prompt none.
     """
 
     tokens: Int32[np.ndarray, " tokens"]
+    scored: Bool[np.ndarray, " tokens"]  # whether its log-probability counts
     offsets: Int64[np.ndarray, " bounds"]
-    score_start: Int32[np.ndarray, " sequences"]
+    completion_start: Int32[np.ndarray, " sequences"]
     rows: Int64[np.ndarray, " pairs"]  # the row that each pair comes from
+    weights: Float32[np.ndarray, " pairs"]  # a pair counts so many times; > 0, finite
     dropped: int  # pairs that had nothing to score
+    weightless: int = 0  # pairs left out because their weight is 0
     doubts: tuple[Doubt, ...] = ()  # what is surely not meant
     limits: Limits | None = None  # what they were cut to; None: nobody knows
+    score: Score | None = None  # what is scored of them; None: nobody knows
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -63,7 +72,8 @@ class PairTokens:
     @property
     def num_scored(self) -> Int64[np.ndarray, " sequences"]:
         """Scored tokens of each sequence."""
-        return self.lengths - self.score_start
+        # No sequence is empty, which reduceat would take for one of one token.
+        return np.add.reduceat(self.scored, self.offsets[:-1], dtype=np.int64)
 
     @property
     def max_id(self) -> int:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.data import cache as token_cache
 from engine.data.doubts import report, warn_beyond_positions
-from engine.data.pair_tokens import Limits, PairTokens
+from engine.data.pair_tokens import Limits, PairTokens, Score
 from engine.data.rows import PreferenceRows, as_rows
 from engine.data.sources import load_mixture
 from engine.data.templates import ChatTemplate
@@ -40,6 +40,8 @@ def tokenize_pairs(
     max_prompt_length: int | None = None,
     max_completion_length: int | None = None,
     truncation_mode: str = "keep_start",
+    score: Score = "completion",
+    tools: Sequence[Mapping[str, Any]] | None = None,
     cache_dir: str | Path | None = None,
 ) -> PairTokens:
     """Tokens of every pair that has something to score, read from disk if known.
@@ -50,6 +52,9 @@ def tokenize_pairs(
 
     Args:
         dataset: what `load_mixture` returns, a `datasets.Dataset`, or a list of rows.
+        score: which tokens of a completion are scored: all, those of the assistant's
+            messages, or of its last one; none of a message whose loss_weight is 0.
+        tools: for the chat template, where a row has none of its own.
         cache_dir: where tokenised data is kept; None is $DPO_CACHE, or
             ~/.cache/dpo_engine.
     Raises:
@@ -64,39 +69,60 @@ def tokenize_pairs(
         truncation_mode=truncation_mode,
     )
     ChatTemplate(tokenizer).warn_of_date()
-    key = token_cache.cache_key(rows, tokenizer, limits)
+    key = token_cache.cache_key(rows, tokenizer, limits, score, tools)
     root = token_cache.default_cache_dir() if cache_dir is None else as_path(cache_dir)
     path = root / "tokens" / f"{key}.arrow"
-    pairs = token_cache.load(path, limits)
+    pairs = token_cache.load(path, limits, score)
     if pairs is None:
         began = time.perf_counter()
-        pairs = encode_pairs(rows, tokenizer, limits)
+        pairs = encode_pairs(rows, tokenizer, limits, score, tools)
         seconds = time.perf_counter() - began
         logger.info("tokenised %d pairs in %.1f s", len(pairs), seconds)
         token_cache.store(path, pairs)
         # From here on they are on disk only, where the folder takes them.
-        pairs = token_cache.load(path, limits) or pairs
+        pairs = token_cache.load(path, limits, score) or pairs
     else:
         logger.info("read %d tokenised pairs from %s", len(pairs), path)
     report(pairs.doubts, rows)
+    total = len(pairs) + pairs.dropped + pairs.weightless
     if pairs.dropped:
         logger.warning(
-            "%d of %d pairs are dropped: max_length=%s (%s) leaves nothing to score",
+            "%d of %d pairs are dropped: max_length=%s (%s) leaves nothing to score, "
+            "or every message of an answer has loss_weight 0",
             pairs.dropped,
-            len(rows),
+            total,
             max_length,
             truncation_mode,
+        )
+    if pairs.weightless:
+        logger.warning(
+            "%d of %d pairs are dropped: their weight is 0", pairs.weightless, total
         )
     return pairs
 
 
-def check_limits(pairs: PairTokens, limits: Limits) -> None:
-    """Refuses options of length that tokens were not cut by, as nothing applies them.
+def check_limits(
+    pairs: PairTokens,
+    limits: Limits,
+    score: Score = "completion",
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> None:
+    """Refuses options that tokens were not made by, as nothing applies them.
 
     Raises:
         InputError: naming the option; or, where it is not known what the pairs were cut
             by, one that is longer than max_length.
     """
+    if score != (pairs.score or "completion"):
+        raise InputError(
+            f"score={score!r} has no effect on data that is tokenised (with score="
+            f"{pairs.score or 'completion'!r}); give tokenize_pairs the same, or give "
+            "the trainer the rows"
+        )
+    if tools is not None:
+        raise InputError(
+            "tools has no effect on data that is tokenised; give it to tokenize_pairs"
+        )
     if pairs.limits is None:
         longest = int(pairs.lengths.max())
         if limits.max_length is not None and longest > limits.max_length:

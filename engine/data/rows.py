@@ -12,13 +12,12 @@ import pyarrow as pa
 from jaxtyping import Int64
 
 from engine.config.fields import did_you_mean
-from engine.data.columns import check_names
+from engine.data.columns import FIELDS, FORMS, OF_ANY_FORM, check_names, form_of
 from engine.data.stages import reading
 from engine.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-FIELDS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
 _HASH_ROWS = 4096  # rows hashed at a time, whatever the chunks of the table
 
 
@@ -146,24 +145,39 @@ def checked_source(
     """A source with only the columns that we read.
 
     Raises:
-        InputError: no rows, or no column `chosen` or `rejected`.
+        InputError: no rows, or columns that are of no form.
     """
     if len(data) == 0:
         raise InputError(f"{name} has no rows; give at least one preference pair")
     # Rows of a list may differ: each is looked at when it is tokenised.
     columns = getattr(data, "column_names", None) or list(map(str, data[0]))
-    if getattr(data, "column_names", None):
-        check_names(name, columns)
-    else:
+    if isinstance(data, datasets.Dataset):
+        answers = data.features.get("chosen")
+        check_names(name, columns, not isinstance(answers, datasets.Value))
+    elif not hasattr(data, "column_names"):  # else its reader has seen to it
         for i, row in enumerate(data):
-            check_names(f"{name}, row {i} (counting from 0)", map(str, row))
-    for field in ("chosen", "rejected"):
-        if field not in columns:
-            raise InputError(
-                f"{name} has no column {field!r}{did_you_mean(field, columns)}; it "
-                f"has {', '.join(columns)}, and needs chosen, rejected and "
-                "(unless both start with it) prompt: rename its columns"
-            )
+            messages = isinstance(row.get("chosen"), list | tuple | Mapping)
+            where = f"{name}, row {i} (counting from 0)"
+            check_names(where, map(str, row), messages)
+    form = form_of(columns)
+    if form is None:
+        field = "rejected" if "chosen" in columns else "chosen"
+        raise InputError(
+            f"{name} has no column {field!r}{did_you_mean(field, columns)}; it "
+            f"has {', '.join(columns)}, and needs chosen, rejected and "
+            "(unless both start with it) prompt: rename its columns, or say what they "
+            "are called in the run file (columns)"
+        )
+    read = {*form.needs, *form.may_have, *OF_ANY_FORM}
+    unread = [x for other in FORMS for x in other.needs if x not in read]
+    unread = [x for x in dict.fromkeys(unread) if x in columns]
+    if unread:
+        logger.warning(
+            "%s: the columns %s are not read, since %s are, which is enough",
+            name,
+            ", ".join(unread),
+            ", ".join(x for x in (*form.needs, *form.may_have) if x in columns),
+        )
     if isinstance(data, datasets.Dataset):
         kept = [field for field in FIELDS if field in columns]
         data = data.with_format(None).select_columns(kept)

@@ -9,7 +9,8 @@ import numpy as np
 
 from engine.config.run import MixtureConfig, SourceConfig
 from engine.data import folders
-from engine.data.files import Rows, joined, read_files, select
+from engine.data.columns import SHAREGPT, Renamed, form_of
+from engine.data.files import Rows, joined, read_files, renamed_columns, select
 from engine.data.rows import PreferenceRows, Source, checked_source, one_after_another
 from engine.data.stages import reading
 from engine.data.text_files import data_ending
@@ -72,14 +73,29 @@ def _load_source(source: SourceConfig, cache_dir: str | None) -> Source:
             f"dataset_split_name={source.dataset_split_name!r} has no effect with "
             f"{name}, which is of type {kind!r}; remove it"
         )
+    renamed = Renamed(source.columns.names())
     if kind == "hf":
-        data = _read_hf(source, names, cache_dir)
+        data = _read_hf(source, names, cache_dir, renamed)
     else:
         splits = {"train": _existing_files(names)}
-        data = _slice(name, splits, kind, source.split, cache_dir)
+        data = _slice(name, splits, kind, source.split, cache_dir, renamed)
+    data = renamed_columns(data, name, renamed)
     if source.num_rows is not None:
         data = select(data, 0, min(source.num_rows, len(data)))
-    return checked_source(name, data)
+    checked = checked_source(name, data)
+    _check_system(checked, source)
+    return checked
+
+
+def _check_system(source: Source, config: SourceConfig):
+    """Refuses a column `system` that is named and, without ShareGPT's turns, unread."""
+    columns = getattr(source.data, "column_names", ())
+    if config.columns.system is not None and form_of(columns) != SHAREGPT:
+        raise InputError(
+            f"{source.name}: columns.system={config.columns.system!r} has no effect "
+            "without a column conversations; give a system message in the prompt's "
+            "messages instead"
+        )
 
 
 def _kind_by_ending(files: list[str]) -> str:
@@ -126,6 +142,7 @@ def _slice(
     kind: str,
     split: str,
     cache_dir: str | None,
+    renamed: Renamed,
     delimiter: str | None = None,
 ) -> Rows:
     """The rows that `split` (`train[:90%]+test`) takes of the files of each split."""
@@ -136,7 +153,7 @@ def _slice(
         parts = instruction.to_absolute(lengths)
     data = {
         part.splitname: read_files(
-            name, kind, splits[part.splitname], cache_dir, delimiter
+            name, kind, splits[part.splitname], cache_dir, delimiter, renamed
         )
         for part in parts
     }
@@ -148,7 +165,9 @@ def _slice(
     )
 
 
-def _read_hf(source: SourceConfig, names: list[str], cache_dir: str | None) -> Rows:
+def _read_hf(
+    source: SourceConfig, names: list[str], cache_dir: str | None, renamed: Renamed
+) -> Rows:
     """A hub id, a folder of data files, or a folder that `save_to_disk` wrote."""
     if len(names) != 1:
         raise InputError(
@@ -162,7 +181,13 @@ def _read_hf(source: SourceConfig, names: list[str], cache_dir: str | None) -> R
         return _sliced_splits(path, found, source.split)
     if found.readable:
         return _slice(
-            path, found.splits, found.kind, source.split, cache_dir, found.delimiter
+            path,
+            found.splits,
+            found.kind,
+            source.split,
+            cache_dir,
+            renamed,
+            found.delimiter,
         )
     with reading(f"{path} cannot be read as a hub id"):
         data: Any = datasets.load_dataset(

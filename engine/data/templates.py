@@ -1,6 +1,7 @@
 """A tokenizer's chat template: one date for every run, and no words that get lost."""
 
 import datetime
+import inspect
 import json
 import logging
 import re
@@ -29,6 +30,15 @@ _TEMPLATE_ERRORS = (
     ArithmeticError,
     RecursionError,
 )
+# What transformers' own call takes: a row that sets it as an argument of its template
+# would change how it is called, or what comes back.
+TAKEN_ARGUMENTS = frozenset(
+    name
+    for name, parameter in inspect.signature(
+        PreTrainedTokenizerBase.apply_chat_template
+    ).parameters.items()
+    if parameter.kind != parameter.VAR_KEYWORD and name != "documents"
+) | {"messages", "self"}
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _PIECES = re.compile(r"<[^<>\s]*>|[^\s<]+|<")
 _SHOWN = 60  # characters of a text that an error shows
@@ -62,6 +72,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
         self._walks: dict[str, bool] = {}
+        self._headless: dict[str, bool] = {}
 
     @property
     def exists(self) -> bool:
@@ -94,13 +105,59 @@ class ChatTemplate:
         Raises:
             ValueError: what the template refuses, in one line.
         """
-        template = str(self._tokenizer.get_chat_template(tools=tools))
+        template, messages = self._prepared(messages, tools)
+        return self._apply(template, messages, tools, arguments, add_generation_prompt)
+
+    def source(self, tools: list[Any] | None) -> str:
+        """The template itself, of which a tokenizer may have one for tools."""
+        return str(self._tokenizer.get_chat_template(tools=tools))
+
+    @property
+    def has_no_header(self) -> bool:
+        """Whether the template writes nothing in front of what an assistant says."""
+        template = self.source(None)
+        if template not in self._headless:
+            asked = [{"role": "user", "content": "qxab"}]
+            answer = {"role": "assistant", "content": "qxcd"}
+            try:
+                before, whole = self.render(asked), self.render([*asked, answer])
+            except ValueError:
+                before, whole = "", ""
+            words = whole[len(before) :].lstrip()
+            headless = whole.startswith(before) and words.startswith("qxcd")
+            self._headless[template] = headless
+        return self._headless[template]
+
+    def marked(
+        self,
+        messages: list[dict],
+        tools: list[Any] | None,
+        arguments: Mapping[str, Any],
+    ) -> tuple[list[int], list[int]]:
+        """Tokens of `messages`, and 1 for each that {% generation %} marks."""
+        template, messages = self._prepared(messages, tools)
+        found: Any = self._tokenizer.apply_chat_template(
+            messages,
+            chat_template=template,
+            tools=tools,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **arguments,
+        )
+        return found["input_ids"], found["assistant_masks"]
+
+    def _prepared(
+        self, messages: list[dict], tools: list[Any] | None
+    ) -> tuple[str, list[dict]]:
+        """The template with its date, and the messages as it takes them."""
+        template = self.source(tools)
         if "strftime_now" in template:
             template = _DATE_MACRO + template
         if any(isinstance(m.get("content"), list) for m in messages):
             if not self._walks_over_parts(template):
                 messages = [_joined(message) for message in messages]
-        return self._apply(template, messages, tools, arguments, add_generation_prompt)
+        return template, messages
 
     def _apply(
         self,
@@ -189,14 +246,22 @@ class ChatTemplate:
             shown = render(marked)
         except ValueError:
             return  # it refuses the marks: nothing can be said
+        folded = shown.casefold()
         for mark, words in marks.words.items():
-            if mark not in shown:
-                words = words if len(words) <= _SHOWN else f"{words[:_SHOWN]}..."
+            if mark in shown:
+                continue
+            words = words if len(words) <= _SHOWN else f"{words[:_SHOWN]}..."
+            if mark.casefold() in folded:
                 raise InputError(
-                    f"{where}: the tokenizer's chat template leaves {words!r} out, so "
-                    "that the model would never see it; change the messages (reasoning "
-                    "and earlier turns may belong elsewhere) or the template"
+                    f"{where}: the tokenizer's chat template changes the case of "
+                    f"letters in {words!r}, so that the model would see other words "
+                    "than are written; change the template"
                 )
+            raise InputError(
+                f"{where}: the tokenizer's chat template leaves {words!r} out, so "
+                "that the model would never see it; change the messages (reasoning "
+                "and earlier turns may belong elsewhere) or the template"
+            )
 
 
 def _joined(message: dict) -> dict:
@@ -243,6 +308,6 @@ class _Marks:
         return _PIECES.sub(lambda found: found[0] + self._new(found[0]), value)
 
     def _new(self, word: str) -> str:
-        mark = f"qx{len(self.words)}xq"
+        mark = f"qX{len(self.words)}Xq"  # in letters of both cases, to see it change
         self.words[mark] = word
         return mark

@@ -1,4 +1,4 @@
-"""CSV and JSON files, read to the letter: a cell or string is the text that is there.
+"""CSV files, and other text, read to the letter: a cell is the text that is there.
 
 Nothing is guessed: a row that does not fit the header, bytes that are not UTF-8 and
 broken JSON are refused by file and line, where inferring readers shift columns, fill in
@@ -21,9 +21,8 @@ from typing import Any, overload
 
 import pyarrow as pa
 
-from engine.data.columns import check_names
-from engine.data.rows import FIELDS
-from engine.errors import InputError, one_line
+from engine.data.columns import FIELDS, Renamed, check_names
+from engine.errors import InputError
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _BAD_ARCHIVE = (OSError, EOFError, zlib.error, lzma.LZMAError)
@@ -40,6 +39,7 @@ _BINARY = {
         "a zip archive, or an Excel workbook; unpack it, or save the sheet as CSV"
     ),
 }
+AS_NAMED = Renamed()
 _NAMED = 3  # cells of a bad row that an error shows
 _SHOWN = 40  # characters of a cell that it shows
 
@@ -87,7 +87,9 @@ class PackedRows(Sequence[Mapping[str, Any]]):
         return PackedRows(self._packed + other._packed, tuple(columns))
 
 
-def read_csv(path: str, name: str, delimiter: str = ",") -> PackedRows:
+def read_csv(
+    path: str, name: str, delimiter: str = ",", renamed: Renamed = AS_NAMED
+) -> PackedRows:
     """The rows of a CSV file, under the columns that its first row names.
 
     Raises:
@@ -97,44 +99,20 @@ def read_csv(path: str, name: str, delimiter: str = ",") -> PackedRows:
     text = read_text(path, name)
     _check_quotes(text, name, delimiter)
 
-    def rows() -> Iterator[tuple[dict[str, str], list[str]]]:
+    def rows() -> Iterator[tuple[dict[str, Any], Iterable[str]]]:
         header: list[str] | None = None
         for line, cells in _records(text, name, delimiter):
             if header is None:
                 header = cells
-                _check_header(name, line, header, delimiter)
+                _check_header(name, line, header, delimiter, renamed)
             elif len(cells) != len(header):
                 raise InputError(_another_width(name, line, cells, header))
             else:
-                yield dict(zip(header, cells, strict=True)), header
+                row = renamed.row(dict(zip(header, cells, strict=True)))
+                yield row, row
         if header is None:
             raise InputError(f"{name} is empty; give at least one preference pair")
 
-    return PackedRows.of(rows())
-
-
-def read_json(path: str, name: str) -> PackedRows:
-    """The rows of a file with one JSON object a line, or one JSON list of objects.
-
-    Raises:
-        InputError: a line or a list that is not JSON, an entry that is no object, or
-            what `read_text` refuses; it names the line.
-    """
-    text = read_text(path, name)
-    start = text.lstrip()[:1]
-
-    def rows() -> Iterator[tuple[dict[str, Any], Iterable[str]]]:
-        for place, row in _entries(text, name) if start == "[" else _lines(text, name):
-            if not isinstance(row, dict):
-                raise InputError(
-                    f"{name}, {place}, holds a {type(row).__name__}; each must be an "
-                    'object with "chosen", "rejected" and mostly "prompt"'
-                )
-            check_names(f"{name}, {place}", row)
-            yield row, row
-
-    if not start:
-        raise InputError(f"{name} is empty; give at least one preference pair")
     return PackedRows.of(rows())
 
 
@@ -232,7 +210,9 @@ def _check_quotes(text: str, name: str, delimiter: str):
         )
 
 
-def _check_header(name: str, line: int, header: list[str], delimiter: str):
+def _check_header(
+    name: str, line: int, header: list[str], delimiter: str, renamed: Renamed
+):
     for other, called in _SEPARATORS.items():
         cells = [cell.strip(' "') for cell in delimiter.join(header).split(other)]
         if other != delimiter and {"chosen", "rejected"} <= set(cells) - set(header):
@@ -241,7 +221,8 @@ def _check_header(name: str, line: int, header: list[str], delimiter: str):
                 f"as separated by {_SEPARATORS.get(delimiter, repr(delimiter))}; save "
                 "it with commas as .csv, or with tabs as .tsv"
             )
-    check_names(f"{name}, line {line}", header)
+    renamed.check(f"{name}, line {line},", header)
+    check_names(f"{name}, line {line}", renamed.row(dict.fromkeys(header)))
     for cell in header:
         if cell and header.count(cell) > 1:
             raise InputError(
@@ -262,54 +243,3 @@ def _another_width(name: str, line: int, cells: list[str], header: list[str]) ->
         f"{name}, line {line}: {len(cells)} {'cell' if len(cells) == 1 else 'cells'} "
         f"({found}) under a header of {len(header)} ({', '.join(header)}); {way_out}"
     )
-
-
-def _lines(text: str, name: str) -> Iterator[tuple[str, Any]]:
-    """(where, value) of each line that is not blank."""
-    # Not splitlines(): JSON strings may hold U+2028 and others of its line breaks.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield f"line {number}", _parsed(line, name, number)
-
-
-def _entries(text: str, name: str) -> Iterator[tuple[str, Any]]:
-    """(where, value) of each entry of a JSON list."""
-    for number, value in enumerate(_parsed(text, name, 1)):
-        yield f"entry {number} of its list (counting from 0)", value
-
-
-class _Twice(Exception):
-    """A key that one JSON object has twice."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object, if none of its keys that are read is there twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        for key in (*FIELDS, "role", "content"):
-            if [name for name, _ in pairs].count(key) > 1:
-                raise _Twice(key)
-    return found
-
-
-def _parsed(text: str, name: str, first_line: int) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=_unique)
-    except _Twice as error:
-        raise InputError(
-            f"{name}, line {first_line}: an object has the key {str(error)!r} twice; "
-            "give each key once"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{name}, line {first_line + error.lineno - 1}, is not JSON ({error.msg}, "
-            f"column {error.colno}); write one object a line, or one list of objects"
-        ) from None
-    except ValueError as error:  # an integer of more digits than Python reads
-        raise InputError(
-            f"{name}, line {first_line}, cannot be read: {one_line(error)}"
-        ) from None
-    except RecursionError:
-        raise InputError(
-            f"{name}, line {first_line}, is JSON nested too deeply to be read"
-        ) from None

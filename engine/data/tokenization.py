@@ -1,24 +1,28 @@
-"""Token ids of preference pairs, and where in them scoring begins.
+"""Token ids of preference pairs, and which of them are scored.
 
 Ids and boundaries are those of `DPOTrainer` in trl 1.16, which tokenises prompt and
 prompt + completion each as a whole, so that tokens may merge across the boundary.
 """
 
 import logging
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64
+from jaxtyping import Bool, Int64
 from transformers import PreTrainedTokenizerBase
 
 from engine.data.conversations import Texts, row_texts
 from engine.data.doubts import Doubts
-from engine.data.pair_tokens import Limits, PairTokens
+from engine.data.encoder import Ragged, TextEncoder, ragged_arange
+from engine.data.forms import PairRow, read_pairs
+from engine.data.id_pairs import PairIds
+from engine.data.pair_tokens import Limits, PairTokens, Score
 from engine.data.rows import PreferenceRows
-from engine.data.stages import tokenising
 from engine.data.templates import ChatTemplate
+from engine.data.turns import Turns
 from engine.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -26,138 +30,202 @@ logger = logging.getLogger(__name__)
 _CHUNK = 1000  # rows tokenised at a time
 
 
-class Ragged(NamedTuple):
-    """Rows of different lengths: row i is values[offsets[i]:offsets[i + 1]]."""
+class _Some(NamedTuple):
+    """Some pairs, in the order of their rows."""
 
-    values: Int32[np.ndarray, " values"]
-    offsets: Int64[np.ndarray, " bounds"]
+    rows: list[int]
+    weights: list[float]
+    prompts: Ragged
+    sequences: Ragged  # chosen0, rejected0, chosen1, ...
+    # Whether each of their tokens may be scored; None: each may.
+    mask: Bool[np.ndarray, " tokens"] | None
 
-    @classmethod
-    def of(cls, rows: Sequence[Sequence[int]]) -> "Ragged":
-        """The rows of a list of lists."""
-        offsets = np.zeros(len(rows) + 1, np.int64)
-        np.cumsum([len(row) for row in rows], out=offsets[1:])
-        flat = chain.from_iterable(rows)
-        return cls(np.fromiter(flat, np.int32, count=int(offsets[-1])), offsets)
+
+class PairEncoder:
+    """Tokenises rows, some at a time.
+
+    Args:
+        tools: for the chat template, where a row has none of its own.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        limits: Limits,
+        score: Score,
+        tools: Sequence[Mapping[str, Any]] | None,
+    ):
+        self._encode = TextEncoder(tokenizer)
+        self._template = ChatTemplate(tokenizer)
+        self._turns = Turns(tokenizer, self._encode.rendered, score)
+        self._tokenizer = tokenizer
+        self._limits = limits
+        self._tools = None if tools is None else list(map(dict, tools))
+        self.score: Score = score
+        self.doubts = Doubts()
+        self.pairs = 0  # seen so far, those that are left out too
+        self.unstable = 0  # of these, whose prompt's tokens change before an answer
+
+    def __call__(
+        self, first: int, batch: Sequence[Mapping[str, Any]], rows: PreferenceRows
+    ) -> PairTokens:
+        """The pairs of a batch of rows that begins with row `first`.
+
+        Raises:
+            InputError: a row that is not a preference pair, naming it.
+        """
+        numbers: list[int] = []
+        found: list[PairRow | PairIds] = []
+        for number, row in enumerate(batch, start=first):
+            for pair in read_pairs(row, rows.where(number)):
+                self.pairs += 1
+                if isinstance(pair, PairRow):
+                    if pair.tools is None:
+                        pair = replace(pair, tools=self._tools)
+                    self.doubts.see_row(number, pair)
+                numbers.append(number)
+                found.append(pair)
+        weightless = sum(pair.weight == 0 for pair in found)
+        some = self._tokens(numbers, found, rows)
+        boundary = _boundaries(some.prompts, some.sequences)
+        self.unstable += int((boundary < np.diff(some.prompts.offsets)).sum())
+        pairs = _cut(some, boundary, self._encode.bos, self._limits)
+        self.doubts.see_pairs(pairs)
+        return replace(pairs, weightless=weightless)
+
+    def _tokens(
+        self, numbers: list[int], found: list[PairRow | PairIds], rows: PreferenceRows
+    ) -> _Some:
+        """The tokens of pairs that weigh something."""
+        kept = [
+            (n, pair) for n, pair in zip(numbers, found, strict=True) if pair.weight
+        ]
+        prompts: list[list[int]] = [[]] * len(kept)
+        sequences: list[list[int]] = [[]] * (2 * len(kept))
+        places, texts = [], []
+        for i, (number, pair) in enumerate(kept):
+            where = rows.where(number)
+            if isinstance(pair, PairIds):
+                self._check_ids(pair, where)
+                prompts[i] = pair.prompt
+                sequences[2 * i] = pair.prompt + pair.chosen
+                sequences[2 * i + 1] = pair.prompt + pair.rejected
+                continue
+            text = row_texts(pair, where, self._template, self._encode.eos_text)
+            self.doubts.see_texts(number, text)
+            places.append(i)
+            texts.append(text)
+        if texts:
+            first, last = kept[places[0]][0], kept[places[-1]][0]
+            where = f"{rows.where(first)}, and the {last - first} rows after it"
+            encoded = self._encode(texts, where)
+            for k, i in enumerate(places):
+                prompts[i], sequences[2 * i], sequences[2 * i + 1] = encoded[k]
+        masks: dict[int, Bool[np.ndarray, " _"]] = {}
+        for i, text in zip(places, texts, strict=True):
+            for side, name in enumerate(("chosen", "rejected")):
+                where = f"{rows.where(kept[i][0])}, field {name!r}"
+                at = 2 * i + side
+                mask = self._mask(text, side, sequences[at], where)
+                if mask is not None:
+                    masks[at] = mask
+        return _Some(
+            rows=[number for number, _ in kept],
+            weights=[pair.weight for _, pair in kept],
+            prompts=Ragged.of(prompts),
+            sequences=Ragged.of(sequences),
+            mask=_all_masks(sequences, masks),
+        )
+
+    def _mask(
+        self, text: Texts, side: int, ids: list[int], where: str
+    ) -> Bool[np.ndarray, " tokens"] | None:
+        if text.sides is None:  # all of a plain text is the assistant's
+            return None
+        written = (text.chosen, text.rejected)[side]
+        return self._turns.mask(text.sides[side], written, ids, where)
+
+    @cached_property
+    def _largest_id(self) -> int:
+        return max(self._tokenizer.get_vocab().values())
+
+    def _check_ids(self, pair: PairIds, where: str):
+        sides = {
+            "prompt": pair.prompt,
+            "chosen": pair.chosen,
+            "rejected": pair.rejected,
+        }
+        for name, ids in sides.items():
+            for token in (min(ids, default=0), max(ids, default=0)):
+                if not 0 <= token <= self._largest_id:
+                    raise InputError(
+                        f"{where}, has the token id {token} in its {name}, but the "
+                        f"tokenizer has the ids 0 to {self._largest_id}; tokenise it "
+                        "with the model's own tokenizer"
+                    )
+            if not ids and name != "prompt":
+                raise InputError(
+                    f"{where}, has no token ids in its {name}; give at least one"
+                )
+
+
+def _all_masks(
+    sequences: list[list[int]], masks: Mapping[int, Bool[np.ndarray, " _"]]
+) -> Bool[np.ndarray, " tokens"] | None:
+    if not masks:
+        return None
+    return np.concatenate(
+        [masks.get(i, np.ones(len(x), np.bool_)) for i, x in enumerate(sequences)]
+    )
 
 
 def encode_pairs(
-    rows: PreferenceRows, tokenizer: PreTrainedTokenizerBase, limits: Limits
+    rows: PreferenceRows,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    score: Score = "completion",
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> PairTokens:
     """Tokenises every row once, and leaves out pairs with nothing to score.
 
     Raises:
         InputError: a row that is not a preference pair, naming it; or no pair is left.
     """
-    encode = _Encoder(tokenizer)
-    template, doubts = ChatTemplate(tokenizer), Doubts()
-    parts: list[PairTokens] = []
-    unstable = 0
-    for first, batch in rows.batches(_CHUNK):
-        texts = [
-            row_texts(row, rows.where(first + i), template, encode.eos_text)
-            for i, row in enumerate(batch)
-        ]
-        for i, row in enumerate(batch):
-            doubts.see_row(first + i, row)
-        where = f"{rows.where(first)}, and the {len(texts) - 1} rows after it"
-        prompts, pairs = encode(texts, where)
-        boundary = _boundaries(prompts, pairs)
-        unstable += int((boundary < np.diff(prompts.offsets)).sum())
-        parts.append(_cut(pairs, boundary, encode.bos, limits, first))
-        doubts.see_pairs(parts[-1])
-    if unstable:
+    encode = PairEncoder(tokenizer, limits, score, tools)
+    parts = [encode(first, batch, rows) for first, batch in rows.batches(_CHUNK)]
+    if encode.unstable:
         logger.info(
-            "in %d of %d rows the prompt's tokens change when a completion follows "
+            "in %d of %d pairs the prompt's tokens change when a completion follows "
             "(merged tokens, or the chat template); scoring starts where they differ",
-            unstable,
-            len(rows),
+            encode.unstable,
+            encode.pairs,
         )
     sizes = np.concatenate([part.lengths for part in parts])
     result = PairTokens(
         tokens=np.concatenate([part.tokens for part in parts]),
+        scored=np.concatenate([part.scored for part in parts]),
         offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]),
-        score_start=np.concatenate([part.score_start for part in parts]),
+        completion_start=np.concatenate([part.completion_start for part in parts]),
         rows=np.concatenate([part.rows for part in parts]),
+        weights=np.concatenate([part.weights for part in parts]),
         dropped=sum(part.dropped for part in parts),
-        doubts=doubts.found(),
+        weightless=sum(part.weightless for part in parts),
+        doubts=encode.doubts.found(),
         limits=limits,
+        score=score,
     )
     if len(result) == 0:
+        if result.weightless == encode.pairs:
+            raise InputError(
+                f"all {encode.pairs} pairs have weight 0, which leaves them out; give "
+                "some a weight"
+            )
         raise InputError(
-            f"none of the {len(rows)} pairs has a token to score left within "
+            f"none of the {encode.pairs} pairs has a token to score left within "
             f"max_length={limits.max_length} ({limits.truncation_mode}); raise "
             "max_length, set max_prompt_length below it, or use keep_end"
         )
     return result
-
-
-class _Encoder:
-    """A tokenizer that writes BOS at most once, and EOS after plain text once."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._tokenizer = tokenizer
-        self.bos, self._bos_text = _special(tokenizer.bos_token_id, tokenizer.bos_token)
-        self._eos, eos_text = _special(tokenizer.eos_token_id, tokenizer.eos_token)
-        bare, whole = self._ids(["a"], False)[0], self._ids(["a"], True)[0]
-        grown = len(whole) > len(bare)
-        self._adds_bos = grown and whole[:1] == [self.bos] != bare[:1]
-        self._adds_eos = grown and whole[-1:] == [self._eos] != bare[-1:]
-        # What marks the end of a text; "" where special tokens in a text are not
-        # recognised (split_special_tokens), so that the id is appended instead.
-        self.eos_text: str | None = None
-        if eos_text is not None:
-            known = self._ids([eos_text], False)[0] == [self._eos]
-            self.eos_text = eos_text if known else ""
-
-    def __call__(self, texts: list[Texts], where: str) -> tuple[Ragged, Ragged]:
-        """Tokens of the prompts [n], and of chosen0, rejected0, chosen1, ... [2n]."""
-        prompts: list[list[int]] = [[]] * len(texts)
-        pairs: list[list[int]] = [[]] * (2 * len(texts))
-        for templated in (False, True):
-            places = [i for i, t in enumerate(texts) if t.templated is templated]
-            if not places:
-                continue
-            flat = [t for i in places for t in texts[i][:3]]
-            ids = self._ids(flat, not templated, where)
-            if not templated:
-                self._mend(flat, ids)
-            for k, i in enumerate(places):
-                prompts[i], pairs[2 * i], pairs[2 * i + 1] = ids[3 * k : 3 * k + 3]
-        return Ragged.of(prompts), Ragged.of(pairs)
-
-    def _ids(
-        self, texts: list[str], add_special_tokens: bool, where: str = "one letter"
-    ) -> list[list[int]]:
-        with tokenising(where):
-            encoded = self._tokenizer(
-                texts,
-                add_special_tokens=add_special_tokens,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,  # lengths above the model's are cut later, or meant
-            )
-        return encoded["input_ids"]  # pyright: ignore[reportReturnType]
-
-    def _mend(self, texts: list[str], ids: list[list[int]]):
-        """One BOS, one EOS; both lists go prompt, chosen, rejected, prompt, ..."""
-        for k, (text, row) in enumerate(zip(texts, ids, strict=True)):
-            if self._adds_eos:
-                row.pop()
-            if self._adds_bos and self._bos_text and row[1:2] == [self.bos]:
-                # With EOS as BOS, an empty text and its EOS look the same in ids.
-                start = texts[k - k % 3] or text[: len(text) - len(self.eos_text or "")]
-                if start.lstrip().startswith(self._bos_text):
-                    del row[0]
-            if k % 3 and self._eos is not None and row[-1:] != [self._eos]:
-                row.append(self._eos)
-
-
-def _special(token_id: Any, text: Any) -> tuple[int | None, str | None]:
-    """Id and text of a special token; both None where the tokenizer has none."""
-    if not isinstance(token_id, int) or not isinstance(text, str):
-        return None, None
-    return token_id, text
 
 
 def _boundaries(prompts: Ragged, pairs: Ragged) -> Int64[np.ndarray, " pairs"]:
@@ -180,13 +248,10 @@ def _boundaries(prompts: Ragged, pairs: Ragged) -> Int64[np.ndarray, " pairs"]:
 
 
 def _cut(
-    pairs: Ragged,
-    boundary: Int64[np.ndarray, " pairs"],
-    bos: int | None,
-    limits: Limits,
-    first_row: int,
+    some: _Some, boundary: Int64[np.ndarray, " pairs"], bos: int | None, limits: Limits
 ) -> PairTokens:
     """Applies the limits, and drops pairs of which a side has nothing left to score."""
+    pairs = some.sequences
     start, end = pairs.offsets[:-1].copy(), pairs.offsets[1:].copy()
     # A limit beyond all tokens means none; sums with it must not leave int64.
     beyond = len(pairs.values) + 1
@@ -210,18 +275,27 @@ def _cut(
             start = cut
     # Nothing predicts a sequence's first token, so it is never scored.
     score_at = np.maximum(score_at, start + 1)
-    kept = np.flatnonzero((end > score_at).reshape(-1, 2).all(axis=1))
+    there = end > score_at
+    if some.mask is not None:
+        before = np.concatenate([np.zeros(1, np.int64), np.cumsum(some.mask)])
+        there &= before[end] > before[np.minimum(score_at, end)]
+    kept = np.flatnonzero(there.reshape(-1, 2).all(axis=1))
     sequences = (2 * kept[:, None] + np.arange(2)).ravel()
     size = (end - start)[sequences]
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(size)])
     source = ragged_arange(start[sequences], size)
+    scored = source >= np.repeat(score_at[sequences], size)
+    if some.mask is not None:
+        scored &= some.mask[source]
     with_bos = np.flatnonzero(keeps_bos[sequences])
     source[offsets[with_bos]] = origin[sequences[with_bos]]
     return PairTokens(
         tokens=pairs.values[source],
+        scored=scored,
         offsets=offsets,
-        score_start=(score_at - start)[sequences].astype(np.int32),
-        rows=first_row + kept,
+        completion_start=(score_at - start)[sequences].astype(np.int32),
+        rows=np.array(some.rows, np.int64)[kept],
+        weights=np.array(some.weights, np.float32)[kept],
         dropped=len(boundary) - len(kept),
     )
 
@@ -232,11 +306,3 @@ def _begins_with(pairs: Ragged, bos: int | None) -> Bool[np.ndarray, " sequences
     if bos is not None:
         begins[filled] = pairs.values[pairs.offsets[:-1][filled]] == bos
     return begins
-
-
-def ragged_arange(
-    starts: Int64[np.ndarray, " n"], counts: Int64[np.ndarray, " n"]
-) -> Int64[np.ndarray, " total"]:
-    """starts[i], ..., starts[i] + counts[i] - 1 for each i, end to end."""
-    before = np.cumsum(counts) - counts
-    return np.repeat(starts - before, counts) + np.arange(counts.sum())

@@ -24,7 +24,7 @@ class ModelRows(NamedTuple):
 
 
 class ScoredTokens(NamedTuple):
-    """The tokens of completions; a shard numbers its sequences 0 .. Q-1."""
+    """The scored tokens of completions; a shard numbers its sequences 0 .. Q-1."""
 
     # Which of the shard's [W/N * S] hidden states has a scored token next; ascending,
     # so that no state is taken twice. 0 behind the last.
@@ -37,7 +37,7 @@ class ScoredTokens(NamedTuple):
 class Pairs(NamedTuple):
     """Pair p of a shard's P: sequence p is the chosen, P + p the rejected (Q = 2P)."""
 
-    # 1 for each pair; 0 for a padding pair, whose sequences have no tokens.
+    # How often a pair counts; 0 for a padding pair, whose sequences have no tokens.
     weights: Float32[np.ndarray | Array, "A N P"]
 
 

@@ -36,6 +36,7 @@ class _Pending(NamedTuple):
 
     step: int
     tokens: int  # its own
+    scored: int  # of these tokens
     tokens_so_far: int
     out: StepOut
 
@@ -59,12 +60,14 @@ class MetricsWindow:
         """Unpadded tokens, of the steps so far."""
         return self.tokens / max(self.seconds, 1e-9)
 
-    def add(self, out: StepOut, seconds: float, tokens: int) -> dict[str, float]:
-        """One optimizer step, its duration, its unpadded tokens; its metrics."""
+    def add(
+        self, out: StepOut, seconds: float, tokens: int, scored: int
+    ) -> dict[str, float]:
+        """One step, its duration, its unpadded and its scored tokens; its metrics."""
         self.steps.append(means(out.sums))
         self.seconds += seconds
         self.tokens += tokens
-        self.scored += float(out.sums.weights["tokens"])
+        self.scored += scored
         return self.steps[-1]
 
     def close(self) -> dict[str, float]:
@@ -127,7 +130,8 @@ class Loop:
                 # Read only now, while the new step runs: the log never waits for it.
                 if pending is not None:
                     self._finish(pending)
-                pending = _Pending(step, tokens, self._progress.tokens, out)
+                scored = int(batch.scored.counts.sum())
+                pending = _Pending(step, tokens, scored, self._progress.tokens, out)
                 if self._is_due(step):
                     self._finish(pending)
                     if step == self._plan.steps and self._window.steps:
@@ -146,7 +150,8 @@ class Loop:
         """Wait for a step, tell of it, and write its line if it is time."""
         done = done._replace(out=jax.device_get(done.out))
         now = time.perf_counter()
-        metrics = self._window.add(done.out, now - self._clock, done.tokens)
+        seconds = now - self._clock
+        metrics = self._window.add(done.out, seconds, done.tokens, done.scored)
         self._clock = now
         rate = self._window.tokens_per_second
         self._listener.stepped(

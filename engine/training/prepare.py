@@ -130,9 +130,11 @@ def prepare_pairs(
         truncation_mode=config.truncation_mode,
     )
     if isinstance(data, PairTokens):
-        check_limits(data, limits)
+        check_limits(data, limits, config.score, config.tools)
         return data
-    return tokenize_pairs(data, tokenizer, **limits._asdict())
+    return tokenize_pairs(
+        data, tokenizer, **limits._asdict(), score=config.score, tools=config.tools
+    )
 
 
 def check_vocabulary(

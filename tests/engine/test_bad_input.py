@@ -67,7 +67,8 @@ def test_a_missing_column(run):
     assert run(rows=[without(row, "rejected") for row in ROWS]) == (
         "pairs.jsonl has no column 'rejected'; it has prompt, chosen, and needs "
         "chosen, "
-        "rejected and (unless both start with it) prompt: rename its columns"
+        "rejected and (unless both start with it) prompt: rename its columns, or say "
+        "what they are called in the run file (columns)"
     )
 
 
@@ -203,9 +204,11 @@ def test_a_token_that_the_model_does_not_have(tmp_path):
     config = json.loads((FIXTURE / "model" / "config.json").read_text())
     pairs = PairTokens(
         tokens=np.array([1, 2, 460, 1, 2, 3], np.int32),
+        scored=np.array([0, 1, 1, 0, 1, 1], np.bool_),
         offsets=np.array([0, 3, 6]),
-        score_start=np.array([1, 1], np.int32),
+        completion_start=np.array([1, 1], np.int32),
         rows=np.array([0]),
+        weights=np.ones(1, np.float32),
         dropped=0,
     )
     with pytest.raises(InputError, match="has no token 460"):

@@ -23,11 +23,20 @@ def make_pairs(number: int, seed: int = 0, longest: int = 60) -> PairTokens:
     """Pairs whose token ids are all different, so that no mix-up goes unseen."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(2, longest + 1, 2 * number)
+    starts = rng.integers(1, lengths).astype(np.int32)
+    scored = []
+    for length, start in zip(lengths, starts, strict=True):
+        # Somewhere in the completion, with gaps: at least one token.
+        marks = (np.arange(length) >= start) & (rng.random(length) < 0.7)
+        marks[rng.integers(start, length)] = True
+        scored.append(marks)
     return PairTokens(
         tokens=np.arange(1, lengths.sum() + 1, dtype=np.int32),
+        scored=np.concatenate(scored),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        score_start=rng.integers(1, lengths).astype(np.int32),
+        completion_start=starts,
         rows=np.arange(number),
+        weights=rng.uniform(0.5, 3, number).astype(np.float32),
         dropped=0,
     )
 
@@ -44,14 +53,17 @@ def expected_batch(pairs, members, shape):
     positions = np.zeros((A, N, T), int)
     targets = np.zeros((A, N, T), int)
     counts = np.zeros((A, N, 2 * P), int)
+    weights = np.zeros((A, N, P))
     for a, n, side, p in np.ndindex(A, N, 2, P):
         pair = members[a, n, p]
         if pair < 0:
             continue
         i, q = 2 * pair + side, side * P + p
+        weights[a, n, p] = pairs.weights[pair]
         sequence = pairs.tokens[pairs.offsets[i] : pairs.offsets[i + 1]]
+        scored = pairs.scored[pairs.offsets[i] : pairs.offsets[i + 1]]
         tokens[a, n * 2 * P + q, : len(sequence)] = sequence
-        for t in range(pairs.score_start[i], len(sequence)):
+        for t in np.flatnonzero(scored):
             k = counts[a, n].sum()
             positions[a, n, k] = q * S + t - 1
             targets[a, n, k] = sequence[t]
@@ -59,7 +71,7 @@ def expected_batch(pairs, members, shape):
     return Batch(
         ModelRows(tokens),
         ScoredTokens(positions, targets, counts),
-        Pairs((members >= 0).astype(float)),
+        Pairs(weights),
     )
 
 
@@ -130,7 +142,7 @@ def test_file_order_without_shuffling():
     assert len(batches) == 6 and plan.order.batches_per_epoch == 3
     assert pairs_seen(plan, batches) == 2 * firsts(pairs)
     last = batches[2][0]
-    np.testing.assert_array_equal(last.pairs.weights[:, 0], [[1, 1], [0, 0]])
+    np.testing.assert_array_equal(last.pairs.weights[:, 0] > 0, [[1, 1], [0, 0]])
     assert not last.scored.counts[1].any()
     assert sum(tokens for _, tokens in batches) == 2 * len(pairs.tokens)
 

@@ -31,8 +31,8 @@ BAD_ROWS = {
     "no messages": ({**CHAT, "prompt": []}, "'prompt', is an empty list; give at"),
     "strings": ({**CHAT, "chosen": ["a"]}, "message 0, is text; a message is"),
     "sharegpt": (
-        {**CHAT, "chosen": [{"from": "user", "value": "a"}]},
-        "message 0, has no 'role'; a message is",
+        {**CHAT, "chosen": [{"from": "bot", "value": "a"}]},
+        "message 0, is from 'bot'; that must be one of human, gpt, system, function_",
     ),
     "no content": ({**CHAT, "chosen": [{"role": "user"}]}, "0, has no 'content'"),
     "role": (
@@ -56,7 +56,7 @@ BAD_ROWS = {
     ),
     "refused arguments": (
         {**CHAT, "chat_template_kwargs": {"tokenize": True}},
-        "field 'chat_template_kwargs': the tokenizer's chat template refuses",
+        "field 'chat_template_kwargs', has 'tokenize', which says how the template is",
     ),
     "tools kind": ({**CHAT, "tools": 3}, "field 'tools', is 3 (a int); give a list"),
     "arguments": ({**CHAT, "chat_template_kwargs": "x"}, "is text; give a mapping"),

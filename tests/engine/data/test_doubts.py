@@ -7,6 +7,7 @@ import pytest
 from datasets import Dataset
 
 from engine.data.doubts import Doubts
+from engine.data.forms import PairRow, read_pairs
 from engine.data.pairs import (
     Limits,
     check_limits,
@@ -33,13 +34,13 @@ def as_text(role: str, content: str) -> str:
     return json.dumps(turn(role, content))
 
 
-def warnings(rows, caplog, tmp_path, **options) -> list[str]:
+def warnings(rows, caplog, tmp_path, tokenizer=None, **options) -> list[str]:
     """What is said when rows are tokenised, and again when they are read from disk."""
     said = []
     for _ in range(2):
         caplog.clear()
         options = {"max_length": None, "cache_dir": tmp_path} | options
-        tokenize_pairs(rows, make(), **options)
+        tokenize_pairs(rows, tokenizer or make(), **options)
         said.append(
             [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
         )
@@ -55,6 +56,10 @@ CALL = {
     "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
 }
 DOUBTFUL = {
+    "tools": (
+        row(TURNS, TURNS_BACK, turn("assistant", "a")) | {"tools": [{"name": "f"}]},
+        "have tools that the chat template writes nothing of",
+    ),
     "json": (
         row(
             as_text("user", "Tea?"),
@@ -116,12 +121,35 @@ def test_what_is_surely_not_meant_is_said_once(name, caplog, tmp_path):
     assert said.startswith(first + message)
 
 
+def test_a_template_that_writes_the_prompt_otherwise(caplog, tmp_path):
+    """What was thought is left out of all but the last turn of the assistant."""
+    template = (
+        "{% for m in messages %}{{ m['role'] }}:"
+        "{% if loop.index < messages | length - 1 and m['role'] == 'assistant' %}"
+        "{{ m['content'][3:] }}{% else %}{{ m['content'] }}{% endif %};{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    asked = turn("user", "Tea?") + turn("assistant", "<t>Yes.") + turn("user", "Now?")
+    rewritten = row(asked, turn("assistant", "a"), turn("assistant", "b"))
+    short = row(turn("user", "Tea?"), *[turn("assistant", x) for x in "ab"])
+    tokenizer = make(template=template)
+    said = warnings([short, rewritten], caplog, tmp_path, tokenizer=tokenizer)
+    assert len(said) == 1
+    start = (
+        "1 of 2 rows (the first: the data set, row 1 (counting from 0)) have messages"
+    )
+    assert said[0].startswith(start)
+    end = "The first: '<t>Yes.;user:Now?;' becomes 'Yes.;user:Now?;assis'"
+    assert said[0].endswith(end)
+
+
 def test_a_call_of_a_tool_is_no_empty_answer():
     doubts = Doubts()
-    doubts.see_row(0, row(TURNS, [CALL], TURNS_BACK))
-    assert doubts.found() == ()
-    doubts.see_row(1, row(TURNS, [{**CALL, "tool_calls": None}], TURNS_BACK))
-    assert doubts.found() == (("empty answer", 1, 1),)
+    for number, call in enumerate((CALL, {**CALL, "tool_calls": None})):
+        (pair,) = read_pairs(row(TURNS, [call], TURNS_BACK), "row")
+        assert isinstance(pair, PairRow)
+        doubts.see_row(number, pair)
+    assert doubts.found() == (("empty answer", 1, 1, ""),)
 
 
 def test_columns_beside_a_missing_prompt_are_named(caplog, tmp_path):

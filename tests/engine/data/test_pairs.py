@@ -22,7 +22,7 @@ ROWS = [
     {"prompt": f"p{i}", "chosen": "c" * i, "rejected": f"r{i}", "score": i}
     for i in range(1, 9)
 ]
-ARRAYS = ("tokens", "offsets", "score_start", "rows")
+ARRAYS = ("tokens", "scored", "offsets", "completion_start", "rows", "weights")
 LIMITS = Limits(None, None, 100, "keep_start")
 
 
@@ -185,12 +185,16 @@ def test_no_damage_goes_unnoticed(tmp_path):
 def test_parts_that_do_not_fit_together_are_damage(tmp_path):
     first = tokenize_pairs(ROWS, make(), max_length=100, cache_dir=tmp_path)
     path = tmp_path / "pairs.arrow"
-    starts = first.score_start.copy()
+    starts = first.completion_start.copy()
     starts[3] = 0
-    late = first.score_start + first.lengths.astype(np.int32)
+    late = first.completion_start + first.lengths.astype(np.int32)
     for change in (
-        {"score_start": starts},
-        {"score_start": late},
+        {"completion_start": starts},
+        {"completion_start": late},
+        {"scored": np.ones_like(first.scored)},
+        {"scored": first.scored & (np.arange(len(first.scored)) > first.offsets[1])},
+        {"weights": -first.weights},
+        {"weights": first.weights * np.float32(np.inf)},
         {"offsets": np.maximum(first.offsets, first.offsets[2])},
     ):
         token_cache.store(path, dataclasses.replace(first, **change))
@@ -219,7 +223,7 @@ def test_tokens_stay_on_disk(tmp_path):
         maps = Path("/proc/self/maps").read_text().splitlines()
         places = [line.split()[0] for line in maps if line.endswith(path.name)]
         bounds = [[int(x, 16) for x in place.split("-")] for place in places]
-        for array in (pairs.tokens, pairs.offsets, pairs.score_start, pairs.rows):
+        for array in (getattr(pairs, name) for name in ARRAYS):
             assert any(start <= array.ctypes.data < end for start, end in bounds)
             assert not array.flags.writeable
 

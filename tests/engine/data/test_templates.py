@@ -303,3 +303,16 @@ def test_the_date_is_told_once(caplog):
     caplog.clear()
     texts(AS_IT_IS, row("Tea?", "Green.", "Black."))
     assert not caplog.records
+
+
+@pytest.mark.parametrize("how", ["upper", "lower", "title"])
+def test_a_template_that_changes_case_says_so(how):
+    template = AS_IT_IS.replace("{{ m['content'] }}", f"{{{{ m['content'] | {how} }}}}")
+    with pytest.raises(InputError) as caught:
+        tokenize_pairs(
+            [row("Tea or cOffee", "Yes", "No")],
+            make(template=template),
+            max_length=None,
+        )
+    assert "chat template changes the case of letters in '" in str(caught.value)
+    assert "field 'prompt'" in str(caught.value)

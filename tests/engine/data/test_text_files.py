@@ -9,7 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from engine.data.text_files import PackedRows, read_csv, read_json
+from engine.data.json_files import read_json
+from engine.data.text_files import PackedRows, read_csv
 from engine.errors import InputError
 
 HEADER = "prompt,chosen,rejected\n"

@@ -26,8 +26,10 @@ def tokenize(rows, tokenizer, max_length=None, **options) -> PairTokens:
 
 def sequence(pairs: PairTokens, i: int) -> tuple[list[int], list[int]]:
     """(tokens that are not scored, tokens that are) of sequence i."""
-    tokens = pairs.tokens[pairs.offsets[i] : pairs.offsets[i + 1]].tolist()
-    start = int(pairs.score_start[i])
+    span = slice(pairs.offsets[i], pairs.offsets[i + 1])
+    tokens, scored = pairs.tokens[span].tolist(), pairs.scored[span].tolist()
+    start = int(pairs.completion_start[i])
+    assert scored == [False] * start + [True] * (len(tokens) - start)
     return tokens[:start], tokens[start:]
 
 
@@ -306,4 +308,4 @@ def test_limits_beyond_what_integers_hold_are_none(limit):
                 max_length=None,
             )
             np.testing.assert_array_equal(found.tokens, free.tokens)
-            np.testing.assert_array_equal(found.score_start, free.score_start)
+            np.testing.assert_array_equal(found.completion_start, free.completion_start)

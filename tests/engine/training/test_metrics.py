@@ -43,8 +43,8 @@ def test_means_are_over_pairs_or_over_scored_tokens():
 
 def test_a_line_averages_the_steps_since_the_last_one():
     window = MetricsWindow()
-    window.add(out(loss=2.0), seconds=1.0, tokens=30)
-    assert window.add(out(loss=6.0), seconds=3.0, tokens=10)["loss"] == 3.0
+    window.add(out(loss=2.0), seconds=1.0, tokens=30, scored=4)
+    assert window.add(out(loss=6.0), seconds=3.0, tokens=10, scored=6)["loss"] == 3.0
     assert window.tokens_per_second == 10.0
     line = window.close()
     assert line["loss"] == 2.0

@@ -1,5 +1,6 @@
 """The step over meshes, accumulation and precisions."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import pytest
 
 from engine.config.dpo import DPOConfig
 from engine.data.batches import BatchPlan, Order, Padded
-from engine.data.tokenization import PairTokens
+from engine.data.tokenization import PairTokens, ragged_arange
 from engine.models import Decoder, init_model, parse_hf_config
 from engine.objective.references import mix_parameters
 from engine.parallel.batch import put_batch
@@ -66,9 +67,11 @@ def make_pairs(count: int, seed: int = 0) -> PairTokens:
     starts = np.array([rng.integers(1, n) for n in lengths], np.int32)
     return PairTokens(
         tokens=rng.integers(0, 201, lengths.sum()).astype(np.int32),
+        scored=ragged_arange(0 * lengths, lengths) >= np.repeat(starts, lengths),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        score_start=starts,
+        completion_start=starts,
         rows=np.arange(count),
+        weights=np.ones(count, np.float32),
         dropped=0,
     )
 
@@ -206,6 +209,20 @@ def test_padding_pairs_weigh_nothing():
     assert_same(run((2, 4, 1), pairs=pairs, steps=1), want)
 
 
+def test_a_weight_counts_as_so_many_pairs():
+    pairs = make_pairs(3)
+    sequences = np.array([0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 4, 5])
+    index = ragged_arange(pairs.offsets[sequences], pairs.lengths[sequences])
+    fields = {x: getattr(pairs, x)[index] for x in ("tokens", "scored")}
+    fields["completion_start"] = pairs.completion_start[sequences]
+    fields["offsets"] = np.append(0, np.cumsum(pairs.lengths[sequences]))
+    repeated = dataclasses.replace(make_pairs(6), **fields)
+    pairs = dataclasses.replace(pairs, weights=np.array([1, 2, 3], np.float32))
+    want = run((1, 1, 1), pairs=repeated, steps=1)
+    assert_same(run((1, 1, 1), pairs=pairs, steps=1), want)
+    assert_same(run((2, 4, 1), pairs=pairs, steps=1), want)
+
+
 @pytest.mark.parametrize(
     "sizes, remat",
     [
@@ -290,19 +307,3 @@ def test_the_reference_follows_the_policy():
     policy, reference = {"w": jnp.ones(3)}, {"w": jnp.zeros(3)}
     mixed = mix_parameters(reference, policy, alpha=0.25)
     np.testing.assert_array_equal(mixed["w"], np.full(3, 0.25))
-
-
-@pytest.mark.parametrize(
-    "kind, want",
-    [
-        ("constant", [0, 0.5, 1, 1, 1, 1]),
-        ("linear", [0, 0.5, 1, 0.75, 0.5, 0.25]),
-        ("cosine", [0, 0.5, 1, 0.8535534, 0.5, 0.1464466]),
-    ],
-)
-def test_schedules(kind, want):
-    config = DPOConfig(learning_rate=2.0, lr_scheduler_type=kind, warmup_steps=2)
-    schedule = learning_rate_schedule(config, 6)
-    with jax.numpy_dtype_promotion("standard"):  # as in the step
-        got = [np.asarray(schedule(jnp.int32(step))) for step in range(6)]
-    np.testing.assert_allclose(got, 2 * np.array(want), rtol=1e-6)
