@@ -98,10 +98,14 @@ def _print_lengths(screen: Screen, lengths: dict[str, Lengths]) -> None:
 def print_histogram(screen: Screen, found: Parts) -> None:
     """How long the longer whole sequence of pairs is, before cutting."""
     low, high = int(found.longest.min()), int(found.longest.max())
-    width = round_width(high - low, _BINS)
-    edges = np.arange(low // width * width, high + width + 1, width)
-    counts, _ = np.histogram(found.longest, edges)
+    usual = int(np.percentile(found.longest, 99))
+    width = round_width(usual - low, _BINS)
+    edges = np.arange(low // width * width, usual + width + 1, width)
     labels = [f"{a:,}-{a + width - 1:,}" for a in edges[:-1].tolist()]
+    if high >= edges[-1]:  # a few that are much longer share the last line
+        labels.append(f"{edges[-1]:,} on")
+        edges = np.append(edges, high + 1)
+    counts, _ = np.histogram(found.longest, edges)
     numbers = [f"{count:,}" for count in counts.tolist()]
     label, number = (max(map(len, words)) for words in (labels, numbers))
     room = screen.width - label - number - 4
@@ -123,7 +127,7 @@ def print_similar(
     screen: Screen, rows: PreferenceRows, pairs: PairTokens, found: Similar
 ) -> None:
     """Pairs that repeat or contradict earlier ones."""
-    screen.item("prompts", f"{found.prompts:,} different ones")
+    screen.item("prompts", f"{found.prompts:,} different")
 
     def say(label: str, match: Match, what: str, style: str) -> None:
         if not match.number:

@@ -7,7 +7,6 @@ from engine.data.batches import BatchPlan, Order, Padded
 from engine.data.pair_tokens import Limits, PairTokens
 from engine.data.rows import as_rows
 from engine.data.tokenization import encode_rows
-from engine.inspection.report import round_width
 from engine.inspection.summary import Lengths, Shape, Side, batches, parts, summarise
 from tests.engine.tiny_tokenizers import make
 
@@ -87,10 +86,3 @@ def test_what_batches_are_padded_to():
     assert found.shapes[-1] == Shape(16, 128, found.shapes[-1].batches)
     scored = int(pairs.num_scored.sum())
     assert found.scored_padding == pytest.approx(1 - scored / (2 * 2 * 128))
-
-
-@pytest.mark.parametrize(
-    "span, expected", [(0, 1), (11, 1), (12, 2), (100, 10), (1300, 200), (10**9, 10**8)]
-)
-def test_histograms_have_bins_of_a_round_width(span, expected):
-    assert round_width(span, 12) == expected
