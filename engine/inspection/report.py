@@ -99,6 +99,8 @@ def print_histogram(screen: Screen, found: Parts) -> None:
     """How long the longer whole sequence of pairs is, before cutting."""
     low, high = int(found.longest.min()), int(found.longest.max())
     usual = int(np.percentile(found.longest, 99))
+    if high - low <= 2 * (usual - low):
+        usual = high
     width = round_width(usual - low, _BINS)
     edges = np.arange(low // width * width, usual + width + 1, width)
     labels = [f"{a:,}-{a + width - 1:,}" for a in edges[:-1].tolist()]
