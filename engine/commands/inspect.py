@@ -12,7 +12,7 @@ from engine.commands.inspect_options import InspectOptions, check_rows
 from engine.config.run import RunConfig
 from engine.errors import InputError
 from engine.inspection import plots, report
-from engine.inspection.checks import Findings, check_tokens, is_templated, stop_ids
+from engine.inspection.checks import Findings, check_tokens, form_of, stop_ids
 from engine.inspection.runs import shown_pairs
 from engine.inspection.screen import Screen, screen
 from engine.inspection.similar import Digests, digests, shared, similar
@@ -41,7 +41,7 @@ def main(run: RunConfig, options: InspectOptions) -> None:
     try:
         with _kept(warnings):
             data = read_data(run)
-        _show_rows(out, data, options)
+        _show_rows(out, run, data, options)
         _show_numbers(out, run, data, options, Findings(warnings, notes))
         with _kept(warnings):
             prepared = prepare_run(run, data)
@@ -53,7 +53,9 @@ def main(run: RunConfig, options: InspectOptions) -> None:
     report.print_findings(out, warnings, notes)
 
 
-def _show_rows(out: Screen, data: RunData, options: InspectOptions) -> None:
+def _show_rows(
+    out: Screen, run: RunConfig, data: RunData, options: InspectOptions
+) -> None:
     prefix = EVAL if options.evaluation else ""
     rows, pairs = data.rows[prefix], data.pairs[prefix]
     wanted = options.rows
@@ -63,17 +65,17 @@ def _show_rows(out: Screen, data: RunData, options: InspectOptions) -> None:
     check_rows(wanted, len(rows))
     if not wanted:
         return
-    assert pairs.limits is not None
     view = View(ids=options.ids, full=options.full)
     printer = TokenPrinter(out, data.tokenizer, view)
     out.heading(f"rows of the {_TITLES[prefix]} as tokens")
     printer.legend()
     # (Whatever these rows are doubted for has been said of all rows.)
+    tools = run.trainer.tools
     with _kept([]):
         shown = [
             pair
             for row in wanted
-            for pair in shown_pairs(rows, pairs, data.tokenizer, pairs.limits, row)
+            for pair in shown_pairs(rows, pairs, data.tokenizer, tools, row)
         ]
     for pair in shown:
         printer.pair(pair)
@@ -104,8 +106,7 @@ def _show_numbers(
         report.print_similar(out, rows, pairs, similar(pairs, known[prefix]))
         if prefix:
             report.print_shared(out, rows, pairs, shared(known[""], known[prefix]))
-        templated = is_templated(rows, data.tokenizer)
-        more = check_tokens(data.tokenizer, rows, pairs, stops, templated)
+        more = check_tokens(data.tokenizer, rows, pairs, stops, form_of(rows))
         findings.warnings.extend(f"{title}: {warning}" for warning in more.warnings)
         findings.notes.extend(note for note in more.notes if note not in findings.notes)
 

@@ -2,19 +2,22 @@
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
 from transformers import PreTrainedTokenizerBase
 
-from engine.data.conversations import row_texts
+from engine.data.forms import PairRow, read_pairs
+from engine.data.messages import Messages
 from engine.data.pair_tokens import PairTokens
 from engine.data.rows import PreferenceRows
 from engine.data.templates import ChatTemplate
 from engine.inspection.summary import cuts
 from engine.models.checkpoint import CONFIG, read_json
 from engine.models.save_directory import GENERATION
+
+Form = Literal["messages", "text", "ids"]  # of a data set's rows
 
 _LAST = 4  # tokens at the end of an answer, where its end must be marked
 
@@ -36,11 +39,13 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, directory: Path) -> frozenset[i
     return frozenset(x for x in found if isinstance(x, int))
 
 
-def is_templated(rows: PreferenceRows, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the first row goes through the chat template."""
+def form_of(rows: PreferenceRows) -> Form:
+    """The form of the first row."""
     _, (row,) = next(rows.batches(1))
-    template = ChatTemplate(tokenizer)
-    return row_texts(row, rows.where(0), template, "").templated
+    pair = read_pairs(row, rows.where(0))[0]
+    if not isinstance(pair, PairRow):
+        return "ids"
+    return "messages" if isinstance(pair.chosen, Messages) else "text"
 
 
 def check_tokens(
@@ -48,13 +53,13 @@ def check_tokens(
     rows: PreferenceRows,
     pairs: PairTokens,
     stops: Collection[int],
-    templated: bool,
+    form: Form,
 ) -> Findings:
     """Warnings of BOS, of ends that are not marked, of a template without a header.
 
     Args:
         stops: ids at which the model's generation ends.
-        templated: whether the rows went through the chat template.
+        form: of the rows; messages have gone through the chat template.
     """
     warnings, notes = [], []
     checks = _Checks(tokenizer, rows, pairs)
@@ -62,9 +67,9 @@ def check_tokens(
     warnings += checks.end(stops)
     warnings += checks.unknown()
     template = ChatTemplate(tokenizer)
-    if not templated:
+    if form != "messages":
         warnings += checks.end_inside()
-        if template.exists:
+        if form == "text" and template.exists:
             warnings.append(
                 "the rows are plain text, so that the tokenizer's chat template is not "
                 "used; a model that is talked to through it needs rows of messages"

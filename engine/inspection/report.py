@@ -27,13 +27,13 @@ def print_summary(
     for number, source in enumerate(rows.sources):
         count = int((rows.source_ids == number).sum())
         screen.item("source", f"{source.name}: {_many(count, 'row')}")
-    screen.item("pairs", f"{summary.pairs:,} of {_many(summary.rows, 'row')}")
+    screen.item("pairs", f"{summary.pairs:,}, of {_many(summary.rows, 'row')}")
     for reason, count, first in pairs.drops:
-        share = _share(count, summary.rows)
-        said = f"{_many(count, 'row')} ({share}): {reason} (the first: "
+        share = _share(count, summary.pairs + pairs.dropped + pairs.weightless)
+        said = f"{_many(count, 'pair')} ({share}): {reason} (the first: "
         screen.item("dropped", f"{said}{origin(rows, first)})", "bold red")
     if not pairs.drops:
-        screen.item("dropped", "no row")
+        screen.item("dropped", "no pair")
     _print_cut(screen, summary, limits)
     _print_scored(screen, summary)
     if summary.weights != (1, 1):

@@ -1,17 +1,18 @@
 """One pair, cut as it is trained on, as runs of tokens of one kind."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 from transformers import PreTrainedTokenizerBase
 
-from engine.data.pair_tokens import Limits, PairTokens
+from engine.data.drops import drop_reason
+from engine.data.pair_tokens import CUT_AWAY, Limits, PairTokens
 from engine.data.rows import PreferenceRows
-from engine.data.tokenization import CUT_AWAY, drop_reason, encode_rows
+from engine.data.tokenization import encode_rows
 
 _NO_LIMITS = Limits(None, None, None, "keep_start")
 
@@ -54,21 +55,23 @@ def shown_pairs(
     rows: PreferenceRows,
     pairs: PairTokens,
     tokenizer: PreTrainedTokenizerBase,
-    limits: Limits,
+    tools: Sequence[Mapping[str, Any]] | None,
     row: int,
 ) -> Iterator[ShownPair]:
     """The pairs of a row, which is tokenised once more, without a limit.
 
     Args:
         pairs: what became of all rows.
-        limits: what they were cut to.
+        tools: as `encode_pairs` was given them.
     """
+    limits, score = pairs.limits, pairs.score
+    assert limits is not None and score is not None, "made by `tokenize_pairs`"
     one = PreferenceRows(
         sources=rows.sources,
         source_ids=rows.source_ids[row : row + 1],
         indices=rows.indices[row : row + 1],
     )
-    whole = encode_rows(one, tokenizer, _NO_LIMITS)
+    whole = encode_rows(one, tokenizer, _NO_LIMITS, score, tools)
     where = rows.where(row)
     pair, last = np.searchsorted(pairs.rows, (row, row + 1)).tolist()
     for i in range(len(whole)):
@@ -85,7 +88,7 @@ def shown_pairs(
             yield ShownPair(row, where, None, reason, float(whole.weights[i]), sides)
     for drop in whole.drops:
         reason = drop_reason(drop.reason, limits)
-        yield from [ShownPair(row, where, None, reason, 1, ())] * drop.num_rows
+        yield from [ShownPair(row, where, None, reason, 1, ())] * drop.num_pairs
     assert pair == last, "a pair that can be scored when cut can be before"
 
 

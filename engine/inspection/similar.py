@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int64, UInt32, UInt64
 
+from engine.data.encoder import ragged_arange
 from engine.data.pair_tokens import PairTokens
-from engine.data.tokenization import ragged_arange
 
 NEAR = 0.8  # from this share of common shingles on, two pairs are near-duplicates
 SHINGLE = 5  # tokens of one

@@ -13,8 +13,8 @@ FIXTURE = Path(__file__).parents[1] / "fixtures" / "trl" / "chat"
 EXPECTED = """\
 --- training data --------------------------------------------------------------
 source      train.jsonl: 19 rows
-pairs       18 of 19 rows
-dropped     1 row (5.3%): cut away (the first: row 18)
+pairs       18, of 19 rows
+dropped     1 pair (5.3%): cut away (the first: row 18)
 """
 
 
@@ -78,7 +78,7 @@ def test_what_is_shown_is_chosen(run_file, capsys):
     words = ["--eval", "--rows", "1,0,1", "trainer.max_length=2000", "--plots", "plots"]
     said = inspect(capsys, run_file, *words)
     assert re.findall("^--- row (\\d+)", said, flags=re.M) == ["1", "0"]
-    assert "rows of the evaluation data" in said and "pairs       19 of 19" in said
+    assert "rows of the evaluation data" in said and "pairs       19, of 19" in said
     assert not Path("out").exists() and len(list(Path("plots").iterdir())) == 2
     said = inspect(capsys, run_file, "--num", "0", "--no-plots")
     assert "--- row" not in said

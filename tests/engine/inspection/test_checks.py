@@ -7,7 +7,7 @@ import pytest
 from engine.data.pair_tokens import Limits
 from engine.data.rows import as_rows
 from engine.data.tokenization import encode_rows
-from engine.inspection.checks import Findings, check_tokens, is_templated, stop_ids
+from engine.inspection.checks import Findings, check_tokens, form_of, stop_ids
 from tests.engine.tiny_tokenizers import EOS, TEMPLATE, make
 
 NO_LIMIT = Limits(None, None, None, "keep_start")
@@ -26,8 +26,7 @@ def check(rows, limits=NO_LIMIT, stops=(EOS,), **options) -> Findings:
     tokenizer = make(**options)
     rows = as_rows(rows)
     pairs = encode_rows(rows, tokenizer, limits)
-    templated = is_templated(rows, tokenizer)
-    return check_tokens(tokenizer, rows, pairs, stops, templated)
+    return check_tokens(tokenizer, rows, pairs, stops, form_of(rows))
 
 
 def text(prompt: str, chosen: str, rejected: str) -> dict:
@@ -110,7 +109,7 @@ def test_padding_that_also_ends_a_text_does_no_harm():
     tokenizer.pad_token = "</s>"
     rows = as_rows([text("p", "a", "b")])
     pairs = encode_rows(rows, tokenizer, NO_LIMIT)
-    found = check_tokens(tokenizer, rows, pairs, (EOS,), templated=False)
+    found = check_tokens(tokenizer, rows, pairs, (EOS,), "text")
     assert found.warnings == [] and "this does no harm here" in found.notes[0]
 
 

@@ -26,7 +26,7 @@ def shown(row, limits=NO_LIMIT, which=0, tokenizer=None):
     rows = as_rows([dict(zip(names, x, strict=True)) for x in (row, OTHER)])
     tokenizer = tokenizer or make()
     pairs = encode_rows(rows, tokenizer, limits)
-    (found,) = shown_pairs(rows, pairs, tokenizer, limits, which)
+    (found,) = shown_pairs(rows, pairs, tokenizer, None, which)
     return found
 
 
@@ -192,3 +192,28 @@ def test_text_cannot_reach_the_terminal():
     tokenizer.add_tokens("\x1b[2J")
     said = printed(("q\x1b[2J", "a", "b"), colours="256", tokenizer=tokenizer)
     assert "\\x1b[2J" in said and "\x1b[2J" not in said
+
+
+def says(role: str, content: str, **more) -> dict:
+    return {"role": role, "content": content} | more
+
+
+def test_turns_that_are_read_only_and_several_rejected_answers():
+    tokenizer = make()
+    answer = [says("assistant", "x"), says("user", "q"), says("assistant", "y")]
+    row = {
+        "prompt": [says("user", "p")],
+        "chosen": answer,
+        "rejected": [answer[:1], [says("assistant", "z", loss_weight=0)], answer[2:]],
+    }
+    rows = as_rows([row, row | {"weight": 0}])
+    pairs = encode_rows(rows, tokenizer, NO_LIMIT, "assistant")
+    first, second, third = shown_pairs(rows, pairs, tokenizer, None, 0)
+    assert (first.pair, second.pair, third.pair) == (0, 1, None)
+    chosen = (run(S, "x\n"), run(U, "u:q\na:"), run(S, "y\n"))
+    assert first.sides[0].completion == second.sides[0].completion == chosen
+    assert third.sides == () and "nothing to score even before" in str(third.reason)
+    weightless = list(shown_pairs(rows, pairs, tokenizer, None, 1))
+    assert [pair.reason for pair in weightless] == [
+        "their weight is 0, which leaves them out"
+    ] * 3
