@@ -201,12 +201,12 @@ def print_findings(
 ) -> None:
     """What to look at."""
     screen.heading("warnings")
+    if not warnings:
+        screen.line("none")
     for warning in warnings:
         screen.item("warning", warning, "bold red")
     for note in notes:
         screen.item("note", note)
-    if not warnings:
-        screen.line("no warnings")
 
 
 def _limits(limits: Limits) -> str:
