@@ -1,4 +1,4 @@
-"""The command line: `dpo train`, `dpo validate`, `dpo run`, `dpo verify`."""
+"""The command line: `dpo train`, `validate`, `inspect`, `run`, `verify`."""
 
 import argparse
 import errno
@@ -8,9 +8,10 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from engine import __version__
+from engine.commands import inspect_options
 from engine.errors import InputError, one_line, stage
 
 _DESCRIPTION = """\
@@ -27,6 +28,7 @@ changed from the command line by its dotted name without `config.`:
 _COMMANDS = {
     "train": "train on the run file's pairs, evaluate, and save the model",
     "validate": "check the run file, its model and its data; train nothing",
+    "inspect": "show the data as the model will see it, and what is wrong with it",
     "run": "carry out the run file's own `actions:`, in order",
 }
 _BAD_INPUT = 2
@@ -99,7 +101,10 @@ def _dispatch(argv: list[str]) -> int:
         argv = ["run", *argv]
     parser = _parser()
     try:
-        arguments = parser.parse_args(argv)
+        if argv[:1] == ["inspect"]:  # whose options may stand between overrides
+            arguments = _inspect_parser().parse_intermixed_args(argv[1:])
+        else:
+            arguments = parser.parse_args(argv)
     except SystemExit:  # --help and --version
         _flush_output()
         raise
@@ -114,7 +119,10 @@ def _dispatch(argv: list[str]) -> int:
                 "`dpo --help`"
             )
         path, *overrides = overrides
-    _run(arguments.command, path, overrides)
+    options = ()
+    if arguments.command == "inspect":
+        options = (inspect_options.read_options(arguments),)
+    _run(arguments.command, path, overrides, *options)
     return 0
 
 
@@ -127,7 +135,7 @@ def _import_jax():
         importlib.import_module("jax")
 
 
-def _run(name: str, path: str, overrides: list[str]):
+def _run(name: str, path: str, overrides: list[str], *options: Any):
     _import_jax()
     from engine.config.run import load_run_config
 
@@ -145,7 +153,7 @@ def _run(name: str, path: str, overrides: list[str]):
     gc.freeze()
     gc.enable()
     for command in commands:
-        command.main(run_config)
+        command.main(run_config, *options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -165,14 +173,31 @@ def _parser() -> argparse.ArgumentParser:
             usage=f"dpo {name} RUN.yaml [KEY=VALUE ...]",
             allow_abbrev=False,
         )
-        command.add_argument("--config", metavar="RUN.yaml", help="the run file")
-        command.add_argument(
-            "words",
-            nargs="*",
-            metavar="KEY=VALUE",
-            help="an option's dotted name and its value in YAML: trainer.beta=0.2",
-        )
+        _add_run_file(command)
     commands.add_parser(
         "verify", help="run every kernel that this machine can, against the reference"
     )
+    return parser
+
+
+def _add_run_file(parser: argparse.ArgumentParser):
+    parser.add_argument("--config", metavar="RUN.yaml", help="the run file")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="an option's dotted name and its value in YAML: trainer.beta=0.2",
+    )
+
+
+def _inspect_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="dpo inspect",
+        usage="dpo inspect RUN.yaml [OPTIONS] [KEY=VALUE ...]",
+        description=inspect_options.DESCRIPTION,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(command="inspect")
+    inspect_options.add_options(parser)
+    _add_run_file(parser)
     return parser

@@ -15,7 +15,7 @@ OURS = {"bench", "dpo_kernels", "engine", "tests"}
 # Beside the dependencies: which extras a folder may count on.
 EXTRAS = {
     "dpo_kernels": ("cuda13", "tpu"),
-    "engine": (),
+    "engine": ("plots",),
     "examples": ("plots",),
     "bench": ("cuda13", "peers", "plots", "test", "tpu"),
     "tests": ("test",),

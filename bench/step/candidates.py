@@ -96,7 +96,6 @@ class Workload:
             completion_start=np.full(sequences, self.prompt, np.int32),
             rows=np.arange(self.pairs),
             weights=np.ones(self.pairs, np.float32),
-            dropped=0,
         )
 
     def batch(self) -> Batch:

@@ -1,9 +1,11 @@
 """What every command reads of a run file before any weight, and checks."""
 
+from dataclasses import dataclass
+
 from transformers import PreTrainedTokenizerBase
 
-from engine.config.run import MixtureConfig, RunConfig
-from engine.data.pairs import PairTokens
+from engine.config.run import RunConfig
+from engine.data.pairs import PairTokens, PreferenceRows
 from engine.data.sources import load_mixture
 from engine.models import check_checkpoint, check_save_directory, resolve_directory
 from engine.models.tokenizer import load_tokenizer
@@ -12,13 +14,41 @@ from engine.training.compilation import keep_programs
 from engine.training.prepare import EVAL, Prepared, prepare, prepare_pairs
 
 
-def prepare_run(run: RunConfig) -> Prepared:
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """The data of a run, by the prefix of its metrics' names: "", and `EVAL`."""
+
+    tokenizer: PreTrainedTokenizerBase
+    rows: dict[str, PreferenceRows]
+    pairs: dict[str, PairTokens]
+
+
+def read_data(run: RunConfig) -> RunData:
+    """Read tokenizer and data.
+
+    Raises:
+        InputError: a tokenizer or rows that training would refuse.
+    """
+    tokenizer = load_tokenizer(run.model.tokenizer or run.model.name_or_path)
+    rows = {"": load_mixture(run.mixture)}
+    if run.eval_mixture is not None:
+        rows[EVAL] = load_mixture(run.eval_mixture)
+    pairs = {
+        prefix: prepare_pairs(run.trainer, some, tokenizer)
+        for prefix, some in rows.items()
+    }
+    return RunData(tokenizer=tokenizer, rows=rows, pairs=pairs)
+
+
+def prepare_run(run: RunConfig, data: RunData | None = None) -> Prepared:
     """Read configurations, tokenizer and data, and check that all fits together.
 
+    Args:
+        data: what `read_data` made of this run.
     Raises:
         InputError: whatever training would refuse.
     """
-    _check_save_directory(run)
+    check_destination(run)
     keep_programs()
     mesh = make_mesh(run.sharding.data, run.sharding.fsdp, run.sharding.tensor)
     model = check_checkpoint(resolve_directory(run.model.name_or_path))
@@ -26,24 +56,23 @@ def prepare_run(run: RunConfig) -> Prepared:
     if run.reference_model is not None:
         name = run.reference_model.name_or_path
         reference = check_checkpoint(resolve_directory(name))
-    tokenizer = load_tokenizer(run.model.tokenizer or run.model.name_or_path)
-    evaluations: dict[str, PairTokens] = {}
-    train = _pairs(run, run.mixture, tokenizer)
-    if run.eval_mixture is not None:
-        evaluations[EVAL] = _pairs(run, run.eval_mixture, tokenizer)
+    data = data or read_data(run)
+    evaluations = dict(data.pairs)
+    train = evaluations.pop("")
     return prepare(
         run.trainer,
         mesh=mesh,
         model=model,
         dtype=run.model.dtype,
         reference=reference,
-        tokenizer=tokenizer,
+        tokenizer=data.tokenizer,
         train=train,
         evaluations=evaluations,
     )
 
 
-def _check_save_directory(run: RunConfig) -> None:
+def check_destination(run: RunConfig) -> None:
+    """Refuse a save_directory in which a model may not be saved."""
     reference = run.reference_model
     sources = {
         "model.name_or_path": run.model.name_or_path,
@@ -57,9 +86,3 @@ def _check_save_directory(run: RunConfig) -> None:
             files = (files,) if isinstance(files, str) else files
             data[f"{name}.informs.{i}.data_files"] = files
     check_save_directory(run.trainer.save_directory, sources, data)
-
-
-def _pairs(
-    run: RunConfig, mixture: MixtureConfig, tokenizer: PreTrainedTokenizerBase
-) -> PairTokens:
-    return prepare_pairs(run.trainer, load_mixture(mixture), tokenizer)

@@ -22,19 +22,21 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from engine.data.pair_tokens import Doubt, Limits, PairTokens, Score
+from engine.data.pair_tokens import Doubt, Drop, Limits, PairTokens, Score
 from engine.data.rows import PreferenceRows
 from engine.paths import as_path
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = b"pair-tokens-4"  # change it when the same rows give other pairs than before
+_FORMAT = b"pair-tokens-5"  # change it when the same rows give other pairs than before
 _SCHEMA = pa.schema(
     {
         "tokens": pa.large_list(pa.int32()),
         # 0 or 1: a byte each, since Arrow's own eighth of one could not be mapped.
         "scored": pa.large_list(pa.uint8()),
         "completion_start": pa.int32(),
+        "cut_in_front": pa.int32(),
+        "cut_behind": pa.int32(),
         "row": pa.int64(),
         "weight": pa.float32(),
     }
@@ -117,11 +119,8 @@ class _Summed:
 
 
 def _write(file: IO[bytes], pairs: PairTokens):
-    facts = {
-        "dropped": pairs.dropped,
-        "weightless": pairs.weightless,
-        "doubts": pairs.doubts,
-    }
+    facts = {"drops": pairs.drops, "doubts": pairs.doubts}
+    assert pairs.cut is not None, "only what was tokenised here is kept"
     schema = _SCHEMA.with_metadata({"facts": json.dumps(facts)})
     columns = [
         *(
@@ -129,6 +128,7 @@ def _write(file: IO[bytes], pairs: PairTokens):
             for values in (pairs.tokens, pairs.scored.view(np.uint8))
         ),
         pa.array(pairs.completion_start),
+        *(pa.array(np.ascontiguousarray(side)) for side in pairs.cut.T),
         pa.array(pairs.rows.repeat(2)),
         pa.array(pairs.weights.repeat(2)),
     ]
@@ -158,7 +158,7 @@ def _read(data: memoryview) -> PairTokens:
         facts = json.loads((stream.schema.metadata or {})[b"facts"])
         batch = stream.read_next_batch()
     batch.validate()
-    tokens, scored, completion_start, row, weight = batch.columns
+    tokens, scored, completion_start, front, behind, row, weight = batch.columns
     assert isinstance(tokens, pa.LargeListArray)
     assert isinstance(scored, pa.LargeListArray)
     marks = scored.values.to_numpy()
@@ -171,8 +171,8 @@ def _read(data: memoryview) -> PairTokens:
         completion_start=completion_start.to_numpy(),
         rows=row.to_numpy()[::2],
         weights=weight.to_numpy()[::2],
-        dropped=facts["dropped"],
-        weightless=facts["weightless"],
+        drops=tuple(Drop(*drop) for drop in facts["drops"]),
+        cut=np.stack([front.to_numpy(), behind.to_numpy()], axis=1),
         doubts=tuple(Doubt(*doubt) for doubt in facts["doubts"]),
     )
     _check(pairs, row.to_numpy()[1::2], weight.to_numpy()[1::2])
@@ -189,6 +189,7 @@ def _check(pairs: PairTokens, odd_rows: np.ndarray, odd_weights: np.ndarray):
         and pairs.offsets[-1] == len(pairs.tokens)
         and bool((pairs.completion_start >= 1).all())
         and bool((pairs.lengths > pairs.completion_start).all())
+        and (pairs.cut is None or bool((pairs.cut >= 0).all()))
         and bool(((0 < pairs.weights) & (pairs.weights < np.inf)).all())
         and _only_completions_are_scored(pairs)
     )

@@ -9,6 +9,9 @@ from jaxtyping import Bool, Float32, Int32, Int64
 # Which tokens of a completion are scored: all, the assistant's turns, or its last one.
 Score = Literal["completion", "assistant", "last_turn"]
 
+# Why a pair is left out.
+NOTHING, CUT_AWAY, WEIGHTLESS = "nothing to score", "cut away", "weight 0"
+
 
 class Doubt(NamedTuple):
     """Something surely not meant, in `num_rows` rows, the first of them row `first`."""
@@ -17,6 +20,14 @@ class Doubt(NamedTuple):
     num_rows: int
     first: int
     example: str = ""  # of it, where there is one to show
+
+
+class Drop(NamedTuple):
+    """Pairs that are left out, `num_pairs` of them; the first is of row `first`."""
+
+    reason: str  # NOTHING, CUT_AWAY or WEIGHTLESS
+    num_pairs: int
+    first: int
 
 
 class Limits(NamedTuple):
@@ -55,14 +66,25 @@ class PairTokens:
     completion_start: Int32[np.ndarray, " sequences"]
     rows: Int64[np.ndarray, " pairs"]  # the row that each pair comes from
     weights: Float32[np.ndarray, " pairs"]  # a pair counts so many times; > 0, finite
-    dropped: int  # pairs that had nothing to score
-    weightless: int = 0  # pairs left out because their weight is 0
+    drops: tuple[Drop, ...] = ()  # pairs that are left out, one for each reason
+    # Tokens left out in front (behind a BOS that stays) and behind; None: nobody knows.
+    cut: Int32[np.ndarray, "sequences 2"] | None = None
     doubts: tuple[Doubt, ...] = ()  # what is surely not meant
     limits: Limits | None = None  # what they were cut to; None: nobody knows
     score: Score | None = None  # what is scored of them; None: nobody knows
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def dropped(self) -> int:
+        """Pairs that have nothing to score."""
+        return sum(x.num_pairs for x in self.drops) - self.weightless
+
+    @property
+    def weightless(self) -> int:
+        """Pairs left out because their weight is 0."""
+        return sum(x.num_pairs for x in self.drops if x.reason == WEIGHTLESS)
 
     @property
     def lengths(self) -> Int64[np.ndarray, " sequences"]:

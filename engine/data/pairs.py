@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.data import cache as token_cache
 from engine.data.doubts import report, warn_beyond_positions
+from engine.data.drops import drop_reason
 from engine.data.pair_tokens import Limits, PairTokens, Score
 from engine.data.rows import PreferenceRows, as_rows
 from engine.data.sources import load_mixture
@@ -85,18 +86,13 @@ def tokenize_pairs(
         logger.info("read %d tokenised pairs from %s", len(pairs), path)
     report(pairs.doubts, rows)
     total = len(pairs) + pairs.dropped + pairs.weightless
-    if pairs.dropped:
+    for reason, count, first in pairs.drops:
         logger.warning(
-            "%d of %d pairs are dropped: max_length=%s (%s) leaves nothing to score, "
-            "or every message of an answer has loss_weight 0",
-            pairs.dropped,
+            "%d of %d pairs are dropped (the first: %s): %s",
+            count,
             total,
-            max_length,
-            truncation_mode,
-        )
-    if pairs.weightless:
-        logger.warning(
-            "%d of %d pairs are dropped: their weight is 0", pairs.weightless, total
+            rows.where(first),
+            drop_reason(reason, limits),
         )
     return pairs
 

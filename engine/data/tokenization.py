@@ -8,18 +8,20 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int64
 from transformers import PreTrainedTokenizerBase
 
 from engine.data.conversations import Texts, row_texts
+from engine.data.cutting import EncodedPairs, cut_pairs
 from engine.data.doubts import Doubts
+from engine.data.drops import merged, of_rows, reasons
 from engine.data.encoder import Ragged, TextEncoder, ragged_arange
 from engine.data.forms import PairRow, read_pairs
 from engine.data.id_pairs import PairIds
-from engine.data.pair_tokens import Limits, PairTokens, Score
+from engine.data.pair_tokens import WEIGHTLESS, Limits, PairTokens, Score
 from engine.data.rows import PreferenceRows
 from engine.data.templates import ChatTemplate
 from engine.data.turns import Turns
@@ -28,17 +30,6 @@ from engine.errors import InputError
 logger = logging.getLogger(__name__)
 
 _CHUNK = 1000  # rows tokenised at a time
-
-
-class _Some(NamedTuple):
-    """Some pairs, in the order of their rows."""
-
-    rows: list[int]
-    weights: list[float]
-    prompts: Ragged
-    sequences: Ragged  # chosen0, rejected0, chosen1, ...
-    # Whether each of their tokens may be scored; None: each may.
-    mask: Bool[np.ndarray, " tokens"] | None
 
 
 class PairEncoder:
@@ -85,17 +76,20 @@ class PairEncoder:
                     self.doubts.see_row(number, pair)
                 numbers.append(number)
                 found.append(pair)
-        weightless = sum(pair.weight == 0 for pair in found)
+        weightless = [
+            n for n, pair in zip(numbers, found, strict=True) if pair.weight == 0
+        ]
         some = self._tokens(numbers, found, rows)
         boundary = _boundaries(some.prompts, some.sequences)
         self.unstable += int((boundary < np.diff(some.prompts.offsets)).sum())
-        pairs = _cut(some, boundary, self._encode.bos, self._limits)
+        pairs = cut_pairs(some, boundary, self._encode.bos, self._limits)
         self.doubts.see_pairs(pairs)
-        return replace(pairs, weightless=weightless)
+        left_out = of_rows(WEIGHTLESS, np.array(weightless, np.int64))
+        return replace(pairs, drops=(*pairs.drops, *left_out))
 
     def _tokens(
         self, numbers: list[int], found: list[PairRow | PairIds], rows: PreferenceRows
-    ) -> _Some:
+    ) -> EncodedPairs:
         """The tokens of pairs that weigh something."""
         kept = [
             (n, pair) for n, pair in zip(numbers, found, strict=True) if pair.weight
@@ -129,7 +123,7 @@ class PairEncoder:
                 mask = self._mask(text, side, sequences[at], where)
                 if mask is not None:
                     masks[at] = mask
-        return _Some(
+        return EncodedPairs(
             rows=[number for number, _ in kept],
             weights=[pair.weight for _, pair in kept],
             prompts=Ragged.of(prompts),
@@ -186,10 +180,31 @@ def encode_pairs(
     score: Score = "completion",
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> PairTokens:
-    """Tokenises every row once, and leaves out pairs with nothing to score.
+    """As `encode_rows`.
 
     Raises:
         InputError: a row that is not a preference pair, naming it; or no pair is left.
+    """
+    result = encode_rows(rows, tokenizer, limits, score, tools)
+    if len(result) == 0:
+        raise InputError(
+            f"none of the {result.dropped + result.weightless} pairs has a token to "
+            f"score: {reasons(result.drops, limits)}"
+        )
+    return result
+
+
+def encode_rows(
+    rows: PreferenceRows,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    score: Score = "completion",
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> PairTokens:
+    """Tokenises every row once, and leaves out pairs with nothing to score.
+
+    Raises:
+        InputError: a row that is not a preference pair, naming it.
     """
     encode = PairEncoder(tokenizer, limits, score, tools)
     parts = [encode(first, batch, rows) for first, batch in rows.batches(_CHUNK)]
@@ -201,31 +216,19 @@ def encode_pairs(
             encode.pairs,
         )
     sizes = np.concatenate([part.lengths for part in parts])
-    result = PairTokens(
+    return PairTokens(
         tokens=np.concatenate([part.tokens for part in parts]),
         scored=np.concatenate([part.scored for part in parts]),
         offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]),
         completion_start=np.concatenate([part.completion_start for part in parts]),
         rows=np.concatenate([part.rows for part in parts]),
         weights=np.concatenate([part.weights for part in parts]),
-        dropped=sum(part.dropped for part in parts),
-        weightless=sum(part.weightless for part in parts),
+        drops=merged(drop for part in parts for drop in part.drops),
+        cut=np.concatenate([part.cut for part in parts if part.cut is not None]),
         doubts=encode.doubts.found(),
         limits=limits,
         score=score,
     )
-    if len(result) == 0:
-        if result.weightless == encode.pairs:
-            raise InputError(
-                f"all {encode.pairs} pairs have weight 0, which leaves them out; give "
-                "some a weight"
-            )
-        raise InputError(
-            f"none of the {encode.pairs} pairs has a token to score left within "
-            f"max_length={limits.max_length} ({limits.truncation_mode}); raise "
-            "max_length, set max_prompt_length below it, or use keep_end"
-        )
-    return result
 
 
 def _boundaries(prompts: Ragged, pairs: Ragged) -> Int64[np.ndarray, " pairs"]:
@@ -245,64 +248,3 @@ def _boundaries(prompts: Ragged, pairs: Ragged) -> Int64[np.ndarray, " pairs"]:
         shared[row] = differs[first] - (np.cumsum(count) - count)[row]
         boundary = np.minimum(boundary, shared)
     return boundary
-
-
-def _cut(
-    some: _Some, boundary: Int64[np.ndarray, " pairs"], bos: int | None, limits: Limits
-) -> PairTokens:
-    """Applies the limits, and drops pairs of which a side has nothing left to score."""
-    pairs = some.sequences
-    start, end = pairs.offsets[:-1].copy(), pairs.offsets[1:].copy()
-    # A limit beyond all tokens means none; sums with it must not leave int64.
-    beyond = len(pairs.values) + 1
-    limits = limits.at_most(beyond)
-    origin = start.copy()
-    score_at = start + np.repeat(boundary, 2)
-    keeps_bos = np.zeros(len(start), np.bool_)
-    if limits.max_prompt_length is not None:
-        cut = np.maximum(score_at - limits.max_prompt_length, start)
-        # Models that begin every text with BOS are lost without it.
-        keeps_bos = (cut > start) & _begins_with(pairs, bos)
-        start = cut
-    if limits.max_completion_length is not None:
-        end = np.minimum(end, score_at + limits.max_completion_length)
-    if limits.max_length is not None:
-        if limits.truncation_mode == "keep_start":
-            end = np.minimum(end, start + limits.max_length)
-        else:
-            cut = np.maximum(start, end - limits.max_length)
-            keeps_bos &= cut == start
-            start = cut
-    # Nothing predicts a sequence's first token, so it is never scored.
-    score_at = np.maximum(score_at, start + 1)
-    there = end > score_at
-    if some.mask is not None:
-        before = np.concatenate([np.zeros(1, np.int64), np.cumsum(some.mask)])
-        there &= before[end] > before[np.minimum(score_at, end)]
-    kept = np.flatnonzero(there.reshape(-1, 2).all(axis=1))
-    sequences = (2 * kept[:, None] + np.arange(2)).ravel()
-    size = (end - start)[sequences]
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(size)])
-    source = ragged_arange(start[sequences], size)
-    scored = source >= np.repeat(score_at[sequences], size)
-    if some.mask is not None:
-        scored &= some.mask[source]
-    with_bos = np.flatnonzero(keeps_bos[sequences])
-    source[offsets[with_bos]] = origin[sequences[with_bos]]
-    return PairTokens(
-        tokens=pairs.values[source],
-        scored=scored,
-        offsets=offsets,
-        completion_start=(score_at - start)[sequences].astype(np.int32),
-        rows=np.array(some.rows, np.int64)[kept],
-        weights=np.array(some.weights, np.float32)[kept],
-        dropped=len(boundary) - len(kept),
-    )
-
-
-def _begins_with(pairs: Ragged, bos: int | None) -> Bool[np.ndarray, " sequences"]:
-    begins = np.zeros(len(pairs.offsets) - 1, np.bool_)
-    filled = np.diff(pairs.offsets) > 0
-    if bos is not None:
-        begins[filled] = pairs.values[pairs.offsets[:-1][filled]] == bos
-    return begins

@@ -127,9 +127,9 @@ def test_a_missing_file(run):
 
 def test_nothing_left_to_score(run):
     assert run("trainer.max_length=2") == (
-        f"none of the {len(ROWS)} pairs has a token to score left within max_length=2 "
-        "(keep_start); raise max_length, set max_prompt_length below it, or use "
-        "keep_end"
+        f"none of the {len(ROWS)} pairs has a token to score: of {len(ROWS)}, "
+        "max_length=2 (keep_start) leaves nothing to score; raise max_length, set "
+        "max_prompt_length below it, or use keep_end"
     )
 
 
@@ -209,7 +209,6 @@ def test_a_token_that_the_model_does_not_have(tmp_path):
         completion_start=np.array([1, 1], np.int32),
         rows=np.array([0]),
         weights=np.ones(1, np.float32),
-        dropped=0,
     )
     with pytest.raises(InputError, match="has no token 460"):
         check_vocabulary(parse_hf_config(config), tokenizer, pairs)

@@ -37,7 +37,6 @@ def make_pairs(number: int, seed: int = 0, longest: int = 60) -> PairTokens:
         completion_start=starts,
         rows=np.arange(number),
         weights=rng.uniform(0.5, 3, number).astype(np.float32),
-        dropped=0,
     )
 
 

@@ -188,8 +188,9 @@ def test_weights_count_pairs_and_0_leaves_out(caplog):
     assert found.weights.tolist() == [2, 0.5, 1.5, 1, 1]
     assert found.rows.tolist() == [0, 1, 2, 4, 5]
     assert (found.dropped, found.weightless) == (0, 1)
-    assert "1 of 6 pairs are dropped: their weight is 0" in caplog.text
-    with pytest.raises(InputError, match="all 2 pairs have weight 0"):
+    assert "1 of 6 pairs are dropped (the first: the data set, row 3" in caplog.text
+    assert "their weight is 0" in caplog.text
+    with pytest.raises(InputError, match="of 2, their weight is 0"):
         tokenize(rows[3], rows[3])
 
 

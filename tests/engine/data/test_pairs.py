@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from engine.config.run import MixtureConfig, SourceConfig
 from engine.data import cache as token_cache
-from engine.data.pair_tokens import Limits, PairTokens
+from engine.data.pair_tokens import Drop, Limits, PairTokens
 from engine.data.pairs import load_mixture, tokenize_pairs
 from engine.data.rows import PreferenceRows, Source, as_rows
 from tests.engine.tiny_tokenizers import make
@@ -41,9 +41,9 @@ def calls(monkeypatch) -> list[int]:
 
 
 def assert_same(a: PairTokens, b: PairTokens):
-    for name in ("dropped", "doubts", "limits"):
+    for name in ("drops", "doubts", "limits"):
         assert getattr(a, name) == getattr(b, name)
-    for name in ARRAYS:
+    for name in (*ARRAYS, "cut"):
         x, y = getattr(a, name), getattr(b, name)
         np.testing.assert_array_equal(x, y)
         assert np.asarray(x).dtype == np.asarray(y).dtype
@@ -234,7 +234,7 @@ def test_a_file_that_is_replaced_leaves_who_reads_it_alone(tmp_path):
     token_cache.store(path, first)
     read = token_cache.load(path, first.limits)
     assert read is not None
-    token_cache.store(path, dataclasses.replace(first, dropped=7))
+    token_cache.store(path, dataclasses.replace(first, drops=(Drop("cut away", 7, 0),)))
     path.unlink()
     assert_same(read, first)
 
@@ -259,8 +259,9 @@ def test_dropped_pairs_are_counted_and_logged_each_time(tmp_path, caplog):
     for _ in range(2):
         caplog.clear()
         pairs = tokenize_pairs(rows, make(), max_length=20, cache_dir=tmp_path)
-        assert pairs.dropped == 1 and len(pairs) == 8
-        assert "1 of 9 pairs are dropped" in caplog.text
+        assert pairs.drops == (("cut away", 1, 8),) and len(pairs) == 8
+        said = "1 of 9 pairs are dropped (the first: the data set, row 8"
+        assert said in caplog.text and "max_length=20 (keep_start)" in caplog.text
 
 
 def test_from_files_to_pairs_in_the_order_of_the_mixture(tmp_path):

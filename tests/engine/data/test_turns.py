@@ -112,8 +112,8 @@ def test_what_nothing_is_scored_of_is_dropped(caplog):
     silent = row(says("assistant", "one", loss_weight=0))
     found = tokenize_pairs([row(*TURNS), silent], make(template=CHAT), max_length=None)
     assert len(found) == 1 and found.dropped == 1
-    assert "1 of 2 pairs are dropped: max_length=None (keep_start)" in caplog.text
-    assert "or every message of an answer has loss_weight 0" in caplog.text
+    assert found.drops == (("nothing to score", 1, 1),)
+    assert "and one of its messages another loss_weight than 0" in caplog.text
     with pytest.raises(InputError, match="none of the 1 pairs"):
         scored(row(*TURNS), score="last_turn", max_length=60)
 

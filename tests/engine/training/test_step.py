@@ -72,7 +72,6 @@ def make_pairs(count: int, seed: int = 0) -> PairTokens:
         completion_start=starts,
         rows=np.arange(count),
         weights=np.ones(count, np.float32),
-        dropped=0,
     )
 
 

@@ -1,0 +1,1 @@
+"""What the model will see, for people: tokens as text, counts, duplicates, doubts."""
