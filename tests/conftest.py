@@ -1,5 +1,6 @@
 """Eight CPU devices, strict dtypes and ranks, no network; all before jax starts."""
 
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -36,3 +37,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Workers leave the folder alone: one process trims it, before they start."""
     if not hasattr(config, "workerinput"):
         environment.trim(_compiled)
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_before():
+    """`dpo` sets the level of its logger for the process: not for the next test."""
+    logger = logging.getLogger("engine")
+    level = logger.level
+    yield
+    logger.setLevel(level)
