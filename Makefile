@@ -2,6 +2,7 @@
 #   make demo    train the bundled model on the bundled pairs, and look at the result
 #   make test    what a change has to pass: lint, then all tests
 #   make lint    ruff and pyright alone
+#   make test-all       all tests, without lint and other processors
 #   make test-engine    the part of the tests that is not about kernels
 #   make test-kernels   the part that is: dpo_kernels and bench
 #   make test-isa       the numerical tests, compiled for older processors
@@ -15,8 +16,9 @@
 #   make clean   remove the environment and every cache
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-engine test-kernels test-isa record-compiled format \
-	bench check-gpu-aot check-tpu-aot bench-gpu bench-gpu-quick bench-tpu clean
+.PHONY: help demo test lint test-all test-engine test-kernels test-isa \
+	record-compiled format bench check-gpu-aot check-tpu-aot bench-gpu bench-gpu-quick \
+	bench-tpu clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -38,7 +40,12 @@ PYTEST := $(PY) -m pytest -q -n $(WORKERS) --maxprocesses=8 --dist=worksteal
 # XLA rounds otherwise on each of these; other machines than x86 have one way only.
 ISAS := $(if $(filter x86_64 amd64,$(shell uname -m)),SSE4_2 AVX2)
 
-test: lint test-engine test-kernels test-isa
+# All at once: of two runs in turn each has its own start, and an end at which workers
+# wait for the last of them.
+test: lint test-all test-isa
+
+test-all: $(VENV)/.test
+	$(PYTEST)
 
 test-engine: $(VENV)/.test
 	$(PYTEST) --ignore=tests/kernels --ignore=tests/bench

@@ -31,6 +31,7 @@ _COMMANDS = {
     "inspect": "show the data as the model will see it, and what is wrong with it",
     "run": "carry out the run file's own `actions:`, in order",
 }
+_PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds"
 _BAD_INPUT = 2
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141  # as a shell reports whom SIGPIPE ended
@@ -126,8 +127,21 @@ def _dispatch(argv: list[str]) -> int:
     return 0
 
 
+def _let_cpu_devices_wait():
+    """Where there are to be several: they share the cores, and work in turns.
+
+    XLA takes one that has waited 40 s for the others for stuck, and ends the process.
+    It reads the flag from the environment alone.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    several = "--xla_force_host_platform_device_count" in flags
+    if (several or "JAX_NUM_CPU_DEVICES" in os.environ) and _PATIENCE not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_PATIENCE}=3600".lstrip()
+
+
 def _import_jax():
     """First of all libraries, as it reads its environment variables at the import."""
+    _let_cpu_devices_wait()
     with stage("the working directory cannot be used", "change to one that is there"):
         os.getcwd()
     hint = "correct the environment variables whose names begin with JAX_"

@@ -46,3 +46,11 @@ def _loggers_as_before():
     level = logger.level
     yield
     logger.setLevel(level)
+
+
+@pytest.fixture
+def unoptimised():
+    """Programs in code that LLVM has not optimised: for what costs more to compile."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -5,14 +5,17 @@ import platform
 from pathlib import Path
 
 DEVICES = "--xla_force_host_platform_device_count"
+# XLA ends a process in which a CPU device has waited 40 s for another: on a machine
+# with other work to do, that is no deadlock.
+PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds"
 CACHE_BYTES = 2**30
 
 
 def xla_flags(given: str) -> str:
-    """The flags that were given, and eight CPU devices unless they say how many."""
-    if DEVICES in given:
-        return given
-    return f"{given} {DEVICES}=8".strip()
+    """The flags that were given, and ours where they say nothing of it."""
+    ours = {DEVICES: 8, PATIENCE: 600}
+    added = [f"{flag}={value}" for flag, value in ours.items() if flag not in given]
+    return " ".join([*given.split(), *added])
 
 
 def processor() -> str:

@@ -21,6 +21,7 @@ from engine.errors import InputError
 from engine.paths import expand
 
 _MOST_PAIRS = 2**20  # of a batch, which is laid out in the host's memory
+_WORKSPACE_LIMIT = 2**40  # bytes: more than any device has
 
 
 @refuses_unknown
@@ -111,6 +112,7 @@ class DPOConfig(OptimizerConfig, LossConfig):
             if not getattr(self, name):
                 raise InputError(f"{name}='' must not be empty")
         check_positive(self, "beta", "workspace_bytes")
+        check_within(self, 1, _WORKSPACE_LIMIT, "workspace_bytes")
         check_count(self, "total_batch_size", "gradient_accumulation_steps")
         check_count(self, "num_train_epochs", "max_training_steps", "log_steps")
         check_count(self, "eval_steps", "eval_batch_size", "ref_model_sync_steps")

@@ -22,13 +22,15 @@ class RunFile:
     path: str
     tree: dict[str, Any]  # the keys under `config:`, and `actions`
     overridden: frozenset[str]  # the dotted keys that the command line gave
+    # Those above them that the file did not have: `trainer.seed` of trainer.seed.x=1.
+    implied: frozenset[str] = frozenset()
 
     def error(self, message: str, key: str) -> InputError:
         """The error that says who gave the dotted `key`: the file or the override."""
         parts = key.split(".")
         prefixes = {".".join(parts[: i + 1]) for i in range(len(parts))}
-        where = "command line" if prefixes & self.overridden else self.path
-        return InputError(f"{where}: {message}")
+        ours = prefixes & self.overridden or key in self.implied
+        return InputError(f"{'command line' if ours else self.path}: {message}")
 
 
 def read_run_file(path: str | Path, overrides: list[str]) -> RunFile:
@@ -56,8 +58,14 @@ def read_run_file(path: str | Path, overrides: list[str]) -> RunFile:
     tree = dict(config)
     if root.get("actions") is not None:
         tree["actions"] = root["actions"]
-    keys = [_override(tree, word) for word in overrides]
-    return RunFile(path=str(path), tree=tree, overridden=frozenset(keys))
+    implied: set[str] = set()
+    keys = [_override(tree, word, implied) for word in overrides]
+    return RunFile(
+        path=str(path),
+        tree=tree,
+        overridden=frozenset(keys),
+        implied=frozenset(implied),
+    )
 
 
 def build[Config](cls: type[Config], run_file: RunFile) -> Config:
@@ -91,7 +99,8 @@ class _Builder:
         for field in dataclasses.fields(cls):
             required = field.default is field.default_factory is dataclasses.MISSING
             if required and data.get(field.name) is None:
-                raise self.run_file.error(f"{prefix}{field.name} is missing", key)
+                name = prefix + field.name
+                raise self.run_file.error(f"{name} is missing", name)
         values = {
             name: self._value(hints[name], value, f"{prefix}{name}")
             for name, value in data.items()
@@ -220,8 +229,11 @@ def _load(text: str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def _override(tree: dict[str, Any], word: str) -> str:
-    """Applies one `dotted.key=value` to the tree in place; returns the key."""
+def _override(tree: dict[str, Any], word: str, implied: set[str]) -> str:
+    """Applies one `dotted.key=value` to the tree in place; returns the key.
+
+    Keys above it that had to be made for it are added to `implied`.
+    """
     key, equals, text = word.partition("=")
     key = key.removeprefix("config.")
     parts = key.split(".")
@@ -242,6 +254,7 @@ def _override(tree: dict[str, Any], word: str) -> str:
         place = _place(parent, part, parts[:depth], key)
         if parent[place] is None:
             parent[place] = {}
+            implied.add(".".join(parts[: depth + 1]))
         parent = parent[place]
     parent[_place(parent, parts[-1], parts[:-1], key)] = value
     return key

@@ -17,6 +17,7 @@ from engine.parallel.batch import Batch
 logger = logging.getLogger(__name__)
 
 Shape = tuple[int, int]  # Batch.shape
+_KEPT_BYTES = 4 * 2**30  # of programs; those used longest ago go first
 
 
 class Request(NamedTuple):
@@ -45,13 +46,16 @@ class Compiled:
 def keep_programs() -> None:
     """Let JAX keep compiled programs in the program's cache folder.
 
-    A cache that the user has chosen, or switched off, stays as it is.
+    A cache that the user has chosen, or switched off, stays as it is. Runs may share
+    the folder: JAX writes programs in place, but a cache that has a size to keep to is
+    locked by who reads or writes it, so nobody is given what is still being written.
     """
     config = jax.config
     if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
         return
     folder = default_cache_dir() / "compiled"
     config.update("jax_compilation_cache_dir", str(folder))
+    config.update("jax_compilation_cache_max_size", _KEPT_BYTES)
     config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

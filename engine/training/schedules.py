@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array
 
 from engine.config.dpo import DPOConfig
+from engine.config.fields import COUNT_LIMIT
 from engine.errors import InputError
 
 Factor = Callable[[Array], Array]  # of learning_rate, by float32 step
@@ -40,9 +41,16 @@ def learning_rate_schedule(config: DPOConfig, total_steps: int) -> optax.Schedul
 def check_schedule(config: DPOConfig, total_steps: int) -> None:
     """Refuse a warm-up that never ends, and a decay that begins before it.
 
+    More steps than JAX counts are refused as well.
+
     Raises:
         InputError: with the number of steps that there are.
     """
+    if total_steps >= COUNT_LIMIT:
+        raise InputError(
+            f"num_train_epochs={config.num_train_epochs} makes {total_steps} steps, "
+            f"which must be below {COUNT_LIMIT}; lower it or set max_training_steps"
+        )
     warmup, options = config.warmup(total_steps), config.schedule_options
     if warmup and warmup >= total_steps:
         ratio = config.warmup_ratio

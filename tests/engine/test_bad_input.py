@@ -167,11 +167,11 @@ def test_a_batch_that_accumulation_does_not_divide(run):
     )
 
 
-def test_a_mesh_that_the_devices_do_not_fill(run):
-    assert run("sharding.fsdp=3") == (
-        "sharding: data=1, fsdp=3, tensor=1 does not fit 8 devices; the product "
-        "must be "
-        "8"
+@pytest.mark.parametrize("size", [3, 2**63 - 1])
+def test_a_mesh_that_the_devices_do_not_fill(run, size):
+    assert run(f"sharding.fsdp={size}") == (
+        f"sharding: data=1, fsdp={size}, tensor=1 does not fit 8 devices; the product "
+        "must be 8"
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import engine
+from engine import cli
 from engine.cli import main
 from engine.errors import InputError
 
@@ -186,6 +187,30 @@ def test_an_environment_that_jax_cannot_read(run_file, variable, value, expected
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("dpo: error: JAX cannot be imported: ")
     assert expected in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "added"),
+    [
+        ("XLA_FLAGS", "--xla_force_host_platform_device_count=8", True),
+        ("JAX_NUM_CPU_DEVICES", "8", True),
+        ("XLA_FLAGS", "--xla_cpu_max_isa=AVX2", False),
+    ],
+)
+def test_several_cpu_devices_may_wait_for_each_other(
+    monkeypatch, variable, value, added
+):
+    for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, value)
+    cli._let_cpu_devices_wait()
+    flags = os.environ.get("XLA_FLAGS", "")
+    assert (cli._PATIENCE in flags) == added
+    assert variable != "XLA_FLAGS" or flags.startswith(value)
+    monkeypatch.setenv("XLA_FLAGS", f"{value} {cli._PATIENCE}=7")
+    cli._let_cpu_devices_wait()  # the user's own stays
+    assert flags.count(cli._PATIENCE) == added
+    assert os.environ["XLA_FLAGS"].endswith("=7")
 
 
 def test_a_working_directory_that_is_gone(run_file, tmp_path, monkeypatch, capsys):

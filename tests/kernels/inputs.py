@@ -1,8 +1,14 @@
 """Seeded inputs of the kernels, and what they give in float64."""
 
+from collections.abc import Callable
+from dataclasses import asdict
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from dpo_kernels.op.interface import TokenLogprobs
+from dpo_kernels.verify.table import Inputs
 
 
 def arrays(
@@ -35,3 +41,20 @@ def logprobs(
     pad = len(hidden) - valid
     dhidden = np.pad(dz @ w, ((0, pad), (0, 0)))
     return np.pad(lse, (0, pad)), np.pad(z[hit] - lse, (0, pad)), dhidden, dz.T @ h
+
+
+def forward(op: Callable[..., TokenLogprobs], inputs: Inputs, dtype: str):
+    """What `op` gives for a row of `dpo verify`, without the gradient that it has."""
+
+    @jax.jit
+    def call(arrays, targets, num_valid) -> TokenLogprobs:
+        return op(
+            *(arrays["hidden"], arrays["head"], targets),
+            bias=arrays.get("bias"),
+            num_valid=num_valid,
+            **asdict(inputs.options),
+        )
+
+    arrays = {name: jnp.asarray(x, dtype) for name, x in inputs.arrays.items()}
+    valid = None if inputs.num_valid is None else jnp.int32(inputs.num_valid)
+    return call(arrays, jnp.asarray(inputs.targets), valid)

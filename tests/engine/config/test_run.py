@@ -122,6 +122,9 @@ def test_numbers_are_decimal(write):
         ("trainer.beta=abc", "trainer.beta='abc' must be a finite number"),
         ("trainer.beta=-1", "trainer.beta=-1.0 must be greater than 0"),
         ("trainer.beta.x=1", "trainer.beta.x: trainer.beta is 0.08"),
+        ("trainer.seed.x=1", "trainer.seed={'x': 1} must be a whole number"),
+        ("trainer.seed.x.y=1", "trainer.seed={'x': {'y': 1}} must be a whole number"),
+        ("model.name_or_path=null", "model.name_or_path is missing"),
         ("mixture.informs.1.split=x", "mixture.informs is a list of 1"),
         ("mixture.informs.first.split=x", "mixture.informs is a list of 1"),
         ("trainer.seed=010", "trainer.seed='010' must be a whole number"),
@@ -132,6 +135,9 @@ def test_numbers_are_decimal(write):
         ("mixture.informs." + "1" * 5000 + "=x", "mixture.informs is a list of 1"),
         ("trainer.max_length=" + "9" * 5000, "is not a YAML value"),
         ("trainer={beta: 0}", "trainer.beta=0.0 must be greater than 0"),
+        (f"trainer.workspace_bytes={2**63 - 1}", "and below 1099511627776"),
+        (f"trainer.warmup_steps={2**63 - 1}", "and below 2147483648"),
+        (f"mixture.informs.0.num_rows={2**63 - 1}", "and below 2147483648"),
     ],
 )
 def test_bad_override_blames_the_command_line(write, override, expected):
@@ -143,6 +149,12 @@ def test_bad_override_blames_the_command_line(write, override, expected):
 def test_a_deep_key(write):
     message = refusal(write(TUTORIAL), "trainer.seed" + ".x" * 5000 + "=1")
     assert "trainer.seed=<a dict too large to print> must be a whole num" in message
+
+
+def test_a_file_without_a_section_is_blamed_for_what_an_override_leaves_out(write):
+    path = write("config: {mixture: {informs: [{data_files: x}]}}\n")
+    message = refusal(path, "model.dtype=float32")
+    assert message == f"{path}: model.name_or_path is missing"
 
 
 def test_file_is_blamed_beside_overrides(write):

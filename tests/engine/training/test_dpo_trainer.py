@@ -77,6 +77,14 @@ def test_a_warm_up_that_never_ends_is_refused(tmp_path):
         make_trainer(tmp_path, evaluate=False, warmup_steps=18)
 
 
+def test_more_steps_than_can_be_counted_are_refused(tmp_path):
+    """Even where a warm-up of as many could end."""
+    most = 2**31 - 1
+    with pytest.raises(InputError, match="makes 12884901882 steps, which must be bel"):
+        make_trainer(tmp_path, evaluate=False, num_train_epochs=most, warmup_steps=most)
+    make_trainer(tmp_path, evaluate=False, num_train_epochs=most, max_training_steps=9)
+
+
 @pytest.fixture
 def unchecked():
     """As for a user: annotations are checked under pytest only."""
@@ -90,7 +98,6 @@ def test_a_reference_by_its_path_computes_as_the_policy_does(tmp_path):
     trainer = make_trainer(
         tmp_path,
         reference_model=str(FIXTURE / "model"),
-        eval_dataset=ROWS[:6],
         max_training_steps=1,
     )
     metrics = trainer.evaluate()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -57,6 +58,8 @@ MESHES = [
     (1, 2, 4),
 ]
 BETA = 0.2
+# Rows of 24 tokens, 256 of a shard's scored: any 16 pairs fit, so runs share programs.
+SHAPE = (24, 256)
 EPS = float(np.finfo(np.float32).eps)
 
 
@@ -110,7 +113,15 @@ def compiled(sizes, seeds, model_options, settings, steps):
 
 
 def run(
-    sizes, *, pairs=None, steps=3, seeds=(0, 1), beta=BETA, model_options=None, **more
+    sizes,
+    *,
+    pairs=None,
+    steps=3,  # of the schedule, which is compiled in
+    batches=None,  # after which to stop; None: of all pairs
+    seeds=(0, 1),
+    beta=BETA,
+    model_options=None,
+    **more,
 ) -> Ran:
     settings = {"total_batch_size": 16, "learning_rate": 1e-2, "beta": BETA} | more
     config, step, optimizer, make = compiled(
@@ -127,12 +138,13 @@ def run(
         Order(num_pairs=len(pairs), pairs_per_batch=size),
         Padded(pairs, size, accumulation, sizes[0] * sizes[1]),
     )
+    plan.shapes = (SHAPE,)
     state, frozen = init_state(model, optimizer), split_model(model)[2]
     numbers = jax.tree.map(
         jnp.float32, loss_options(DPOConfig(**{**settings, "beta": beta}))
     )
     lines, weights = [], []
-    for batch, _ in plan.batches():
+    for batch, _ in itertools.islice(plan.batches(), batches):
         state, out = step(
             state, frozen, reference.operands, put_batch(batch, model.mesh), numbers
         )
@@ -200,12 +212,12 @@ def test_accumulation_equals_the_whole_batch(one_device):
 
 def test_padding_pairs_weigh_nothing():
     """Sixteen places for three pairs, alone and over eight devices."""
-    pairs = make_pairs(3)
-    want = run((1, 1, 1), pairs=pairs, steps=1, total_batch_size=3)
-    alone = run((1, 1, 1), pairs=pairs, steps=1)
+    pairs = make_pairs(3)  # a single batch
+    want = run((1, 1, 1), pairs=pairs, total_batch_size=3)
+    alone = run((1, 1, 1), pairs=pairs)
     assert alone.pairs == want.pairs == 3
     assert_same(alone, want)
-    assert_same(run((2, 4, 1), pairs=pairs, steps=1), want)
+    assert_same(run((8, 1, 1), pairs=pairs), want)
 
 
 def test_a_weight_counts_as_so_many_pairs():
@@ -226,7 +238,6 @@ def test_a_weight_counts_as_so_many_pairs():
     "sizes, remat",
     [
         pytest.param((1, 1, 1), "none", marks=pytest.mark.numerics),
-        ((1, 1, 1), "full"),
         pytest.param((2, 2, 2), "dots", marks=pytest.mark.numerics),
         ((2, 2, 2), "full"),
     ],
@@ -250,14 +261,12 @@ def test_no_reference_scores_as_zeros():
     assert line["rewards/chosen"] == pytest.approx(rewards, rel=1e-6)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_evaluation_gives_the_sums_of_the_training_step(accumulation):
+def test_evaluation_gives_the_sums_of_the_training_step():
+    """In two microbatches, where the step has the whole batch at once."""
     config = DPOConfig(total_batch_size=16, beta=BETA)
     model, other = model_on((2, 2, 2)), model_on((2, 2, 2), seed=1)
     pairs = make_pairs(48)
-    plan = BatchPlan(
-        Order(num_pairs=48, pairs_per_batch=16), Padded(pairs, 16, accumulation, 4)
-    )
+    plan = BatchPlan(Order(num_pairs=48, pairs_per_batch=16), Padded(pairs, 16, 2, 4))
     batch, _ = next(plan.batches())
     reference = make_reference(model, other, config)
     evaluate = make_eval_step(model, reference, step_options(config))
@@ -275,31 +284,19 @@ def test_evaluation_gives_the_sums_of_the_training_step(accumulation):
         np.testing.assert_allclose(value, trained[name], rtol=1e-5, atol=1e-5)
 
 
-def test_clipping_bounds_the_update():
+def test_clipping_bounds_the_update(one_device):
     """Plain Adam does not see a scale of g, but its epsilon does: here it dominates."""
-
-    def at(max_grad_norm):
-        return run(
-            (1, 1, 1),
-            steps=1,
-            adam_epsilon=1.0,
-            max_grad_norm=max_grad_norm,
-            learning_rate=1.0,
-        )
-
-    free, clipped = at(None), at(1e-3)
-    start = jax.device_get(split_model(model_on((1, 1, 1)))[1])
-    norm = free.lines[0]["grad_norm"]
+    clipped = run(
+        (1, 1, 1), batches=1, adam_epsilon=1.0, max_grad_norm=1e-3, learning_rate=1.0
+    )
+    norm = clipped.lines[0]["grad_norm"]  # of the gradient before it is clipped
+    assert norm == pytest.approx(one_device.lines[0]["grad_norm"], rel=1e-5)
     assert norm > 0.1
-    assert clipped.lines[0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
-
-    def change(params):
-        moved = jax.tree.map(lambda a, b: np.square(a - b).sum(), params, start)
-        return np.sqrt(sum(jax.tree.leaves(moved)))
-
+    start = jax.device_get(split_model(model_on((1, 1, 1)))[1])
+    moved = jax.tree.map(lambda a, b: np.square(a - b).sum(), clipped.params, start)
     # The first update is g / (|g| + 1), about g for a small g.
-    assert change(clipped.params) == pytest.approx(1e-3, rel=0.01)
-    assert change(free.params) > 0.05
+    change = np.sqrt(sum(jax.tree.leaves(moved)))
+    assert change == pytest.approx(1e-3, rel=0.01)
 
 
 def test_the_reference_follows_the_policy():

@@ -15,7 +15,9 @@ from engine import DPOTrainer, InputError, load_model
 from engine.training.events import Listener
 from tests.engine.training.runs import (
     FIXTURE,
+    ONE_SHAPE,
     ROWS,
+    SHORT,
     compilations,
     make_trainer,
     one_device,
@@ -68,7 +70,8 @@ def trained(tmp_path_factory):
         trainer = make_trainer(
             directory,
             listeners=(heard,),
-            eval_dataset={"held_out": ROWS[:6], "again": ROWS[:6]},
+            train_dataset=[*ONE_SHAPE[1:], ROWS[8]],  # which is long: two shapes
+            eval_dataset={"held_out": SHORT[:6], "again": SHORT[:6]},
             use_wandb=True,
             log_steps=2,
             eval_steps=3,
@@ -111,7 +114,7 @@ def test_everything_is_compiled_before_the_first_step(trained):
     steps = [name for name in trained.compilations if name in ("step", "evaluate")]
     run = trained.trainer.run
     shapes = len({shape for plan in run.eval_plans.values() for shape in plan.shapes})
-    assert steps.count("step") == len(run.plan.shapes)
+    assert steps.count("step") == len(run.plan.shapes) == 2
     assert steps.count("evaluate") == shapes
 
 

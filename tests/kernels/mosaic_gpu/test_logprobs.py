@@ -25,8 +25,11 @@ SEVERAL_CHUNKS = (300, 64, 1000, 2**19)
 
 
 @pytest.fixture(autouse=True)
-def _interpreted(capfd):
-    """Four streaming multiprocessors: two clusters, more tiles than they have room."""
+def _interpreted(unoptimised, capfd):
+    """Four streaming multiprocessors: two clusters, more tiles than they have room.
+
+    The interpreter's own program is large, and each runs once.
+    """
     with mosaic_gpu.interpreted(num_cores=4, detect_races=True):
         yield
     assert "RACE DETECTED" not in capfd.readouterr().out
@@ -45,8 +48,7 @@ def _interpreted(capfd):
         (RAGGED, "huge", "bfloat16"),
         (SEVERAL_CHUNKS, "padded", "float16"),
         (SEVERAL_CHUNKS, "all", "bfloat16"),
-        ((3, 64, 8, 2**28), "all", "bfloat16"),
-        ((1, 64, 8, 2**28), "plain", "float16"),
+        ((1, 64, 8, 2**28), "all", "bfloat16"),
     ],
 )
 def test_errors_are_within_the_bound_that_plain_jax_sets(x64, shape, case, dtype):
@@ -54,9 +56,8 @@ def test_errors_are_within_the_bound_that_plain_jax_sets(x64, shape, case, dtype
     assert row.passed, row
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_two_equal_logits_of_1e8(dtype):
-    check_two_equal_logits_of_1e8("mosaic_gpu", dtype)
+def test_two_equal_logits_of_1e8():
+    check_two_equal_logits_of_1e8("mosaic_gpu", "bfloat16")
 
 
 def test_entries_masked_by_a_finite_bias():
@@ -102,11 +103,16 @@ def test_clusters_of_padding_rows_are_skipped():
     np.testing.assert_array_equal(untouched, np.arange(600) >= 512)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize(
-    ("keep_v", "softcap"), [(256, None), (300, 2.0), (512, None), (600, 2.0)]
+    ("keep_v", "softcap", "dtype"),
+    [
+        (256, None, jnp.bfloat16),
+        (300, 2.0, jnp.float16),
+        (512, None, jnp.float16),
+        (600, 2.0, jnp.bfloat16),
+    ],
 )
-def test_kept_exponentials(dtype, keep_v, softcap):
+def test_kept_exponentials(keep_v, softcap, dtype):
     hidden, head, targets = arrays(70, 64, 600, dtype)
     bias = jnp.asarray(np.random.default_rng(1).normal(size=600), jnp.float32)
     bias = bias.at[3::7].set(-jnp.inf)
@@ -154,9 +160,8 @@ def test_a_block_of_which_nothing_exists():
         )
         return out.logprob.sum(), out.lse
 
-    (_, lse), (dhidden, dhead) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
-        hidden, head
-    )
+    value_and_grad = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    (_, lse), (dhidden, dhead) = value_and_grad(hidden, head)
     z = logits_of(hidden, head)[:, 256:]
     np.testing.assert_allclose(lse, np.log(np.exp(z).sum(axis=1)), rtol=0, atol=2e-6)
     np.testing.assert_array_equal(dhead[:256], 0)

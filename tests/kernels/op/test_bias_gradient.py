@@ -11,14 +11,6 @@ from dpo_kernels.mosaic_gpu import logprobs as mosaic_gpu
 T, D, V = 200, 64, 304
 
 
-@pytest.fixture
-def x64():
-    """Not a context: the interpreter's threads have to see it, too."""
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
-
-
 def within_the_stated_bound(implementation: str, dtype: str, **options) -> None:
     """Against float64: eps of the dlogits' absolute values, summed over the rows."""
     rng = np.random.default_rng(0)
@@ -33,7 +25,7 @@ def within_the_stated_bound(implementation: str, dtype: str, **options) -> None:
             out = op(hidden, head, targets, bias=bias, **options)
             return (out.logprob * dlogprob.astype(out.logprob.dtype)).sum()
 
-        return jax.grad(loss)(bias)
+        return jax.jit(jax.grad(loss))(bias)
 
     exact = [x.astype(jnp.float64) for x in (hidden, head, bias)]
     truth = dbias(reference.token_logprobs, *exact)

@@ -5,6 +5,7 @@ end of its array.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from dpo_kernels import token_logprobs
+from dpo_kernels import reference, token_logprobs
 from dpo_kernels.op.interface import STATS
 from dpo_kernels.pallas_tpu import backward_tiling as tpu_backward_tiling
 from dpo_kernels.pallas_tpu import logprobs as pallas_tpu
@@ -22,7 +23,8 @@ from dpo_kernels.pallas_tpu import tiling as tpu_tiling
 from dpo_kernels.pallas_tpu.backward_tiling import Matmul, TpuBackwardTile
 from dpo_kernels.pallas_tpu.tiling import TpuForwardTile
 from dpo_kernels.verify import table as verify
-from tests.kernels.inputs import arrays, logits_of, logprobs
+from dpo_kernels.verify.cases import bound
+from tests.kernels.inputs import arrays, forward, logits_of, logprobs
 from tests.kernels.offsets import (
     check_entries_masked_by_a_finite_bias,
     check_two_equal_logits_of_1e8,
@@ -119,11 +121,21 @@ def test_entries_masked_by_a_finite_bias(small_tiles):
 
 
 # Of the last tile one slice and a narrower one; one and a whole one; less than one.
-@pytest.mark.parametrize("V", [1700, 2048, 1100])
+@pytest.mark.parametrize(
+    ("V", "cores"), [(1700, 1), (2048, 1), (1100, 1), (1700, 2), (1100, 2)]
+)
 def test_the_last_tile_of_the_forward_has_slices_of_its_own(x64, monkeypatch, V, cores):
     tile = replace(FORWARD, block_v=1024, cores=cores)
     monkeypatch.setattr(tpu_tiling, "forward_tile", lambda *_, **__: tile)
-    check((70, 128, V, 2**28), "all")
+    inputs = verify.make_inputs(70, 128, V, CASES["all"], "bfloat16")
+
+    truth, plain = (
+        forward(reference.token_logprobs, inputs, x) for x in ("float64", "bfloat16")
+    )
+    op = partial(token_logprobs, implementation="pallas_tpu")
+    ours = forward(op, inputs, "bfloat16")
+    limit = bound(verify.relative_error(plain, truth), "bfloat16")
+    assert verify.relative_error(ours, truth) <= limit
 
 
 # Of 48 rows in pieces of 32, the second repeats half of the first.
@@ -202,6 +214,7 @@ def test_rows_past_num_valid_are_not_looked_at(small_tiles, tile, num_valid):
         )
         return out.logprob.sum(), out
 
+    # Operation by operation, as the kernels are shared by all counts.
     (_, out), (dhidden, dhead) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
         padded, head
     )
@@ -215,28 +228,27 @@ def test_rows_past_num_valid_are_not_looked_at(small_tiles, tile, num_valid):
     assert not np.asarray(dhidden)[num_valid:].any()
 
 
-@pytest.mark.parametrize("wanted", [0, 1, 2], ids=["hidden", "head", "bias"])
-def test_one_gradient_alone(small_tiles, wanted):
+def test_one_gradient_alone(small_tiles):
     hidden, head, targets = arrays(40, 128, 300)
-    bias = jnp.linspace(-1, 1, 300)
+    inputs = (hidden, head, jnp.linspace(-1, 1, 300))
 
-    def loss(implementation, *inputs):
-        hidden, head, bias = inputs
-        out = token_logprobs(
-            hidden, head, targets, bias=bias, implementation=implementation
-        )
-        return (out.logprob * jnp.linspace(-1, 2, 40)).sum()
+    def gradients(implementation, *wanted):
+        def loss(hidden, head, bias):
+            out = token_logprobs(
+                hidden, head, targets, bias=bias, implementation=implementation
+            )
+            return (out.logprob * jnp.linspace(-1, 2, 40)).sum()
 
-    def gradient(implementation, argument):
-        grad = jax.grad(loss, argument)
-        return grad(implementation, hidden, head, bias)
+        return jax.jit(jax.grad(loss, wanted))(*inputs)
 
-    both = jax.grad(loss, (1, 2, 3))("pallas_tpu", hidden, head, bias)[wanted]
-    alone = gradient("pallas_tpu", wanted + 1)
-    plain = np.asarray(gradient("xla", wanted + 1), np.float64)
-    limit = 2**-7 * np.abs(plain).max()
-    for ours in (alone, both):
-        np.testing.assert_allclose(np.asarray(ours, np.float64), plain, 2**-7, limit)
+    together = gradients("pallas_tpu", 0, 1, 2)
+    alone = [gradients("pallas_tpu", wanted)[0] for wanted in range(3)]
+    plain = gradients("xla", 0, 1, 2)
+    for ours, both, want in zip(alone, together, plain, strict=True):
+        want = np.asarray(want, np.float64)
+        limit = 2**-7 * np.abs(want).max()
+        for x in (ours, both):
+            np.testing.assert_allclose(np.asarray(x, np.float64), want, 2**-7, limit)
 
 
 def test_a_block_of_which_nothing_exists(small_tiles):
@@ -254,9 +266,8 @@ def test_a_block_of_which_nothing_exists(small_tiles):
         )
         return out.logprob.sum(), out
 
-    (_, out), (dhidden, dhead) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
-        hidden, head
-    )
+    value_and_grad = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    (_, out), (dhidden, dhead) = value_and_grad(hidden, head)
     z = logits_of(hidden, head)[:, 256:]
     np.testing.assert_allclose(
         out.lse, np.log(np.exp(z).sum(axis=1)), rtol=0, atol=2e-6
