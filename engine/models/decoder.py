@@ -9,13 +9,14 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from engine.errors import InputError
 from engine.models.architecture import SLIDING, DecoderConfig
 from engine.models.attention.tiles import attend
+from engine.models.dropout import Dropout, row_hashes
 from engine.models.rope import rope_tables, rotate
-from engine.parallel.sharding import FSDP, TENSOR, variable_type
+from engine.parallel.sharding import FSDP, TENSOR, ParameterPath, variable_type
 
 REMAT = ("none", "dots", "full")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -41,9 +42,8 @@ def rms_norm(
     return normed.astype(x.dtype) * weight
 
 
-def _project(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    out = jnp.einsum("RSI,OI->RSO", x, weight)
-    return out if bias is None else out + bias.astype(x.dtype)[None, None, :]
+def _project(x: Array, weight: Array) -> Array:
+    return jnp.einsum("RSI,OI->RSO", x, weight)
 
 
 def _save_activations(prim: Any, *avals: Any, **params: Any) -> bool:
@@ -108,22 +108,43 @@ class Decoder(nnx.Module):
         """`config.json` as it was read."""
         return self.config.hf_config
 
+    def variables(self) -> dict[ParameterPath, nnx.Variable]:
+        """Its parameters, by the paths of `config.parameters()`."""
+        found = {("embed",): self.embed, ("final_norm",): self.final_norm}
+        if not self.config.tie_word_embeddings:
+            found["head",] = self.head
+        return found | {("layers", name): x for name, x in self.layers.items()}
+
     def head_weight(self) -> Float[Array, "V_local D"]:
         """This device's rows of the head in the compute dtype; padding comes last."""
         head = self.embed if self.config.tie_word_embeddings else self.head
         return head[...].astype(self.dtype)
 
-    def __call__(self, tokens: Int[Array, "R S"]) -> Float[Array, "R S D"]:
-        """Hidden states after the final norm, of this device's rows, right-padded."""
+    def __call__(
+        self, tokens: Int[Array, "R S"], dropout_key: Key[Array, ""] | None = None
+    ) -> Float[Array, "R S D"]:
+        """Hidden states after the final norm, of this device's rows, right-padded.
+
+        dropout_key: of a step of training; None, and nothing is dropped.
+        """
         config = self.config
         layers = {name: param[...] for name, param in self.layers.items()}
         window, rope = _layer_inputs(config, tokens.shape[1])
+        adapter = config.adapter
+        dropped = dropout_key is not None and adapter is not None and adapter.dropout
+        rows_R = row_hashes(tokens) if dropped else None
 
         def layer(hidden, xs):
-            return _layer(config, hidden, *xs, rope=rope), None
+            number, *xs = xs
+            dropout = None
+            if adapter is not None and dropout_key is not None and rows_R is not None:
+                key = jax.random.fold_in(dropout_key, number)
+                dropout = Dropout(rate=adapter.dropout, key=key, rows=rows_R)
+            return _layer(config, hidden, *xs, rope=rope, dropout=dropout), None
 
         layer = jax.checkpoint(layer, policy=_policy(self.remat), prevent_cse=False)
-        hidden, _ = lax.scan(layer, self._embed(tokens), (layers, *window))
+        number_L = jnp.arange(config.num_layers, dtype=jnp.int32)
+        hidden, _ = lax.scan(layer, self._embed(tokens), (number_L, layers, *window))
         return rms_norm(hidden, self.final_norm[...], config.rms_eps, config.gemma)
 
     def _embed(self, tokens: Array) -> Array:
@@ -164,7 +185,7 @@ def _kv_slice(config: DecoderConfig, x: Array) -> Array:
     return lax.dynamic_slice_in_dim(x, head * config.head_dim, config.head_dim, axis=0)
 
 
-def _layer(config: DecoderConfig, hidden, weights, span, kind, *, rope):
+def _layer(config: DecoderConfig, hidden, weights, span, kind, *, rope, dropout):
     """One layer: `weights` are this device's shards, `hidden` is whole on `tensor`."""
 
     def norm(name: str, x: Array) -> Array:
@@ -177,13 +198,27 @@ def _layer(config: DecoderConfig, hidden, weights, span, kind, *, rope):
         # Here, not at each use: one sum over `tensor` in the backward pass, not three.
         return lax.pcast(x, TENSOR, to="varying")
 
+    def linear(x: Array, name: str, *, row: bool = False, cut=lambda w: w) -> Array:
+        """x W^T + scale (x A^T) B^T, the latter where the module has an adapter.
+
+        Where `row`, both are this device's part of a sum over `tensor`.
+        """
+        out = _project(x, gathered(cut(weights[name]), 0 if row else 1))
+        if config.adapter is None or name + "_lora_a" not in weights:
+            return out
+        a, b = weights[name + "_lora_a"], cut(weights[name + "_lora_b"])
+        if dropout is not None:
+            x = dropout(x, name, lax.axis_index(TENSOR) * x.shape[-1] if row else 0)
+        a, b = (a, gathered(b, 0)) if row else (gathered(a, 1), b)
+        low = _project(x, a.astype(x.dtype))
+        return out + config.adapter.scale * _project(low, b.astype(x.dtype))
+
     def column(x: Array, name: str, cut=lambda w: w) -> Array:
-        bias = weights.get(name + "_bias")
-        weight = gathered(cut(weights[name]), 1)
-        return _project(x, weight, None if bias is None else cut(bias))
+        out, bias = linear(x, name, cut=cut), weights.get(name + "_bias")
+        return out if bias is None else out + cut(bias).astype(x.dtype)[None, None, :]
 
     def row(x: Array, name: str) -> Array:
-        out = lax.psum(_project(x, gathered(weights[name], 0)), TENSOR)
+        out = lax.psum(linear(x, name, row=True), TENSOR)
         bias = weights.get(name + "_bias")
         if bias is not None:
             out = out + bias.astype(out.dtype)[None, None, :]

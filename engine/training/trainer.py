@@ -39,6 +39,7 @@ from engine.training.events import Listener, Listeners
 from engine.training.gradients import Params
 from engine.training.listeners import MetricsFile, Terminal, WandB
 from engine.training.loop import Loop, Progress
+from engine.training.lora import shared_reference
 from engine.training.metrics import Sums
 from engine.training.optimizer import make_optimizer
 from engine.training.prepare import (
@@ -293,6 +294,9 @@ def make_reference(
     """Where the reference's log-probabilities come from."""
     if arguments.without_reference:
         return NoReference()
+    shared = shared_reference(policy, given)
+    if shared is not None:
+        return shared
     synced = arguments.sync_ref_model
     model = model_for_reference(policy, given, synced=synced)
     if not synced:
