@@ -81,8 +81,6 @@ ALIASES = {
     "use_lora": Alias("lora", "a section; without it all parameters are trained"),
     "lora_r": Alias("lora.r"),
     "lora_rank": Alias("lora.r"),
-    "lora_alpha": Alias("lora.lora_alpha"),
-    "lora_dropout": Alias("lora.lora_dropout"),
     "lora_target_modules": Alias("lora.target_modules"),
     "adapter_name_or_path": Alias("lora.adapter"),
     "lora_model_path": Alias("lora.adapter"),

@@ -141,20 +141,16 @@ def _modules(targets: Any, config: DecoderConfig) -> tuple[str, ...]:
                 f"{sum(hits)} of {len(hits)} layers; an adapter is in all or in none"
             )
         found += [module] if all(hits) else []
-    foreign = [x for x in targets if not _selects(x)] if is_list else []
-    others = [x for x in ("lm_head", "model.embed_tokens") if is_target(x)]
-    if foreign or others or not found:
+    if is_list:
+        foreign = [x for x in targets if x.split(".")[-1] not in LINEARS]
+    else:
+        foreign = [x for x in ("lm_head", "model.embed_tokens") if is_target(x)]
+    if foreign or not found:
         raise InputError(
-            f"target_modules={shown(targets)} selects "
-            f"{listed([*others, *foreign]) or 'nothing'}, which can have no adapter "
-            f"here; allowed: {', '.join(LINEARS)}"
+            f"target_modules={shown(targets)} selects {listed(foreign) or 'nothing'}, "
+            f"which can have no adapter here; allowed: {', '.join(LINEARS)}"
         )
     return tuple(found)
-
-
-def _selects(target: str) -> bool:
-    """Whether an entry of a list of targets ends in the name of a linear module."""
-    return target.split(".")[-1] in LINEARS
 
 
 def _adapter_weights(directory: Path) -> tuple[list[Path], dict[str, str]]:
