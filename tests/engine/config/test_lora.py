@@ -20,7 +20,7 @@ def test_the_defaults_are_pefts():
 
 
 def test_scales_and_modules():
-    plain = LoraConfig(r=4, lora_alpha=6, target_modules=["v_proj", "q_proj"])
+    plain = LoraConfig(r=4, lora_alpha=6, target_modules=("v_proj", "q_proj"))
     assert plain.new_adapter(None).scale == 1.5
     assert plain.new_adapter(None).modules == ("q_proj", "v_proj")  # the layer's order
     rslora = LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules="all-linear")

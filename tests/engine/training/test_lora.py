@@ -5,6 +5,7 @@ import functools
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,9 @@ def lora_run(sizes, dropout=0.0, accumulation=1, steps=2):
     reference = make_reference(policy, base, config)
     optimizer = make_optimizer(config, policy.config, steps)
     schedule = learning_rate_schedule(config, steps)
-    step = make_train_step(policy, reference, optimizer, schedule, step_options(config))
+    step: Any = make_train_step(
+        policy, reference, optimizer, schedule, step_options(config)
+    )
     plan = BatchPlan(
         Order(num_pairs=16 * steps, pairs_per_batch=16),
         Padded(make_pairs(16 * steps), 16, accumulation, sizes[0] * sizes[1]),
@@ -77,16 +80,18 @@ def lora_run(sizes, dropout=0.0, accumulation=1, steps=2):
     state, frozen = init_state(policy, optimizer), split_model(policy)[2]
     before = jax.device_get(frozen)
     numbers = jax.tree.map(jnp.float32, loss_options(config))
-    lines, shown = [], None
+    lines: list[dict[str, float]] = []
+    first: list[Any] = []
     for batch, _ in plan.batches():
         batch = put_batch(batch, policy.mesh)
         arguments = state, frozen, reference.operands, batch, numbers
-        shown = shown or (step.trace(*arguments).jaxpr, jax.tree.leaves(arguments))
+        if not lines:
+            first = [step.trace(*arguments).jaxpr, jax.tree.leaves(arguments)]
         state, out = step(*arguments)
         lines.append(means(out.sums) | {"grad_norm": float(out.grad_norm)})
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(frozen), before)
     params = jax.tree.map(np.asarray, jax.device_get(state.params))
-    return Ran(lines, 16, params), shown
+    return Ran(lines, 16, params), first
 
 
 @pytest.mark.parametrize(
@@ -144,7 +149,9 @@ def test_a_frozen_head_costs_no_gradient():
     reference = make_reference(model, None, config)
     optimizer = make_optimizer(config, model.config, 1)
     schedule = learning_rate_schedule(config, 1)
-    step = make_train_step(model, reference, optimizer, schedule, step_options(config))
+    step: Any = make_train_step(
+        model, reference, optimizer, schedule, step_options(config)
+    )
     plan = BatchPlan(
         Order(num_pairs=16, pairs_per_batch=16), Padded(make_pairs(16), 16, 1, 1)
     )
@@ -160,7 +167,7 @@ def test_evaluation_drops_nothing():
     _, policy = make_policy((1, 1, 1), dropout=0.25)
     config = DPOConfig(total_batch_size=16)
     reference = make_reference(policy, None, config)
-    evaluate = make_eval_step(policy, reference, step_options(config))
+    evaluate: Any = make_eval_step(policy, reference, step_options(config))
     plan = BatchPlan(
         Order(num_pairs=16, pairs_per_batch=16), Padded(make_pairs(16), 16, 1, 1)
     )
