@@ -2,7 +2,13 @@
 
 from engine.models.adapter import Adapter
 from engine.models.adapter_files import check_adapter
-from engine.models.adapters import add_adapter, load_adapter, merged, with_own_adapter
+from engine.models.adapters import (
+    add_adapter,
+    load_adapter,
+    merged,
+    with_own_adapter,
+    without_adapter,
+)
 from engine.models.architecture import DecoderConfig, max_positions
 from engine.models.checkpoint import read_config, resolve_directory
 from engine.models.decoder import Decoder
@@ -32,4 +38,5 @@ __all__ = [
     "resolve_directory",
     "save_pretrained",
     "with_own_adapter",
+    "without_adapter",
 ]

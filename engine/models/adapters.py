@@ -126,17 +126,16 @@ def decoder_like(
 def without_adapter(model: Decoder) -> Decoder:
     """The model beneath an adapter, with the very same arrays."""
     config = replace(model.config, adapter=None)
-    arrays = model.variables()
-    return decoder_like(
-        model, config, {path: arrays[path][...] for path in config.parameters()}
-    )
+    found = model.variables()
+    arrays = {path: found[path].get_value() for path in config.parameters()}
+    return decoder_like(model, config, arrays)
 
 
 def with_own_adapter(model: Decoder) -> Decoder:
     """The same model on the same base, with a copy of its adapter."""
     table = model.config.parameters()
     arrays = {
-        path: jnp.copy(x[...]) if table[path].trainable else x[...]
+        path: jnp.copy(x[...]) if table[path].trainable else x.get_value()
         for path, x in model.variables().items()
     }
     return decoder_like(model, model.config, arrays)

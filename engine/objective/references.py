@@ -113,9 +113,9 @@ class SharedModel:
         frozen = _frozen_arrays(policy)
         self._decoder = (decoder.config, decoder.mesh, decoder.dtype, decoder.remat)
         self.operands = {
-            path: x[...]
+            path: x.get_value()
             for path, x in decoder.variables().items()
-            if frozen.get(path) is not x[...]
+            if frozen.get(path) is not x.get_value()
         }
         self.specs = {
             path: parameter_spec(theirs[path], decoder.config, decoder.mesh)
@@ -146,13 +146,13 @@ class SharedModel:
 def _frozen_arrays(model: Decoder) -> dict[ParameterPath, jax.Array]:
     table = model.config.parameters()
     found = model.variables().items()
-    return {path: x[...] for path, x in found if not table[path].trainable}
+    return {path: x.get_value() for path, x in found if not table[path].trainable}
 
 
 def shares_arrays(decoder: Decoder, policy: Decoder) -> bool:
     """Whether `decoder` has arrays of the policy's that are not trained."""
     frozen = {id(x) for x in _frozen_arrays(policy).values()}
-    return any(id(x[...]) in frozen for x in decoder.variables().values())
+    return any(id(x.get_value()) in frozen for x in decoder.variables().values())
 
 
 class SyncedModel(FrozenModel):
