@@ -15,6 +15,7 @@ from engine.errors import InputError
 from engine.models.architecture import SLIDING, DecoderConfig
 from engine.models.attention.tiles import attend
 from engine.models.dropout import Dropout, row_hashes
+from engine.models.linear import Linears
 from engine.models.rope import rope_tables, rotate
 from engine.parallel.sharding import FSDP, TENSOR, ParameterPath, variable_type
 
@@ -40,10 +41,6 @@ def rms_norm(
     if plus_one:
         return (normed * (1.0 + weight.astype(jnp.float32))).astype(x.dtype)
     return normed.astype(x.dtype) * weight
-
-
-def _project(x: Array, weight: Array) -> Array:
-    return jnp.einsum("RSI,OI->RSO", x, weight)
 
 
 def _save_activations(prim: Any, *avals: Any, **params: Any) -> bool:
@@ -130,22 +127,31 @@ class Decoder(nnx.Module):
         config = self.config
         layers = {name: param[...] for name, param in self.layers.items()}
         window, rope = _layer_inputs(config, tokens.shape[1])
-        adapter = config.adapter
-        dropped = dropout_key is not None and adapter is not None and adapter.dropout
-        rows_R = row_hashes(tokens) if dropped else None
+        dropout_of = self._dropout(tokens, dropout_key)
 
         def layer(hidden, xs):
             number, *xs = xs
-            dropout = None
-            if adapter is not None and dropout_key is not None and rows_R is not None:
-                key = jax.random.fold_in(dropout_key, number)
-                dropout = Dropout(rate=adapter.dropout, key=key, rows=rows_R)
-            return _layer(config, hidden, *xs, rope=rope, dropout=dropout), None
+            return _layer(
+                config, hidden, *xs, rope=rope, dropout=dropout_of(number)
+            ), None
 
         layer = jax.checkpoint(layer, policy=_policy(self.remat), prevent_cse=False)
         number_L = jnp.arange(config.num_layers, dtype=jnp.int32)
         hidden, _ = lax.scan(layer, self._embed(tokens), (number_L, layers, *window))
         return rms_norm(hidden, self.final_norm[...], config.rms_eps, config.gemma)
+
+    def _dropout(self, tokens: Array, key: Array | None) -> Callable[[Array], Any]:
+        """Of a layer by its number, what drops elements there, or None."""
+        adapter = self.config.adapter
+        if adapter is None or not adapter.dropout or key is None:
+            return lambda number: None
+        rate, rows_R = adapter.dropout, row_hashes(tokens)
+
+        def of_layer(number: Array) -> Dropout:
+            key_of_layer = jax.random.fold_in(key, number)
+            return Dropout(rate=rate, key=key_of_layer, rows=rows_R)
+
+        return of_layer
 
     def _embed(self, tokens: Array) -> Array:
         """Each device looks the ids of its fsdp row up in its own vocab slice."""
@@ -191,38 +197,15 @@ def _layer(config: DecoderConfig, hidden, weights, span, kind, *, rope, dropout)
     def norm(name: str, x: Array) -> Array:
         return rms_norm(x, weights[name], config.rms_eps, config.gemma)
 
-    def gathered(shard: Array, axis: int) -> Array:
-        return lax.all_gather(shard.astype(hidden.dtype), FSDP, axis=axis, tiled=True)
-
     def on_each(x: Array) -> Array:
         # Here, not at each use: one sum over `tensor` in the backward pass, not three.
         return lax.pcast(x, TENSOR, to="varying")
 
-    def linear(x: Array, name: str, *, row: bool = False, cut=lambda w: w) -> Array:
-        """x W^T + scale (x A^T) B^T, the latter where the module has an adapter.
-
-        Where `row`, both are this device's part of a sum over `tensor`.
-        """
-        out = _project(x, gathered(cut(weights[name]), 0 if row else 1))
-        if config.adapter is None or name + "_lora_a" not in weights:
-            return out
-        a, b = weights[name + "_lora_a"], cut(weights[name + "_lora_b"])
-        if dropout is not None:
-            x = dropout(x, name, lax.axis_index(TENSOR) * x.shape[-1] if row else 0)
-        a, b = (a, gathered(b, 0)) if row else (gathered(a, 1), b)
-        low = _project(x, a.astype(x.dtype))
-        return out + config.adapter.scale * _project(low, b.astype(x.dtype))
-
-    def column(x: Array, name: str, cut=lambda w: w) -> Array:
-        out, bias = linear(x, name, cut=cut), weights.get(name + "_bias")
-        return out if bias is None else out + cut(bias).astype(x.dtype)[None, None, :]
+    linears = Linears(weights=weights, adapter=config.adapter, dropout=dropout)
+    column = linears.column
 
     def row(x: Array, name: str) -> Array:
-        out = lax.psum(linear(x, name, row=True), TENSOR)
-        bias = weights.get(name + "_bias")
-        if bias is not None:
-            out = out + bias.astype(out.dtype)[None, None, :]
-        return checkpoint_name(out, _BLOCK_OUT)
+        return checkpoint_name(linears.row(x, name), _BLOCK_OUT)
 
     def heads(x: Array) -> Array:
         return x.reshape(*x.shape[:2], -1, config.head_dim)

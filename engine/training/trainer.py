@@ -170,7 +170,8 @@ class Trainer:
     def _check_usable(self) -> None:
         if self._failure is not None:
             raise self._failure
-        if any(x.is_deleted() for x in jax.tree.leaves(self.state.params)):
+        held = jax.tree.leaves((self.state.params, self._frozen))
+        if any(x.is_deleted() for x in held):
             raise InputError(
                 "the arrays of this trainer's model have been used up by another "
                 "trainer; load the model anew for each"
