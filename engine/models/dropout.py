@@ -66,5 +66,5 @@ class Dropout:
         feature = jnp.arange(size, dtype=jnp.uint32) + jnp.asarray(first, jnp.uint32)
         spread = (feature * jnp.uint32(_GOLDEN))[None, None, :]
         bits = _mixed(_mixed(one + spread) ^ other)
-        keep = bits >= jnp.uint32(round(self.rate * 2**32))
+        keep = bits >= jnp.uint32(min(round(self.rate * 2**32), 2**32 - 1))
         return jnp.where(keep, x / (1 - self.rate), jnp.zeros((), x.dtype))
