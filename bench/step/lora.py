@@ -78,7 +78,7 @@ def step_of(side: str, mesh: Any) -> tuple[Any, tuple[Any, ...], Any]:
         adapted = dataclasses.replace(base, adapter=adapter)
         policy = abstract_model(adapted, mesh=mesh)
         reference = SharedModel(without_adapter(policy), policy)
-    optimizer = make_optimizer(config, policy.config, 100)
+    optimizer = make_optimizer(config, policy.config, mesh, 100)
     schedule = learning_rate_schedule(config, 100)
     step = make_train_step(policy, reference, optimizer, schedule, step_options(config))
     whole = place(PartitionSpec(), mesh)

@@ -26,7 +26,8 @@ from engine.paths import as_path, is_url, matching_files
 # the names of all that was written with it. Nothing else is ever replaced or removed.
 WRITER, FILES = "writer", "files"
 OUR_NAME = "dpo-engine"
-_MEANT = (CONFIG, INDEX, ADAPTER_CONFIG, "generation_config.json")
+GENERATION = "generation_config.json"
+_MEANT = (CONFIG, INDEX, ADAPTER_CONFIG, GENERATION)
 
 _WAY_OUT = "give another save_directory"
 _STAGING = ".model.part"

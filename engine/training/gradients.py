@@ -104,9 +104,7 @@ class Objective:
         mean_length = _mean_chosen_length(batch)
 
         def score(params: Params, microbatch: Batch) -> Scored:
-            return self.score(
-                params, frozen, ref, microbatch, mean_length, dropout_key
-            )
+            return self.score(params, frozen, ref, microbatch, mean_length, dropout_key)
 
         split = _whole_batch if self.loss.whole_batch else _pair_by_pair
         grads, sums = split(self.loss, score, params, batch, options)

@@ -13,9 +13,8 @@ from engine.models import (
     check_adapter,
     load_adapter,
     resolve_directory,
-    with_own_adapter,
 )
-from engine.objective.references import SharedModel, load_reference, shares_arrays
+from engine.objective.references import load_reference
 
 _REFERENCES = "reference_model.adapter"
 
@@ -87,17 +86,6 @@ def reference_decoder(
     if adapter is None:
         return reference
     return load_adapter(reference, adapter, what=_REFERENCES)
-
-
-def shared_reference(policy: Decoder, given: Decoder | None) -> SharedModel | None:
-    """The reference where it is on the base of the policy's adapter, or None.
-
-    given: None is the policy as it is now, of whose adapter there is a copy then.
-    """
-    if policy.config.adapter is None:
-        return None
-    given = with_own_adapter(policy) if given is None else given
-    return SharedModel(given, policy) if shares_arrays(given, policy) else None
 
 
 def _is_from(model: Decoder, name: str | Path) -> bool:

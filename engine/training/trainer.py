@@ -16,13 +16,6 @@ from engine.config.dpo import DPOConfig
 from engine.data.batches import BatchPlan
 from engine.errors import InputError
 from engine.models import Decoder, save_pretrained
-from engine.objective.references import (
-    FrozenModel,
-    NoReference,
-    Reference,
-    SyncedModel,
-    model_for_reference,
-)
 from engine.parallel.batch import Batch, abstract_batch
 from engine.parallel.sharding import place
 from engine.paths import as_path
@@ -39,7 +32,6 @@ from engine.training.events import Listener, Listeners
 from engine.training.gradients import Params
 from engine.training.listeners import MetricsFile, Terminal, WandB
 from engine.training.loop import Loop, Progress
-from engine.training.lora import shared_reference
 from engine.training.metrics import Sums
 from engine.training.optimizer import make_optimizer
 from engine.training.prepare import (
@@ -47,6 +39,7 @@ from engine.training.prepare import (
     loss_options,
     step_options,
 )
+from engine.training.reference import make_reference
 from engine.training.schedules import learning_rate_schedule
 from engine.training.step import (
     StepOut,
@@ -287,27 +280,6 @@ def _own_listeners(arguments: DPOConfig) -> Iterator[Listener]:
         yield FallingChosen()
     if arguments.use_wandb:
         yield WandB(arguments, directory)
-
-
-def make_reference(
-    policy: Decoder, given: Decoder | None, arguments: DPOConfig
-) -> Reference:
-    """Where the reference's log-probabilities come from."""
-    if arguments.without_reference:
-        return NoReference()
-    shared = shared_reference(policy, given)
-    if shared is not None:
-        return shared
-    synced = arguments.sync_ref_model
-    model = model_for_reference(policy, given, synced=synced)
-    if not synced:
-        return FrozenModel(model)
-    return SyncedModel(
-        model,
-        policy,
-        every=arguments.ref_model_sync_steps,
-        alpha=arguments.ref_model_mixup_alpha,
-    )
 
 
 @contextmanager

@@ -26,13 +26,13 @@ from engine.training.lora import reference_decoder
 from engine.training.metrics import means
 from engine.training.optimizer import learning_rate_schedule, make_optimizer
 from engine.training.prepare import loss_options, step_options
+from engine.training.reference import make_reference
 from engine.training.step import (
     init_state,
     make_eval_step,
     make_train_step,
     split_model,
 )
-from engine.training.trainer import make_reference
 from tests.engine.tiny_models import one_device
 from tests.engine.training.test_step import BETA, Ran, assert_same, make_pairs, model_on
 
@@ -68,7 +68,7 @@ def lora_run(sizes, dropout=0.0, accumulation=1, steps=2):
     )
     base, policy = make_policy(sizes, dropout)
     reference = make_reference(policy, base, config)
-    optimizer = make_optimizer(config, policy.config, steps)
+    optimizer = make_optimizer(config, policy.config, policy.mesh, steps)
     schedule = learning_rate_schedule(config, steps)
     step: Any = make_train_step(
         policy, reference, optimizer, schedule, step_options(config)
@@ -147,7 +147,7 @@ def test_a_frozen_head_costs_no_gradient():
     assert head not in set(products(lora_run((1, 1, 1))[1][0].jaxpr))
     config, model = DPOConfig(total_batch_size=16), model_on((1, 1, 1))
     reference = make_reference(model, None, config)
-    optimizer = make_optimizer(config, model.config, 1)
+    optimizer = make_optimizer(config, model.config, model.mesh, 1)
     schedule = learning_rate_schedule(config, 1)
     step: Any = make_train_step(
         model, reference, optimizer, schedule, step_options(config)
