@@ -9,7 +9,7 @@ that need not be here, and the compiler's account of it (`memory_analysis()`):
     argument_bytes  parameters, optimizer state, reference and batch: LoRA's base is in
                     it once, as the reference has no arrays of its own
     temp_bytes      activations, gradients, gathered weights
-    flops           of the matrix products: 2 P R S for a pass of P weights over all
+    matmul_flops    of the matrix products: 2 P R S for a pass of P weights over all
                     tokens, 2 T D V for one of the head over the scored ones. Full
                     training makes five (reference, policy, the policy again in the
                     backward pass, and two gradients), LoRA four: no weight of the base
@@ -138,7 +138,7 @@ def measure(name: str, target: Target) -> Iterator[rows.Row]:
             dtype="bfloat16",
             device=target.device,
             compiler=f"{target.compiler} {version(target.compiler)}",
-            flops=count,
+            matmul_flops=count,
             bound_ms=round(1e3 * count / (PEAK_TFLOPS[name] * 1e12), 1),
             pairs=PAIRS,
             length=LENGTH,
