@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engine.config.dpo import DPOConfig
+    from engine.config.lora import LoraConfig
     from engine.errors import InputError
     from engine.models import init_model, load_model
     from engine.training.dpo_trainer import DPOTrainer
@@ -14,6 +15,7 @@ __all__ = [
     "DPOConfig",
     "DPOTrainer",
     "InputError",
+    "LoraConfig",
     "__version__",
     "init_model",
     "load_model",
@@ -24,6 +26,7 @@ _HOMES = {
     "DPOConfig": "engine.config.dpo",
     "DPOTrainer": "engine.training.dpo_trainer",
     "InputError": "engine.errors",
+    "LoraConfig": "engine.config.lora",
     "init_model": "engine.models",
     "load_model": "engine.models",
 }

@@ -1,4 +1,4 @@
-"""The command line: `dpo train`, `validate`, `inspect`, `run`, `verify`."""
+"""The command line: `dpo train`, `validate`, `inspect`, `run`, `export`, `verify`."""
 
 import argparse
 import errno
@@ -17,7 +17,7 @@ from engine.errors import InputError, one_line, stage
 _DESCRIPTION = """\
 Preference-tune (DPO) language models in JAX, on CPU, GPU and TPU.
 
-A run file is YAML: `config:` with model, reference_model, mixture, eval_mixture,
+A run file is YAML: `config:` with model, lora, reference_model, mixture, eval_mixture,
 sharding and trainer, and `actions:`, a list of train and validate. Every option can be
 changed from the command line by its dotted name without `config.`:
 
@@ -112,6 +112,9 @@ def _dispatch(argv: list[str]) -> int:
     if arguments.command is None:
         parser.print_help()
         return 0
+    if arguments.command == "export":
+        _export(arguments)
+        return 0
     path, overrides = arguments.config, arguments.words
     if path is None:
         if not overrides:
@@ -170,6 +173,37 @@ def _run(name: str, path: str, overrides: list[str], *options: Any):
         command.main(run_config, *options)
 
 
+def _export(arguments: argparse.Namespace):
+    _import_jax()
+    from engine.commands import export
+
+    export.main(
+        arguments.merge,
+        arguments.directory,
+        model=arguments.model,
+        dtype=arguments.dtype,
+    )
+
+
+def _add_export(commands: Any):
+    export = commands.add_parser(
+        "export",
+        help="write a LoRA adapter and its model as one model",
+        description="Write W + scale B A for each weight of a model, in Hugging Face "
+        "form: computed in float32, rounded once to the model's own dtype.",
+        allow_abbrev=False,
+    )
+    export.add_argument(
+        "--merge", required=True, metavar="ADAPTER", help="a PEFT adapter's directory"
+    )
+    export.add_argument("directory", metavar="NEW_DIR", help="where the model goes")
+    export.add_argument(
+        "--model", metavar="BASE", help="if not the one that the adapter names"
+    )
+    dtypes = "bfloat16", "float16", "float32"
+    export.add_argument("--dtype", choices=dtypes, help="of the weights on disk")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="dpo",
@@ -188,6 +222,7 @@ def _parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         _add_run_file(command)
+    _add_export(commands)
     commands.add_parser(
         "verify", help="run every kernel that this machine can, against the reference"
     )

@@ -27,6 +27,7 @@ from engine.parallel.sharding import BATCH, make_mesh, param_specs
 from engine.training.metrics import means
 from engine.training.optimizer import make_optimizer
 from engine.training.prepare import loss_options, step_options
+from engine.training.reference import make_reference
 from engine.training.schedules import learning_rate_schedule
 from engine.training.step import (
     StepOut,
@@ -36,7 +37,6 @@ from engine.training.step import (
     split_model,
     update,
 )
-from engine.training.trainer import make_reference
 
 STEPS = 1000  # of the schedule
 OURS, PLAIN, PLAIN_OPTAX = "dpo_kernels", "plain JAX, log_softmax", "plain JAX, optax"

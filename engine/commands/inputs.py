@@ -7,10 +7,16 @@ from transformers import PreTrainedTokenizerBase
 from engine.config.run import RunConfig
 from engine.data.pairs import PairTokens, PreferenceRows
 from engine.data.sources import load_mixture
-from engine.models import check_checkpoint, check_save_directory, resolve_directory
+from engine.models import (
+    DecoderConfig,
+    check_checkpoint,
+    check_save_directory,
+    resolve_directory,
+)
 from engine.models.tokenizer import load_tokenizer
 from engine.parallel.sharding import make_mesh
 from engine.training.compilation import keep_programs
+from engine.training.lora import reference_config, with_lora
 from engine.training.prepare import EVAL, Prepared, prepare, prepare_pairs
 
 
@@ -52,10 +58,8 @@ def prepare_run(run: RunConfig, data: RunData | None = None) -> Prepared:
     keep_programs()
     mesh = make_mesh(run.sharding.data, run.sharding.fsdp, run.sharding.tensor)
     model = check_checkpoint(resolve_directory(run.model.name_or_path))
-    reference = None
-    if run.reference_model is not None:
-        name = run.reference_model.name_or_path
-        reference = check_checkpoint(resolve_directory(name))
+    reference = _reference(run, model)
+    model = with_lora(model, run.lora, run.model.name_or_path)
     data = data or read_data(run)
     evaluations = dict(data.pairs)
     train = evaluations.pop("")
@@ -71,6 +75,17 @@ def prepare_run(run: RunConfig, data: RunData | None = None) -> Prepared:
     )
 
 
+def _reference(run: RunConfig, base: DecoderConfig) -> DecoderConfig | None:
+    given = run.reference_model
+    if given is None:
+        return None
+    config = base
+    if given.name_or_path is not None:
+        config = check_checkpoint(resolve_directory(given.name_or_path))
+    name = given.name_or_path or run.model.name_or_path
+    return reference_config(config, given.adapter, name)
+
+
 def check_destination(run: RunConfig) -> None:
     """Refuse a save_directory in which a model may not be saved."""
     reference = run.reference_model
@@ -78,6 +93,8 @@ def check_destination(run: RunConfig) -> None:
         "model.name_or_path": run.model.name_or_path,
         "model.tokenizer": run.model.tokenizer,
         "reference_model.name_or_path": reference and reference.name_or_path,
+        "reference_model.adapter": reference and reference.adapter,
+        "lora.adapter": run.lora and run.lora.adapter,
     }
     data = {}
     for name, mixture in (("mixture", run.mixture), ("eval_mixture", run.eval_mixture)):

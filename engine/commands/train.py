@@ -3,24 +3,38 @@
 from engine.commands.inputs import prepare_run
 from engine.config.run import RunConfig
 from engine.models import load_model
-from engine.objective.references import load_reference
+from engine.training.lora import lora_policy, reference_decoder
 from engine.training.trainer import Trainer
 
 
 def main(run: RunConfig) -> None:
     """Train as a run file says; everything is checked before a weight is loaded."""
     prepared = prepare_run(run)
-    model = load_model(
+    adapter, given = prepared.model.adapter, run.reference_model
+    base = load_model(
         run.model.name_or_path,
         mesh=prepared.mesh,
         dtype=run.model.dtype,
-        param_dtype=run.model.param_dtype,
+        param_dtype=run.model.param_dtype if adapter is None else run.model.dtype,
         remat=run.model.remat,
     )
-    reference = None
-    if run.reference_model is not None:
-        reference = load_reference(
-            run.reference_model.name_or_path, model, synced=run.trainer.sync_ref_model
+    model, reference = base, None
+    if run.lora is not None and adapter is not None:
+        model = lora_policy(
+            base,
+            run.lora,
+            adapter,
+            param_dtype=run.model.param_dtype,
+            seed=run.trainer.seed,
+        )
+        reference = base if run.lora.adapter is None else None
+    if given is not None:
+        reference = reference_decoder(
+            model,
+            base,
+            name=given.name_or_path,
+            adapter=given.adapter,
+            synced=run.trainer.sync_ref_model,
         )
     # The trainer takes the arrays over: `model` is empty from the first step on.
     Trainer(prepared, model, reference).train()

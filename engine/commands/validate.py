@@ -18,12 +18,8 @@ def main(run: RunConfig) -> None:
     prepared = prepare_run(run)
     model, plan, mesh = prepared.model, prepared.plan, prepared.mesh
     print(f"model       {run.model.name_or_path}: {model.model_type}, {_size(model)}")
-    if run.trainer.without_reference:
-        print("reference   none")
-    elif run.reference_model is not None:
-        print(f"reference   {run.reference_model.name_or_path}")
-    else:
-        print("reference   a frozen copy of the model")
+    print(f"trained     {_trained(model)}")
+    print(f"reference   {_reference(run)}")
     axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
     print(f"mesh        {axes} on {mesh.devices.flat[0].device_kind}")
     print(f"train       {_describe(prepared.train)}")
@@ -37,12 +33,42 @@ def main(run: RunConfig) -> None:
     print("valid")
 
 
-def _size(config: DecoderConfig) -> str:
-    count = sum(
+def _count(config: DecoderConfig, trainable: bool) -> int:
+    return sum(
         math.prod(parameter.shape) * (config.num_layers if parameter.stacked else 1)
         for parameter in config.parameters().values()
+        if parameter.trainable is trainable
     )
-    return f"{count:,} parameters"
+
+
+def _size(config: DecoderConfig) -> str:
+    return f"{_count(config, trainable=config.adapter is None):,} parameters"
+
+
+def _trained(config: DecoderConfig) -> str:
+    count, adapter = _count(config, trainable=True), config.adapter
+    if adapter is None:
+        return f"all {count:,}"
+    share = count / _count(config, trainable=False)
+    modules = ", ".join(adapter.modules)
+    return (
+        f"{count:,} ({share:.2%}): LoRA of rank {adapter.rank}, scale "
+        f"{adapter.scale:.4g}, in {modules}"
+    )
+
+
+def _reference(run: RunConfig) -> str:
+    given, lora = run.reference_model, run.lora
+    if run.trainer.without_reference:
+        return "none"
+    if given is not None:
+        parts = given.name_or_path or run.model.name_or_path, given.adapter
+        return " with the adapter ".join(part for part in parts if part)
+    if lora is None:
+        return "a frozen copy of the model"
+    if lora.adapter is None:
+        return "the model without its adapter"
+    return f"the model with a frozen copy of {lora.adapter}"
 
 
 def _describe(pairs: PairTokens) -> str:

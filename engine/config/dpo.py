@@ -69,7 +69,7 @@ class DPOConfig(OptimizerConfig, LossConfig):
     shuffle_train_dataset: bool = True  # False: file order
     drop_last: bool = False  # False: fill an epoch's last batch with weightless pairs
     seed: int = 42
-    disable_dropout: bool = True  # the decoder has none, so False is refused
+    disable_dropout: bool = True  # False: drop as LoRA's lora_dropout says
 
     # Reports.
     log_steps: int = 10  # optimizer steps between two lines of metrics
@@ -141,11 +141,6 @@ class DPOConfig(OptimizerConfig, LossConfig):
         if not self.sync_ref_model:
             names = "ref_model_sync_steps", "ref_model_mixup_alpha"
             check_unused(self, "without sync_ref_model", *names)
-        if not self.disable_dropout:
-            raise InputError(
-                "disable_dropout=False cannot be had: the models have no dropout; "
-                "remove it"
-            )
         if self.use_wandb and importlib.util.find_spec("wandb") is None:
             raise InputError(
                 "use_wandb=True needs the wandb package: pip install wandb, or set it "

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from engine.config.columns import ColumnsConfig
 from engine.config.dpo import DPOConfig
 from engine.config.fields import check_count, check_types, check_within
+from engine.config.lora import LoraConfig, check_dropout
 from engine.config.run_file import build, read_run_file
 from engine.errors import InputError
 from engine.paths import expand
@@ -35,12 +36,18 @@ class ModelConfig:
 class ReferenceConfig:
     """The frozen model that rewards are measured from: `reference_model:`."""
 
-    name_or_path: str  # a directory (from the working directory), else a hub id
+    # A directory (from the working directory), else a hub id; None: the model itself,
+    # beneath `adapter`.
+    name_or_path: str | None = None
+    adapter: str | None = None  # a PEFT adapter on it, likewise
 
     def __post_init__(self):
         check_types(self)
-        _check_not_empty("name_or_path", self.name_or_path)
-        _expand(self, "name_or_path")
+        if self.name_or_path is None and self.adapter is None:
+            raise InputError("name_or_path is missing")
+        for name in ("name_or_path", "adapter"):
+            _check_not_empty(name, getattr(self, name))
+        _expand(self, "name_or_path", "adapter")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +139,7 @@ class RunConfig:
 
     model: ModelConfig
     mixture: MixtureConfig
+    lora: LoraConfig | None = None  # None: every parameter is trained
     reference_model: ReferenceConfig | None = None  # None: the policy before training
     eval_mixture: MixtureConfig | None = None
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
@@ -146,6 +154,14 @@ class RunConfig:
                 "reference_model has no effect with "
                 f"trainer.{self.trainer.without_reference}; remove one"
             )
+        reference = self.reference_model
+        if self.lora is None and reference and reference.name_or_path is None:
+            raise InputError(
+                "reference_model.name_or_path is missing; only with lora is its "
+                "adapter on the model's own weights"
+            )
+        dropout = None if self.lora is None else self.lora.lora_dropout
+        check_dropout(self.trainer, dropout, ("trainer.", "lora."))
         if self.eval_mixture is None:
             for name, value in (
                 ("eval_steps", self.trainer.eval_steps),
@@ -170,8 +186,8 @@ def load_run_config(path: str | Path, overrides: list[str] | None = None) -> Run
     return build(RunConfig, read_run_file(path, overrides or []))
 
 
-def _check_not_empty(name: str, value: str):
-    if not value:
+def _check_not_empty(name: str, value: str | None):
+    if value == "":
         raise InputError(f"{name}='' must not be empty")
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from engine.models.adapter import LINEARS, Adapter
 from engine.models.rope import Rope
 from engine.parallel.sharding import Parameter, ParameterPath, Role
 
@@ -53,6 +54,7 @@ class DecoderConfig:
     source: str = field(repr=False, compare=False)  # config.json as read, as JSON
     # None: the weights come from no checkpoint.
     origin: Origin | None = field(default=None, repr=False, compare=False)
+    adapter: Adapter | None = None  # where there is one, it alone is trained
 
     @property
     def hf_config(self) -> dict[str, Any]:
@@ -83,12 +85,42 @@ class DecoderConfig:
         table[("final_norm",)] = final
         if not self.tie_word_embeddings:
             table[("head",)] = single(HEAD, vocab, Role.VOCAB)
-        return table
+        return table if self.adapter is None else _adapted(table, self.adapter)
 
 
 def max_positions(config: DecoderConfig) -> int:
     """The longest sequence, in tokens, that the model was made for."""
     return config.max_position
+
+
+_ADAPTER_ROLES = {  # of A and of B, by the role of the weight that they stand beside
+    Role.COLUMN: (Role.COLUMN_A, Role.COLUMN_B),
+    Role.KV_COLUMN: (Role.COLUMN_A, Role.KV_COLUMN_B),
+    Role.ROW: (Role.ROW_A, Role.ROW_B),
+}
+
+
+def _adapted(
+    base: Mapping[ParameterPath, Parameter], adapter: Adapter
+) -> dict[ParameterPath, Parameter]:
+    """The parameters of a frozen base, and those of its adapter behind them."""
+    table = {path: replace(param, trainable=False) for path, param in base.items()}
+    for module in adapter.modules:
+        name = LINEARS[module]
+        weight = base["layers", name]
+        out, size = weight.shape
+        role_a, role_b = _ADAPTER_ROLES[weight.role]
+        for part, shape, role in (
+            ("A", (adapter.rank, size), role_a),
+            ("B", (out, adapter.rank), role_b),
+        ):
+            table["layers", f"{name}_lora_{part.lower()}"] = Parameter(
+                hf_name=weight.hf_name.replace(".weight", f".lora_{part}.weight"),
+                shape=shape,
+                role=role,
+                stacked=True,
+            )
+    return table
 
 
 def _layer_parameters(config: DecoderConfig) -> dict[str, Parameter]:

@@ -16,6 +16,7 @@ from engine.paths import as_path
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 _WANTED += ["*.md", "LICENSE*", "NOTICE*"]
 _UNWANTED = ["original/*", "consolidated*", "onnx/*"]
@@ -136,13 +137,13 @@ def read_config(directory: Path) -> DecoderConfig:
 
 def _refuse_other_kinds(directory: Path) -> None:
     """Directories that look like a language model's to this program, and are none."""
-    adapter = directory / "adapter_config.json"
+    adapter = directory / ADAPTER_CONFIG
     if adapter.is_file():
         base = read_json(adapter).get("base_model_name_or_path")
         raise InputError(
             f"{directory}: holds a LoRA (PEFT) adapter of {base!r}, not a whole model; "
-            "merge it into that model (peft: merge_and_unload, then save_pretrained) "
-            "and give the directory of the result"
+            "give that model, and this directory as lora.adapter; or merge both first: "
+            f"dpo export --merge {directory} NEW_DIR"
         )
     if (directory / "modules.json").is_file():
         raise InputError(

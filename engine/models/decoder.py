@@ -9,13 +9,15 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from engine.errors import InputError
 from engine.models.architecture import SLIDING, DecoderConfig
 from engine.models.attention.tiles import attend
+from engine.models.dropout import Dropout, row_hashes
+from engine.models.linear import Linears
 from engine.models.rope import rope_tables, rotate
-from engine.parallel.sharding import FSDP, TENSOR, variable_type
+from engine.parallel.sharding import FSDP, TENSOR, ParameterPath, variable_type
 
 REMAT = ("none", "dots", "full")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -39,11 +41,6 @@ def rms_norm(
     if plus_one:
         return (normed * (1.0 + weight.astype(jnp.float32))).astype(x.dtype)
     return normed.astype(x.dtype) * weight
-
-
-def _project(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    out = jnp.einsum("RSI,OI->RSO", x, weight)
-    return out if bias is None else out + bias.astype(x.dtype)[None, None, :]
 
 
 def _save_activations(prim: Any, *avals: Any, **params: Any) -> bool:
@@ -108,23 +105,53 @@ class Decoder(nnx.Module):
         """`config.json` as it was read."""
         return self.config.hf_config
 
+    def variables(self) -> dict[ParameterPath, nnx.Variable]:
+        """Its parameters, by the paths of `config.parameters()`."""
+        found = {("embed",): self.embed, ("final_norm",): self.final_norm}
+        if not self.config.tie_word_embeddings:
+            found["head",] = self.head
+        return found | {("layers", name): x for name, x in self.layers.items()}
+
     def head_weight(self) -> Float[Array, "V_local D"]:
         """This device's rows of the head in the compute dtype; padding comes last."""
         head = self.embed if self.config.tie_word_embeddings else self.head
         return head[...].astype(self.dtype)
 
-    def __call__(self, tokens: Int[Array, "R S"]) -> Float[Array, "R S D"]:
-        """Hidden states after the final norm, of this device's rows, right-padded."""
+    def __call__(
+        self, tokens: Int[Array, "R S"], dropout_key: Key[Array, ""] | None = None
+    ) -> Float[Array, "R S D"]:
+        """Hidden states after the final norm, of this device's rows, right-padded.
+
+        dropout_key: of a step of training; None, and nothing is dropped.
+        """
         config = self.config
         layers = {name: param[...] for name, param in self.layers.items()}
         window, rope = _layer_inputs(config, tokens.shape[1])
+        dropout_of = self._dropout(tokens, dropout_key)
 
         def layer(hidden, xs):
-            return _layer(config, hidden, *xs, rope=rope), None
+            number, *xs = xs
+            return _layer(
+                config, hidden, *xs, rope=rope, dropout=dropout_of(number)
+            ), None
 
         layer = jax.checkpoint(layer, policy=_policy(self.remat), prevent_cse=False)
-        hidden, _ = lax.scan(layer, self._embed(tokens), (layers, *window))
+        number_L = jnp.arange(config.num_layers, dtype=jnp.int32)
+        hidden, _ = lax.scan(layer, self._embed(tokens), (number_L, layers, *window))
         return rms_norm(hidden, self.final_norm[...], config.rms_eps, config.gemma)
+
+    def _dropout(self, tokens: Array, key: Array | None) -> Callable[[Array], Any]:
+        """Of a layer by its number, what drops elements there, or None."""
+        adapter = self.config.adapter
+        if adapter is None or not adapter.dropout or key is None:
+            return lambda number: None
+        rate, rows_R = adapter.dropout, row_hashes(tokens)
+
+        def of_layer(number: Array) -> Dropout:
+            key_of_layer = jax.random.fold_in(key, number)
+            return Dropout(rate=rate, key=key_of_layer, rows=rows_R)
+
+        return of_layer
 
     def _embed(self, tokens: Array) -> Array:
         """Each device looks the ids of its fsdp row up in its own vocab slice."""
@@ -164,30 +191,21 @@ def _kv_slice(config: DecoderConfig, x: Array) -> Array:
     return lax.dynamic_slice_in_dim(x, head * config.head_dim, config.head_dim, axis=0)
 
 
-def _layer(config: DecoderConfig, hidden, weights, span, kind, *, rope):
+def _layer(config: DecoderConfig, hidden, weights, span, kind, *, rope, dropout):
     """One layer: `weights` are this device's shards, `hidden` is whole on `tensor`."""
 
     def norm(name: str, x: Array) -> Array:
         return rms_norm(x, weights[name], config.rms_eps, config.gemma)
 
-    def gathered(shard: Array, axis: int) -> Array:
-        return lax.all_gather(shard.astype(hidden.dtype), FSDP, axis=axis, tiled=True)
-
     def on_each(x: Array) -> Array:
         # Here, not at each use: one sum over `tensor` in the backward pass, not three.
         return lax.pcast(x, TENSOR, to="varying")
 
-    def column(x: Array, name: str, cut=lambda w: w) -> Array:
-        bias = weights.get(name + "_bias")
-        weight = gathered(cut(weights[name]), 1)
-        return _project(x, weight, None if bias is None else cut(bias))
+    linears = Linears(weights=weights, adapter=config.adapter, dropout=dropout)
+    column = linears.column
 
     def row(x: Array, name: str) -> Array:
-        out = lax.psum(_project(x, gathered(weights[name], 0)), TENSOR)
-        bias = weights.get(name + "_bias")
-        if bias is not None:
-            out = out + bias.astype(out.dtype)[None, None, :]
-        return checkpoint_name(out, _BLOCK_OUT)
+        return checkpoint_name(linears.row(x, name), _BLOCK_OUT)
 
     def heads(x: Array) -> Array:
         return x.reshape(*x.shape[:2], -1, config.head_dim)

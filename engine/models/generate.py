@@ -90,7 +90,7 @@ def full_logits(model: Decoder, tokens: Int[Array, "R S"]) -> Float[Array, "R S 
     """
     rows = tokens.shape[0]
     padded = jnp.pad(tokens, ((0, -rows % _row_multiple(model)), (0, 0)))
-    graphdef, state = nnx.split(model, nnx.Param)
+    graphdef, state = nnx.split(model)
     return _full_logits(graphdef, state, padded)[:rows]
 
 
@@ -117,7 +117,7 @@ def greedy_generate(
         tokens[row, : starts[row]] = prompt
         lengths[row] = starts[row]
         limits[row] = starts[row] + max_new_tokens
-    graphdef, state = nnx.split(model, nnx.Param)
+    graphdef, state = nnx.split(model)
     eos = np.int32(-1 if eos_id is None else eos_id)
     out, ends = map(np.asarray, _greedy(graphdef, state, tokens, lengths, limits, eos))
     return [out[row, start : ends[row]].tolist() for row, start in enumerate(starts)]

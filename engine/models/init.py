@@ -65,6 +65,7 @@ def init_model(
     Weights are normal with `initializer_range`, norms leave their input's scale as
     it is, biases are 0.
     """
+    assert config.adapter is None, "add_adapter gives a model its adapter"
     mesh = make_mesh() if mesh is None else mesh
     stored = stored_dtype(param_dtype)
     config = replace(config, origin=None)
@@ -97,10 +98,15 @@ def abstract_model(
     param_dtype: str = "float32",
     remat: str = "full",
 ) -> Decoder:
-    """A decoder of `jax.ShapeDtypeStruct`s, to compile for absent devices."""
-    stored = stored_dtype(param_dtype)
+    """A decoder of `jax.ShapeDtypeStruct`s, to compile for absent devices.
+
+    param_dtype: of the trainable parameters; the others are in the compute dtype.
+    """
+    stored, frozen = stored_dtype(param_dtype), stored_dtype(dtype)
     arrays = {
-        path: jax.ShapeDtypeStruct(shape, stored, sharding=sharding)
-        for path, _, shape, sharding in placed_parameters(config, mesh)
+        path: jax.ShapeDtypeStruct(
+            shape, stored if param.trainable else frozen, sharding=sharding
+        )
+        for path, param, shape, sharding in placed_parameters(config, mesh)
     }
     return Decoder(config, arrays, mesh=mesh, dtype=dtype, remat=remat)

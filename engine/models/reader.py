@@ -1,6 +1,7 @@
 """Slices of a checkpoint's tensors, each read when it is needed."""
 
 import re
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,20 @@ Index = tuple[slice, ...]
 class Reader:
     """Slices of the tensors in a checkpoint's safetensors files."""
 
-    def __init__(self, directory: Path, stack: ExitStack):
-        """Opens every file; `stack` closes them."""
+    def __init__(
+        self,
+        directory: Path,
+        stack: ExitStack,
+        files: Callable[[Path], tuple[list[Path], dict[str, str]]] = weight_files,
+    ):
+        """Opens every file; `stack` closes them.
+
+        files: finds them, and the file that each tensor must be in, where that is said.
+        """
         self.directory = directory
         # Of each tensor: the file, its path, and the name that it has there.
         self._handles: dict[str, tuple[Any, Path, str]] = {}
-        paths, weight_map = weight_files(directory)
+        paths, weight_map = files(directory)
         for path in paths:
             with library_errors(lambda error, path=path: why_unreadable(path, error)):
                 handle = stack.enter_context(safe_open(path, "numpy"))

@@ -19,7 +19,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from engine.errors import InputError
-from engine.models.checkpoint import CONFIG, INDEX, is_tokenizer_file
+from engine.models.adapter_files import ADAPTER_WEIGHTS, adapter_config, adapter_name
+from engine.models.checkpoint import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    INDEX,
+    is_tokenizer_file,
+)
 from engine.models.decoder import DTYPES, Decoder
 from engine.models.save_directory import (
     FILES,
@@ -84,13 +90,18 @@ def _tensors(model: Decoder, dtype: str | None) -> Iterator[tuple[str, _Tensor]]
     """Each tensor by its name, layer after layer; dtype None: as the input had it."""
     origin = model.config.origin
     read = {} if origin is None or dtype is not None else origin.dtypes
+    adapter, arrays = model.config.adapter, model.variables()
     table = model.config.parameters()
+    if adapter is not None:
+        dtype = dtype or adapter.dtype
+        table = {path: param for path, param in table.items() if param.trainable}
     stacked = [path for path, param in table.items() if param.stacked]
     order = [(path, None) for path in table if path not in stacked]
     order += [(p, layer) for layer in range(model.config.num_layers) for p in stacked]
     for path, layer in order:
         name = table[path].hf_name.format(layer)
-        array = _param(model, path)
+        name = name if adapter is None else adapter_name(name)
+        array = arrays[path][...]
         yield (
             name,
             _Tensor(
@@ -100,13 +111,6 @@ def _tensors(model: Decoder, dtype: str | None) -> Iterator[tuple[str, _Tensor]]
                 layer=layer,
             ),
         )
-
-
-def _param(model: Decoder, path: tuple[str, ...]) -> jax.Array:
-    if path[0] == "layers":
-        return model.layers[path[1]][...]
-    single = {"embed": model.embed, "final_norm": model.final_norm}
-    return (single[path[0]] if path[0] in single else model.head)[...]
 
 
 def _write_weights(
@@ -194,11 +198,15 @@ def _write_all(
     split: StateDictSplit,
 ) -> None:
     """Everything that a save writes, the weights last: they name all the rest."""
-    if model.config.origin is not None:
+    adapter = model.config.adapter
+    if adapter is not None:
+        _write_json(staging / ADAPTER_CONFIG, adapter_config(adapter))
+    elif model.config.origin is not None:
         there = {path.name for path in directory.iterdir()}
         kept = frozenset(there - earlier_save(directory))
         _copy_companions(model.config.origin.directory, staging, kept)
-    _write_json(staging / CONFIG, _saved_config(model, tensors))
+    if adapter is None:
+        _write_json(staging / CONFIG, _saved_config(model, tensors))
     if tokenizer is not None:
         # Only here is transformers needed, whose import takes longer than jax's.
         from engine.models.tokenizer import write_tokenizer
@@ -224,8 +232,9 @@ def save_pretrained(
 ) -> None:
     """Writes config.json and safetensors; above `max_file_bytes` several and an index.
 
-    The small files of the directory that the model came from go along. An earlier save
-    in `directory` is replaced once the new one is whole; nothing else there is touched.
+    The small files of the directory that the model came from go along. Of a model with
+    an adapter the adapter alone is written, in PEFT's form. An earlier save in
+    `directory` is replaced once the new one is whole; nothing else there is touched.
     Every process calls this; the first one writes.
 
     Args:
@@ -239,10 +248,13 @@ def save_pretrained(
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"save dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
     tensors = dict(_tensors(model, dtype))
+    pattern = "model{suffix}.safetensors"
+    if model.config.adapter is not None:  # PEFT reads a single file
+        pattern, max_file_bytes = ADAPTER_WEIGHTS, 2**62
     split = split_state_dict_into_shards_factory(
         tensors,
         get_storage_size=lambda tensor: tensor.num_bytes,
-        filename_pattern="model{suffix}.safetensors",
+        filename_pattern=pattern,
         max_shard_size=max_file_bytes,
     )
     if jax.process_index() != 0:

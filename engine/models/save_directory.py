@@ -13,7 +13,13 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from engine.errors import InputError, library_errors, one_line
-from engine.models.checkpoint import CONFIG, INDEX, is_tokenizer_file, listed
+from engine.models.checkpoint import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    INDEX,
+    is_tokenizer_file,
+    listed,
+)
 from engine.paths import as_path, is_url, matching_files
 
 # In the header of every weight file, beside transformers' `format`: who wrote it, and
@@ -21,11 +27,12 @@ from engine.paths import as_path, is_url, matching_files
 WRITER, FILES = "writer", "files"
 OUR_NAME = "dpo-engine"
 GENERATION = "generation_config.json"
+_MEANT = (CONFIG, INDEX, ADAPTER_CONFIG, GENERATION)
 
 _WAY_OUT = "give another save_directory"
 _STAGING = ".model.part"
 _MARK = ".dpo-engine"  # in it, while it is being written: it is ours to remove
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_WEIGHTS = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors")
 _OLD_PARTS = re.compile(r"\.(model.*\.safetensors(\.index\.json)?|config\.json)\.part")
 
 
@@ -147,7 +154,7 @@ def _survey(directory: Path) -> tuple[frozenset[str], list[str]]:
             ours |= {path.name, *names} if names else set()
             foreign += [] if names else [path.name]
     for path in sorted(directory.iterdir()):
-        meant = path.name in (CONFIG, INDEX, GENERATION) or is_tokenizer_file(path.name)
+        meant = path.name in _MEANT or is_tokenizer_file(path.name)
         if meant and path.name not in ours:
             foreign.append(path.name)
     return frozenset(ours), foreign

@@ -59,6 +59,19 @@ def check_tensors(
     expected = _expected(config)
     if config.tie_word_embeddings and HEAD in shapes:
         expected[HEAD] = expected[EMBEDDING]
+    check_shapes(
+        expected,
+        shapes,
+        f"{where}: tensors do not match config.json ({config.model_type})",
+    )
+
+
+def check_shapes(
+    expected: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
+    complaint: str,
+):
+    """InputError with `complaint` and every tensor that is not as expected."""
     extra = [
         name
         for name in shapes
@@ -80,10 +93,7 @@ def check_tensors(
         if text
     ]
     if problems:
-        raise InputError(
-            f"{where}: tensors do not match config.json ({config.model_type}): "
-            f"{'; '.join(problems)}"
-        )
+        raise InputError(f"{complaint}: {'; '.join(problems)}")
 
 
 def open_checkpoint(directory: Path, stack: ExitStack) -> tuple[DecoderConfig, Reader]:

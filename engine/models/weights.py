@@ -20,7 +20,7 @@ from engine.models.values import shown
 from engine.parallel.sharding import Parameter, make_mesh
 
 
-def _read_block(
+def read_block(
     reader: Reader,
     parameter: Parameter,
     index: Index,
@@ -43,7 +43,7 @@ def _read_block(
     return block
 
 
-def _sharded(
+def sharded(
     shape: tuple[int, ...], sharding: NamedSharding, make: Callable[[Index], np.ndarray]
 ) -> jax.Array:
     """An array whose distinct local shards are made on the host one after the other."""
@@ -92,7 +92,7 @@ def load_model(
         for path, param, shape, sharding in placed_parameters(config, mesh):
 
             def make(index: Index, param=param, shape=shape) -> np.ndarray:
-                return _read_block(reader, param, index, shape, stored)
+                return read_block(reader, param, index, shape, stored)
 
-            arrays[path] = _sharded(shape, sharding, make)
+            arrays[path] = sharded(shape, sharding, make)
     return Decoder(config, arrays, mesh=mesh, dtype=dtype, remat=remat)

@@ -19,7 +19,7 @@ from engine.objective.scoring import (
     score_completions,
 )
 from engine.parallel.batch import Batch
-from engine.parallel.sharding import param_specs
+from engine.parallel.sharding import ParameterPath, param_specs, parameter_spec
 
 
 @runtime_checkable
@@ -36,12 +36,16 @@ class Reference(Protocol):
     def logps(
         self,
         operands: Any,
+        frozen: Any,
         policy: SequenceLogps,
         microbatch: Batch,
         group: GroupTokens,
         options: ScoringOptions,
     ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-        """Summed log-probabilities of the chosen and the rejected, inside shard_map."""
+        """Summed log-probabilities of the chosen and the rejected, inside shard_map.
+
+        frozen: those of the policy's parameters that are not trained.
+        """
         ...
 
     def update(self, params: Any, frozen: Any, step: int) -> None:
@@ -58,13 +62,14 @@ class NoReference:
     def logps(
         self,
         operands: Any,
+        frozen: Any,
         policy: SequenceLogps,
         microbatch: Batch,
         group: GroupTokens,
         options: ScoringOptions,
     ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
         """Zeros."""
-        del operands, microbatch, group, options
+        del operands, frozen, microbatch, group, options
         return jnp.zeros_like(policy.chosen), jnp.zeros_like(policy.rejected)
 
     def update(self, params: Any, frozen: Any, step: int) -> None:
@@ -81,6 +86,46 @@ class FrozenModel:
     def logps(
         self,
         operands: Any,
+        frozen: Any,
+        policy: SequenceLogps,
+        microbatch: Batch,
+        group: GroupTokens,
+        options: ScoringOptions,
+    ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+        """The model's, without a gradient."""
+        del policy, frozen
+        model = nnx.merge(self._graphdef, operands)
+        found = score_completions(model, microbatch, group, options)
+        return lax.stop_gradient(found.chosen), lax.stop_gradient(found.rejected)
+
+    def update(self, params: Any, frozen: Any, step: int) -> None:
+        """Nothing."""
+
+
+class SharedModel:
+    """A model of which the policy has arrays too, among those that it does not train.
+
+    Those are in memory once, and an operand of the step once: the policy's.
+    """
+
+    def __init__(self, decoder: Decoder, policy: Decoder):
+        theirs = decoder.config.parameters()
+        frozen = _frozen_arrays(policy)
+        self._decoder = (decoder.config, decoder.mesh, decoder.dtype, decoder.remat)
+        self.operands = {
+            path: x.get_value()
+            for path, x in decoder.variables().items()
+            if frozen.get(path) is not x.get_value()
+        }
+        self.specs = {
+            path: parameter_spec(theirs[path], decoder.config, decoder.mesh)
+            for path in self.operands
+        }
+
+    def logps(
+        self,
+        operands: Any,
+        frozen: Any,
         policy: SequenceLogps,
         microbatch: Batch,
         group: GroupTokens,
@@ -88,12 +133,26 @@ class FrozenModel:
     ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
         """The model's, without a gradient."""
         del policy
-        model = nnx.merge(self._graphdef, operands)
+        config, mesh, dtype, remat = self._decoder
+        arrays = {path: x[...] for path, x in nnx.to_flat_state(frozen)} | operands
+        model = Decoder(config, arrays, mesh=mesh, dtype=dtype.name, remat=remat)
         found = score_completions(model, microbatch, group, options)
         return lax.stop_gradient(found.chosen), lax.stop_gradient(found.rejected)
 
     def update(self, params: Any, frozen: Any, step: int) -> None:
         """Nothing."""
+
+
+def _frozen_arrays(model: Decoder) -> dict[ParameterPath, jax.Array]:
+    table = model.config.parameters()
+    found = model.variables().items()
+    return {path: x.get_value() for path, x in found if not table[path].trainable}
+
+
+def shares_arrays(decoder: Decoder, policy: Decoder) -> bool:
+    """Whether `decoder` has arrays of the policy's that are not trained."""
+    frozen = {id(x) for x in _frozen_arrays(policy).values()}
+    return any(id(x.get_value()) in frozen for x in decoder.variables().values())
 
 
 class SyncedModel(FrozenModel):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from dpo_kernels import TokenLogprobs, sequence_sums, token_logprobs
 from engine.models import Decoder
@@ -85,9 +85,10 @@ def score_completions(
     group: GroupTokens,
     options: ScoringOptions,
     stats: tuple[str, ...] = (),
+    dropout_key: Key[Array, ""] | None = None,
 ) -> SequenceLogps:
     """Run the model on this device's rows; score the tokens of the fsdp group."""
-    hidden_WSD = model(jnp.asarray(microbatch.rows.tokens))
+    hidden_WSD = model(jnp.asarray(microbatch.rows.tokens), dropout_key)
     positions = microbatch.scored.positions[0]
     count = microbatch.scored.counts[0].sum()
     used = jnp.arange(positions.shape[0], dtype=jnp.int32) < count

@@ -31,7 +31,18 @@ class Role(enum.Enum):
     ROW = "row"  # [L, D, in], in sharded over tensor
     COLUMN_BIAS = "column_bias"  # [L, out]
     KV_COLUMN_BIAS = "kv_column_bias"
+    # Of an adapter beside such a weight: A is [L, rank, in], B is [L, out, rank].
+    COLUMN_A = "column_a"
+    COLUMN_B = "column_b"
+    KV_COLUMN_B = "kv_column_b"
+    ROW_A = "row_a"
+    ROW_B = "row_b"
     REPLICATED = "replicated"
+
+
+ADAPTERS = frozenset(
+    {Role.COLUMN_A, Role.COLUMN_B, Role.KV_COLUMN_B, Role.ROW_A, Role.ROW_B}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +179,11 @@ def parameter_spec(parameter: Parameter, config: ModelShape, mesh: Mesh) -> P:
         Role.ROW: P(None, FSDP, TENSOR),
         Role.COLUMN_BIAS: P(None, TENSOR),
         Role.KV_COLUMN_BIAS: P(None, kv),
+        Role.COLUMN_A: P(None, None, FSDP),
+        Role.COLUMN_B: P(None, TENSOR, None),
+        Role.KV_COLUMN_B: P(None, kv, None),
+        Role.ROW_A: P(None, None, TENSOR),
+        Role.ROW_B: P(None, FSDP, None),
         Role.REPLICATED: P(),
     }[parameter.role]
 

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from engine.config.dpo import DPOConfig
+from engine.config.lora import LoraConfig
 from engine.errors import InputError
 from engine.models import (
     Decoder,
@@ -16,9 +17,9 @@ from engine.models import (
     load_model,
     resolve_directory,
 )
-from engine.objective.references import load_reference
 from engine.parallel.sharding import make_mesh
 from engine.training.events import Listener
+from engine.training.lora import lora_policy, reference_decoder, with_lora
 from engine.training.prepare import EVAL, PreferenceData, prepare, prepare_pairs
 from engine.training.trainer import Trainer
 
@@ -38,6 +39,9 @@ class DPOTrainer(Trainer):
             a `datasets.Dataset`, a list of dicts, or what `prepare_pairs` returns.
         eval_dataset: likewise, held out; or a dict of such data sets, by name.
         processing_class: the tokenizer.
+        lora: train an adapter on `model`, which stays as it is, in the dtype of the
+            computation; `trainer.model` is both. `model` is the reference, or its
+            adapter before training where `lora.adapter` is given.
         listeners: are told of every step and every line of metrics, after the file.
     Raises:
         InputError: data, options, model and mesh that do not fit together.
@@ -52,15 +56,17 @@ class DPOTrainer(Trainer):
         train_dataset: PreferenceData,
         eval_dataset: PreferenceData | Mapping[str, PreferenceData] | None = None,
         processing_class: PreTrainedTokenizerBase,
+        lora: LoraConfig | None = None,
         listeners: Iterable[Listener] = (),
     ):
         """Tokenises the data, checks everything, makes the state; writes nothing."""
         arguments = DPOConfig() if arguments is None else arguments
-        _check_types(arguments, processing_class, model, reference_model)
+        _check_types(arguments, processing_class, model, reference_model, lora)
         sources = {
             "model": _directory(model),
             "reference_model": _directory(reference_model),
             "processing_class": processing_class.name_or_path or None,
+            "lora.adapter": lora and lora.adapter,
         }
         check_save_directory(arguments.save_directory, sources)
         pairs = prepare_pairs(arguments, train_dataset, processing_class)
@@ -73,7 +79,7 @@ class DPOTrainer(Trainer):
         run = prepare(
             arguments,
             mesh=mesh,
-            model=_config(model),
+            model=with_lora(_config(model), lora, _name(model)),
             dtype=model.dtype if isinstance(model, Decoder) else "bfloat16",
             reference=None if reference_model is None else _config(reference_model),
             tokenizer=processing_class,
@@ -81,12 +87,21 @@ class DPOTrainer(Trainer):
             evaluations=evaluations,
         )
         # Only now, as every check is passed.
-        policy = model if isinstance(model, Decoder) else load_model(model, mesh=mesh)
-        if isinstance(reference_model, str | Path):
-            reference_model = load_reference(
-                reference_model, policy, synced=arguments.sync_ref_model
+        if not isinstance(model, Decoder):
+            param_dtype = "float32" if lora is None else "bfloat16"
+            model = load_model(model, mesh=mesh, param_dtype=param_dtype)
+        policy, reference = model, reference_model
+        if lora is not None and run.model.adapter is not None:
+            seed = arguments.seed
+            policy = lora_policy(model, lora, run.model.adapter, seed=seed)
+            if reference is None and lora.adapter is None:
+                reference = model
+        if isinstance(reference, str | Path):
+            synced = arguments.sync_ref_model
+            reference = reference_decoder(
+                policy, model, name=reference, adapter=None, synced=synced
             )
-        super().__init__(run, policy, reference_model, listeners)
+        super().__init__(run, policy, reference, listeners)
 
 
 def _config(model: Decoder | str | Path) -> DecoderConfig:
@@ -129,6 +144,12 @@ def _directory(model: Decoder | str | Path | None) -> str | Path | None:
     return None if model.config.origin is None else model.config.origin.directory
 
 
+def _name(model: Decoder | str | Path) -> str | None:
+    """How a model is named, for whoever loads an adapter of it."""
+    name = _directory(model)
+    return None if name is None else str(name)
+
+
 def _named(data: Any) -> dict[str, Any]:
     """Evaluation sets by the prefix of their metrics' names."""
     if data is None:
@@ -138,7 +159,9 @@ def _named(data: Any) -> dict[str, Any]:
     return {EVAL: data}
 
 
-def _check_types(arguments: Any, tokenizer: Any, model: Any, reference: Any) -> None:
+def _check_types(
+    arguments: Any, tokenizer: Any, model: Any, reference: Any, lora: Any
+) -> None:
     """Refuse what is not what the parameter's name says.
 
     Raises:
@@ -147,6 +170,7 @@ def _check_types(arguments: Any, tokenizer: Any, model: Any, reference: Any) -> 
     models = Decoder | str | Path
     load = "engine.load_model(...)"
     for name, value, wanted, way in (
+        ("lora", lora, LoraConfig | None, "engine.LoraConfig(...)"),
         ("arguments", arguments, DPOConfig, "engine.DPOConfig(...)"),
         (
             "processing_class",

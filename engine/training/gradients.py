@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from dpo_kernels import TokenLogprobs
 from engine.objective.interface import LossOptions, LossOut, PairLogps
@@ -59,14 +59,17 @@ class Objective:
         ref: Any,
         microbatch: Batch,
         mean_chosen_length: Float[Array, ""],
+        dropout_key: Key[Array, ""] | None = None,
     ) -> Scored:
         """Run both models; `ref` are the reference's operands."""
         model = nnx.merge(self.graphdef, params, frozen)
         group = group_tokens(microbatch)
         stats = (*STATS, *self.loss.stats)
-        policy = score_completions(model, microbatch, group, self.scoring, stats=stats)
+        policy = score_completions(
+            model, microbatch, group, self.scoring, stats=stats, dropout_key=dropout_key
+        )
         ref_chosen, ref_rejected = self.reference.logps(
-            ref, policy, microbatch, group, self.scoring
+            ref, frozen, policy, microbatch, group, self.scoring
         )
         logps = PairLogps(
             chosen=policy.chosen,
@@ -94,13 +97,14 @@ class Objective:
         batch: Batch,
         options: LossOptions,
         specs: Params,
+        dropout_key: Key[Array, ""] | None = None,
     ) -> tuple[Params, Sums]:
         """float32 gradients of the mean loss over all pairs, and the batch's sums."""
         params = vary_over_batch(params, specs)
         mean_length = _mean_chosen_length(batch)
 
         def score(params: Params, microbatch: Batch) -> Scored:
-            return self.score(params, frozen, ref, microbatch, mean_length)
+            return self.score(params, frozen, ref, microbatch, mean_length, dropout_key)
 
         split = _whole_batch if self.loss.whole_batch else _pair_by_pair
         grads, sums = split(self.loss, score, params, batch, options)

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from engine.models import DecoderConfig
 from engine.parallel.collectives import axes_of
 from engine.parallel.sharding import (
+    ADAPTERS,
     AXES,
     ParameterPath,
     Role,
@@ -64,7 +65,7 @@ Blocks = Mapping[ParameterPath, Block]
 
 def parameter_blocks(decoder: DecoderConfig, mesh: Mesh) -> Blocks:
     """For each parameter that is trained."""
-    matrices = {Role.COLUMN, Role.KV_COLUMN, Role.ROW}
+    matrices = {Role.COLUMN, Role.KV_COLUMN, Role.ROW, *ADAPTERS}
     blocks = {}
     for path, parameter in decoder.parameters().items():
         if not parameter.trainable:

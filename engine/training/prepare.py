@@ -16,6 +16,7 @@ from dpo_kernels.op import tiling
 from dpo_kernels.op.backends import load_backend
 from dpo_kernels.op.devices import Device
 from engine.config.dpo import DPOConfig
+from engine.config.lora import check_dropout
 from engine.data.batches import BatchPlan, Order, Padded
 from engine.data.pairs import (
     Limits,
@@ -87,6 +88,8 @@ def prepare(
                 "remove one"
             )
         check_comparable(model, reference, synced=arguments.sync_ref_model)
+    adapter = model.adapter
+    check_dropout(arguments, None if adapter is None else adapter.dropout)
     check_vocabulary(model, tokenizer, train, *evaluations.values())
     if arguments.eval_steps is not None and not evaluations:
         raise InputError(

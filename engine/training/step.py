@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from engine.models import Decoder
+from engine.models.dropout import step_key
 from engine.objective.losses import Loss
 from engine.objective.references import Reference
 from engine.objective.scoring import ScoringOptions
@@ -173,6 +174,8 @@ def make_train_step(
     """
     graphdef = split_model(model)[0]
     specs, frozen_specs = split_specs(model)
+    adapter = model.config.adapter
+    dropped = adapter is not None and adapter.dropout > 0
     objective = Objective(
         loss=options.loss,
         reference=reference,
@@ -181,8 +184,10 @@ def make_train_step(
     )
 
     def step(state: TrainState, frozen: Params, ref: Any, batch: Batch, numbers: Any):
+        # No key where nothing is dropped: then the step computes no random numbers.
+        key = step_key(options.seed, state.step) if dropped else None
         grads, sums = objective.gradients(
-            state.params, frozen, ref, batch, numbers, specs
+            state.params, frozen, ref, batch, numbers, specs, key
         )
         norm = global_norm(grads, specs)
         new = update(state, grads, norm, optimizer, options)

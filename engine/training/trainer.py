@@ -16,13 +16,6 @@ from engine.config.dpo import DPOConfig
 from engine.data.batches import BatchPlan
 from engine.errors import InputError
 from engine.models import Decoder, save_pretrained
-from engine.objective.references import (
-    FrozenModel,
-    NoReference,
-    Reference,
-    SyncedModel,
-    model_for_reference,
-)
 from engine.parallel.batch import Batch, abstract_batch
 from engine.parallel.sharding import place
 from engine.paths import as_path
@@ -46,6 +39,7 @@ from engine.training.prepare import (
     loss_options,
     step_options,
 )
+from engine.training.reference import make_reference
 from engine.training.schedules import learning_rate_schedule
 from engine.training.step import (
     StepOut,
@@ -169,7 +163,8 @@ class Trainer:
     def _check_usable(self) -> None:
         if self._failure is not None:
             raise self._failure
-        if any(x.is_deleted() for x in jax.tree.leaves(self.state.params)):
+        held = jax.tree.leaves((self.state.params, self._frozen))
+        if any(x.is_deleted() for x in held):
             raise InputError(
                 "the arrays of this trainer's model have been used up by another "
                 "trainer; load the model anew for each"
@@ -285,24 +280,6 @@ def _own_listeners(arguments: DPOConfig) -> Iterator[Listener]:
         yield FallingChosen()
     if arguments.use_wandb:
         yield WandB(arguments, directory)
-
-
-def make_reference(
-    policy: Decoder, given: Decoder | None, arguments: DPOConfig
-) -> Reference:
-    """Where the reference's log-probabilities come from."""
-    if arguments.without_reference:
-        return NoReference()
-    synced = arguments.sync_ref_model
-    model = model_for_reference(policy, given, synced=synced)
-    if not synced:
-        return FrozenModel(model)
-    return SyncedModel(
-        model,
-        policy,
-        every=arguments.ref_model_sync_steps,
-        alpha=arguments.ref_model_mixup_alpha,
-    )
 
 
 @contextmanager

@@ -93,7 +93,6 @@ def test_batch_sizes():
         ({"adam_epsilon": 1e-40}, "adam_epsilon=1e-40 is 0 in float32, in which"),
         ({"adam_beta1": 0.99999999}, "adam_beta1=0.99999999 is 1 in float32"),
         ({"adam_beta2": 1 - 2**-26}, "is 1 in float32, in which the moments"),
-        ({"disable_dropout": False}, "disable_dropout=False cannot be had"),
     ],
 )
 def test_bad_option(options, expected):

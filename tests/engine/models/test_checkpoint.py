@@ -116,7 +116,7 @@ def make_adapter(path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (make_adapter, "a LoRA .PEFT. adapter of 'org/base', not a whole model; merge"),
+        (make_adapter, "a LoRA .PEFT. adapter of 'org/base', not a whole model; give "),
         (
             lambda path: (path / "modules.json").write_text("[]"),
             "a sentence-transformers model",

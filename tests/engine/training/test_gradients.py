@@ -20,9 +20,9 @@ from engine.training.optimizer import (
     round_at_random,
 )
 from engine.training.prepare import loss_options, step_options
+from engine.training.reference import make_reference
 from engine.training.schedules import learning_rate_schedule
 from engine.training.step import init_state, make_train_step, split_model
-from engine.training.trainer import make_reference
 from tests.engine.training.test_step import assert_same, make_pairs, model_on, run
 
 

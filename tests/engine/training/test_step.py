@@ -20,6 +20,7 @@ from engine.parallel.sharding import make_mesh
 from engine.training.metrics import means
 from engine.training.optimizer import make_optimizer
 from engine.training.prepare import loss_options, step_options
+from engine.training.reference import make_reference
 from engine.training.schedules import learning_rate_schedule
 from engine.training.step import (
     init_state,
@@ -27,7 +28,6 @@ from engine.training.step import (
     make_train_step,
     split_model,
 )
-from engine.training.trainer import make_reference
 
 # An odd vocabulary, padded on every mesh; one kv head for every four devices' heads.
 CONFIG = parse_hf_config(

@@ -1,0 +1,95 @@
+"""LoRA's part of a run: the policy on its frozen base, and references that share it."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from engine.config.lora import LoraConfig
+from engine.models import (
+    Adapter,
+    Decoder,
+    DecoderConfig,
+    add_adapter,
+    check_adapter,
+    load_adapter,
+    resolve_directory,
+)
+from engine.objective.references import load_reference
+
+_REFERENCES = "reference_model.adapter"
+
+
+def with_lora(
+    config: DecoderConfig, lora: LoraConfig | None, base: str | None
+) -> DecoderConfig:
+    """The policy's configuration on a base model's; `base`: how that is named.
+
+    Raises:
+        InputError: an adapter that does not fit, see `check_adapter`.
+    """
+    if lora is None:
+        return config
+    return replace(config, adapter=_adapter(lora, config, base))
+
+
+def _adapter(lora: LoraConfig, config: DecoderConfig, base: str | None) -> Adapter:
+    if lora.adapter is None:
+        return lora.new_adapter(base)
+    directory = resolve_directory(lora.adapter, "lora.adapter")
+    found = check_adapter(directory, config, base)
+    return replace(found, dropout=lora.lora_dropout, base=base or found.base)
+
+
+def lora_policy(
+    base: Decoder,
+    lora: LoraConfig,
+    adapter: Adapter,
+    *,
+    param_dtype: str = "float32",
+    seed: int,
+) -> Decoder:
+    """The policy: `base`, whose arrays it shares, and the adapter that is trained."""
+    if lora.adapter is None:
+        return add_adapter(base, adapter, param_dtype=param_dtype, seed=seed)
+    return load_adapter(base, lora.adapter, adapter=adapter, param_dtype=param_dtype)
+
+
+def reference_config(
+    config: DecoderConfig, adapter: str | None, base: str | None
+) -> DecoderConfig:
+    """A reference's configuration, with the adapter that it has, if any."""
+    if adapter is None:
+        return config
+    directory = resolve_directory(adapter, _REFERENCES)
+    return replace(config, adapter=check_adapter(directory, config, base))
+
+
+def reference_decoder(
+    policy: Decoder,
+    base: Decoder,
+    *,
+    name: str | Path | None,
+    adapter: str | None,
+    synced: bool,
+) -> Decoder | None:
+    """The reference that a run names; None: the policy as it is before training.
+
+    Where the policy is an adapter on `base`, and `name` is that very model or None, its
+    arrays are shared.
+    """
+    if name is None and adapter is None:
+        return None
+    if name is None or (policy is not base and _is_from(base, name)):
+        reference = base
+    else:
+        reference = load_reference(name, policy, synced=synced)
+    if adapter is None:
+        return reference
+    return load_adapter(reference, adapter, what=_REFERENCES)
+
+
+def _is_from(model: Decoder, name: str | Path) -> bool:
+    """Whether a model was read from the checkpoint of that name."""
+    origin = model.config.origin
+    directory = resolve_directory(name)
+    return origin is not None and os.path.samefile(origin.directory, directory)
