@@ -1,4 +1,4 @@
-"""The command line: `dpo train`, `validate`, `inspect`, `run`, `export`, `verify`."""
+"""The command line: `dpo train`, `precompute`, `validate`, `export`, ..."""
 
 import argparse
 import errno
@@ -18,8 +18,8 @@ _DESCRIPTION = """\
 Preference-tune (DPO) language models in JAX, on CPU, GPU and TPU.
 
 A run file is YAML: `config:` with model, lora, reference_model, mixture, eval_mixture,
-sharding and trainer, and `actions:`, a list of train and validate. Every option can be
-changed from the command line by its dotted name without `config.`:
+sharding and trainer, and `actions:`, a list of train, precompute and validate. Every
+option can be changed from the command line by its dotted name without `config.`:
 
   dpo train run.yaml trainer.beta=0.2 mixture.informs.0.split='train[:50%]'
 
@@ -27,6 +27,7 @@ changed from the command line by its dotted name without `config.`:
 """
 _COMMANDS = {
     "train": "train on the run file's pairs, evaluate, and save the model",
+    "precompute": "score every pair under the reference, and keep that for training",
     "validate": "check the run file, its model and its data; train nothing",
     "inspect": "show the data as the model will see it, and what is wrong with it",
     "run": "carry out the run file's own `actions:`, in order",

@@ -72,6 +72,7 @@ def prepare_run(run: RunConfig, data: RunData | None = None) -> Prepared:
         tokenizer=data.tokenizer,
         train=train,
         evaluations=evaluations,
+        reference_dtype=run.reference_model and run.reference_model.dtype,
     )
 
 

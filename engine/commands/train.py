@@ -2,14 +2,14 @@
 
 from engine.commands.inputs import prepare_run
 from engine.config.run import RunConfig
-from engine.models import load_model
+from engine.models import Decoder, load_model
 from engine.training.lora import lora_policy, reference_decoder
+from engine.training.prepare import Prepared
 from engine.training.trainer import Trainer
 
 
-def main(run: RunConfig) -> None:
-    """Train as a run file says; everything is checked before a weight is loaded."""
-    prepared = prepare_run(run)
+def load_models(run: RunConfig, prepared: Prepared) -> tuple[Decoder, Decoder | None]:
+    """The policy, and the reference where it is not the policy before training."""
     adapter, given = prepared.model.adapter, run.reference_model
     base = load_model(
         run.model.name_or_path,
@@ -35,6 +35,14 @@ def main(run: RunConfig) -> None:
             name=given.name_or_path,
             adapter=given.adapter,
             synced=run.trainer.sync_ref_model,
+            dtype=given.dtype,
         )
+    return model, reference
+
+
+def main(run: RunConfig) -> None:
+    """Train as a run file says; everything is checked before a weight is loaded."""
+    prepared = prepare_run(run)
+    model, reference = load_models(run, prepared)
     # The trainer takes the arrays over: `model` is empty from the first step on.
     Trainer(prepared, model, reference).train()

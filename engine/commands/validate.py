@@ -20,6 +20,9 @@ def main(run: RunConfig) -> None:
     print(f"model       {run.model.name_or_path}: {model.model_type}, {_size(model)}")
     print(f"trained     {_trained(model)}")
     print(f"reference   {_reference(run)}")
+    if prepared.reads_values:
+        source = "the data's columns" if prepared.has_values else "scored once, kept"
+        print(f"            its log-probabilities: {source}")
     axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
     print(f"mesh        {axes} on {mesh.devices.flat[0].device_kind}")
     print(f"train       {_describe(prepared.train)}")

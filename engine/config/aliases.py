@@ -139,7 +139,9 @@ ALIASES = {
     "ld_dpo_alpha": Alias("trainer.ld_alpha"),
     "dpop_alpha": Alias("trainer.dpop_lambda"),
     "gamma_beta_ratio": Alias("trainer.simpo_gamma", "beta times that ratio"),
-    "precompute_ref_log_probs": Alias(None, "the reference is scored in each step"),
+    "precompute_ref_batch_size": Alias(
+        None, "pairs are scored in the batches of training, so that they round alike"
+    ),
     "use_liger_kernel": Alias("trainer.implementation", "of the log-probabilities"),
     "use_liger_loss": Alias("trainer.implementation", "of the log-probabilities"),
     # Reports

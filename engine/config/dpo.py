@@ -46,6 +46,9 @@ class DPOConfig(OptimizerConfig, LossConfig):
 
     # Reference.
     reference_free: bool = False  # count the reference's log-probabilities as 0
+    # Score every pair once, before the first step, keep that on disk ($DPO_CACHE), and
+    # free the reference.
+    precompute_ref_log_probs: bool = False
     sync_ref_model: bool = False  # let the reference follow the policy
     ref_model_sync_steps: int = 64  # optimizer steps between two updates of it
     ref_model_mixup_alpha: float = 0.9  # ref <- alpha * policy + (1 - alpha) * ref
@@ -137,7 +140,14 @@ class DPOConfig(OptimizerConfig, LossConfig):
             )
         self.check_loss()
         if self.without_reference:
-            check_unused(self, f"with {self.without_reference}", "sync_ref_model")
+            names = "sync_ref_model", "precompute_ref_log_probs"
+            check_unused(self, f"with {self.without_reference}", *names)
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise InputError(
+                "precompute_ref_log_probs=True cannot be with sync_ref_model=True: a "
+                "reference that follows the policy has other log-probabilities after "
+                "each sync; remove one"
+            )
         if not self.sync_ref_model:
             names = "ref_model_sync_steps", "ref_model_mixup_alpha"
             check_unused(self, "without sync_ref_model", *names)

@@ -40,6 +40,7 @@ class ReferenceConfig:
     # beneath `adapter`.
     name_or_path: str | None = None
     adapter: str | None = None  # a PEFT adapter on it, likewise
+    dtype: Dtype | None = None  # of the computation; None: the model's
 
     def __post_init__(self):
         check_types(self)
@@ -145,7 +146,7 @@ class RunConfig:
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     trainer: DPOConfig = field(default_factory=DPOConfig)
     # In order; `dpo train` and `dpo validate` do what they are called instead.
-    actions: tuple[Literal["train", "validate"], ...] = ()
+    actions: tuple[Literal["train", "validate", "precompute"], ...] = ()
 
     def __post_init__(self):
         check_types(self)

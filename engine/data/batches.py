@@ -4,6 +4,7 @@
 `BatchPlan` puts both together for a run.
 """
 
+import copy
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -169,6 +170,13 @@ class BatchPlan:
         if len(epochs) > _MOST_EPOCHS:
             self.shapes = tuple(dict.fromkeys((*self.shapes, layout.largest())))
 
+    def of(self, pairs: PairTokens) -> "BatchPlan":
+        """The same batches of the same tokens, with what else `pairs` says of them."""
+        other = copy.copy(self)
+        other.layout = copy.copy(self.layout)
+        other.layout._pairs = pairs
+        return other
+
     def _epochs(self) -> range:
         # Without shuffling every epoch has the same batches.
         epochs = -(-self.steps // self.order.batches_per_epoch)
@@ -276,7 +284,10 @@ def assemble(
             targets=targets.reshape(A, N, T),
             counts=count.astype(np.int32),
         ),
-        pairs=Pairs(weights=np.where(real, pairs.weights[members], np.float32(0))),
+        pairs=Pairs(
+            weights=np.where(real, pairs.weights[members], np.float32(0)),
+            ref_logps=pairs.ref_logps_of(members),
+        ),
     )
     check_distinct(batch.scored)
     return batch, int(size.sum())

@@ -41,7 +41,8 @@ PAIR = Form(("chosen", "rejected"), ("prompt",))
 MESSAGES = Form(("chosen_messages", "rejected_messages"))
 # Of the forms that a row has, the first is read.
 FORMS = (*IDS, SHAREGPT, PAIR, MESSAGES)
-OF_ANY_FORM = ("tools", "chat_template_kwargs", "weight")
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+OF_ANY_FORM = ("tools", "chat_template_kwargs", "weight", *REFERENCE)
 
 # Every column that is read.
 FIELDS = tuple(

@@ -72,6 +72,8 @@ class PairTokens:
     doubts: tuple[Doubt, ...] = ()  # what is surely not meant
     limits: Limits | None = None  # what they were cut to; None: nobody knows
     score: Score | None = None  # what is scored of them; None: nobody knows
+    # The reference's log-probabilities of chosen and rejected, where they are known.
+    ref_logps: Float32[np.ndarray, "pairs 2"] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -101,3 +103,12 @@ class PairTokens:
     def max_id(self) -> int:
         """The largest token id, which the model's vocabulary must hold."""
         return int(self.tokens.max())
+
+    def ref_logps_of(
+        self, members: Int64[np.ndarray, "A N P"]
+    ) -> Float32[np.ndarray, "A N 2 P"] | None:
+        """The reference's of these pairs, 0 for a padding pair (-1), if it is known."""
+        if self.ref_logps is None:
+            return None
+        values = np.where(members[..., None] >= 0, self.ref_logps[members], 0)
+        return np.ascontiguousarray(values.swapaxes(2, 3), np.float32)

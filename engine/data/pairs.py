@@ -10,6 +10,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from engine.data import cache as token_cache
+from engine.data import reference_logps
 from engine.data.doubts import report, warn_beyond_positions
 from engine.data.drops import drop_reason
 from engine.data.pair_tokens import Limits, PairTokens, Score
@@ -94,7 +95,7 @@ def tokenize_pairs(
             rows.where(first),
             drop_reason(reason, limits),
         )
-    return pairs
+    return reference_logps.with_columns(pairs, rows)
 
 
 def check_limits(

@@ -1,4 +1,4 @@
-"""Where the reference's log-probabilities come from: a model, or nowhere."""
+"""Where the reference's log-probabilities come from: a model, the batch, nowhere."""
 
 import functools
 from pathlib import Path
@@ -19,7 +19,7 @@ from engine.objective.scoring import (
     score_completions,
 )
 from engine.parallel.batch import Batch
-from engine.parallel.sharding import ParameterPath, param_specs, parameter_spec
+from engine.parallel.sharding import FSDP, ParameterPath, param_specs, parameter_spec
 
 
 @runtime_checkable
@@ -74,6 +74,39 @@ class NoReference:
 
     def update(self, params: Any, frozen: Any, step: int) -> None:
         """Nothing."""
+
+
+class Cached:
+    """Values that each batch brings: see `Pairs.ref_logps`."""
+
+    operands: Any = ()
+    specs: Any = ()
+
+    def logps(
+        self,
+        operands: Any,
+        frozen: Any,
+        policy: SequenceLogps,
+        microbatch: Batch,
+        group: GroupTokens,
+        options: ScoringOptions,
+    ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+        """The batch's, of the pairs of the fsdp group."""
+        del operands, frozen, policy, group, options
+        values = microbatch.pairs.ref_logps
+        assert values is not None, "the batch has no values of the reference"
+        chosen, rejected = lax.all_gather(
+            jnp.asarray(values[0]), FSDP, axis=1, tiled=True, to="invarying"
+        )
+        return chosen, rejected
+
+    def update(self, params: Any, frozen: Any, step: int) -> None:
+        """Nothing."""
+
+
+def reads_values(reference: Reference) -> bool:
+    """Whether it reads values that the batch must bring."""
+    return isinstance(reference, Cached)
 
 
 class FrozenModel:
@@ -187,16 +220,19 @@ def mix_parameters[Params](ref_params: Params, params: Params, alpha: float) -> 
     return jax.tree.map(mix, ref_params, params)
 
 
-def load_reference(name: str | Path, policy: Decoder, *, synced: bool) -> Decoder:
-    """A named reference, as the policy computes.
+def load_reference(
+    name: str | Path, policy: Decoder, *, synced: bool, dtype: str | None = None
+) -> Decoder:
+    """A named reference, which computes in `dtype`; None: as the policy does.
 
     One that never changes needs no more digits than are computed with.
     """
+    dtype = dtype or policy.dtype.name
     return load_model(
         name,
         mesh=policy.mesh,
-        dtype=policy.dtype.name,
-        param_dtype="float32" if synced else policy.dtype.name,
+        dtype=dtype,
+        param_dtype="float32" if synced else dtype,
         remat=policy.remat,
     )
 

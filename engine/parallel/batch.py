@@ -39,6 +39,9 @@ class Pairs(NamedTuple):
 
     # How often a pair counts; 0 for a padding pair, whose sequences have no tokens.
     weights: Float32[np.ndarray | Array, "A N P"]
+    # The reference's log-probabilities, of the chosen and of the rejected, where they
+    # are known before the step: nats, 0 for a padding pair.
+    ref_logps: Float32[np.ndarray | Array, "A N 2 P"] | None = None
 
 
 class Batch(NamedTuple):
@@ -58,23 +61,28 @@ class Batch(NamedTuple):
 _BY_SHARD: Any = P(None, BATCH, None)
 
 
-def batch_specs() -> Batch:
+def batch_specs(with_ref_logps: bool = False) -> Batch:
     """A PartitionSpec in the place of each array."""
+    values = _BY_SHARD if with_ref_logps else None
     return Batch(
         rows=ModelRows(tokens=_BY_SHARD),
         scored=ScoredTokens(positions=_BY_SHARD, targets=_BY_SHARD, counts=_BY_SHARD),
-        pairs=Pairs(weights=_BY_SHARD),
+        pairs=Pairs(weights=_BY_SHARD, ref_logps=values),
     )
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     """The host's arrays on the devices."""
-    shardings = jax.tree.map(lambda spec: place(spec, mesh), batch_specs())
+    specs = batch_specs(batch.pairs.ref_logps is not None)
+    shardings = jax.tree.map(lambda spec: place(spec, mesh), specs)
     return jax.device_put(batch, shardings)
 
 
 def abstract_batch(
-    shape: tuple[int, int], grid: tuple[int, int, int], mesh: Mesh
+    shape: tuple[int, int],
+    grid: tuple[int, int, int],
+    mesh: Mesh,
+    with_ref_logps: bool = False,
 ) -> Batch:
     """The batches of one `shape` (S, T), to compile for; `grid` is A, N and P."""
     (S, T), (A, N, pairs) = shape, grid
@@ -89,5 +97,10 @@ def abstract_batch(
             targets=array(A, N, T),
             counts=array(A, N, 2 * pairs),
         ),
-        pairs=Pairs(weights=array(A, N, pairs, dtype=np.float32)),
+        pairs=Pairs(
+            weights=array(A, N, pairs, dtype=np.float32),
+            ref_logps=(
+                array(A, N, 2, pairs, dtype=np.float32) if with_ref_logps else None
+            ),
+        ),
     )

@@ -32,8 +32,9 @@ class DPOTrainer(Trainer):
             become the trainer's, and it is unusable while `train` runs; when that
             returns it holds the trained ones.
         reference_model: what rewards are measured from; None is `model` as it is now.
-            A decoder's arrays become the trainer's as well, in the dtype of the
-            computation (float32 where it is synced).
+            A decoder's arrays become the trainer's as well, in the dtype of its
+            computation (float32 where it is synced), or are deleted when its
+            log-probabilities are precomputed.
         arguments: every option.
         train_dataset: rows with prompt, chosen and rejected, as text or as messages;
             a `datasets.Dataset`, a list of dicts, or what `prepare_pairs` returns.
@@ -85,6 +86,9 @@ class DPOTrainer(Trainer):
             tokenizer=processing_class,
             train=pairs,
             evaluations=evaluations,
+            reference_dtype=(
+                reference_model.dtype if isinstance(reference_model, Decoder) else None
+            ),
         )
         # Only now, as every check is passed.
         if not isinstance(model, Decoder):
@@ -112,10 +116,10 @@ def _config(model: Decoder | str | Path) -> DecoderConfig:
 
 
 def _check_reference(model: Decoder | str | Path, reference: Any) -> None:
-    """Refuse a decoder that does not compute as the policy does.
+    """Refuse a decoder that does not lie where the policy does.
 
     Raises:
-        InputError: another mesh, or another dtype of the computation.
+        InputError: another mesh.
     """
     if not isinstance(model, Decoder) or not isinstance(reference, Decoder):
         return
@@ -123,12 +127,6 @@ def _check_reference(model: Decoder | str | Path, reference: Any) -> None:
         raise InputError(
             f"reference_model lies on another mesh ({_shown(reference)}) than model "
             f"({_shown(model)}); load both with the same mesh"
-        )
-    if reference.dtype != model.dtype:
-        raise InputError(
-            f"reference_model computes in {reference.dtype.name} and model in "
-            f"{model.dtype.name}; their log-probabilities would differ by rounding; "
-            "load both with the same dtype"
         )
 
 

@@ -15,7 +15,9 @@ from tqdm import tqdm
 
 from engine.config.dpo import DPOConfig
 from engine.errors import InputError, stage
+from engine.paths import as_path
 from engine.training.events import Listener, Record, Step
+from engine.training.watch import FallingChosen
 
 logger = logging.getLogger(__name__)
 
@@ -161,3 +163,14 @@ class WandB(Listener):
             if not self._warned:
                 logger.warning("%s; training goes on", error)
             self._warned = True
+
+
+def own_listeners(arguments: DPOConfig) -> Iterator[Listener]:
+    """Those that every run tells, in their order."""
+    directory = as_path(arguments.save_directory)
+    yield MetricsFile(directory)
+    yield Terminal(arguments.model_name, arguments.progress_bar)
+    if not arguments.without_reference and "apo_down" not in arguments.losses:
+        yield FallingChosen()
+    if arguments.use_wandb:
+        yield WandB(arguments, directory)

@@ -71,18 +71,22 @@ def reference_decoder(
     name: str | Path | None,
     adapter: str | None,
     synced: bool,
+    dtype: str | None = None,
 ) -> Decoder | None:
     """The reference that a run names; None: the policy as it is before training.
 
     Where the policy is an adapter on `base`, and `name` is that very model or None, its
-    arrays are shared.
+    arrays are shared, unless the reference computes in another dtype.
     """
     if name is None and adapter is None:
         return None
-    if name is None or (policy is not base and _is_from(base, name)):
+    same = dtype in (None, base.dtype.name)
+    if name is None and not same and base.config.origin is not None:
+        name = base.config.origin.directory
+    if name is None or (same and policy is not base and _is_from(base, name)):
         reference = base
     else:
-        reference = load_reference(name, policy, synced=synced)
+        reference = load_reference(name, policy, synced=synced, dtype=dtype)
     if adapter is None:
         return reference
     return load_adapter(reference, adapter, what=_REFERENCES)

@@ -4,11 +4,12 @@ Nothing here reads a weight: `dpo validate` and `dpo train` refuse the same thin
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
@@ -26,6 +27,7 @@ from engine.data.pairs import (
     tokenize_pairs,
     warn_beyond_positions,
 )
+from engine.data.reference_logps import check_values
 from engine.errors import InputError
 from engine.models import DecoderConfig, max_positions
 from engine.objective.interface import LossOptions
@@ -61,6 +63,41 @@ class Prepared:
     evaluations: dict[str, PairTokens]  # by the prefix of their metrics' names
     eval_plans: dict[str, BatchPlan]
 
+    @property
+    def sets(self) -> dict[str, tuple[PairTokens, BatchPlan]]:
+        """Each data set and its batches; the training set under ""."""
+        return {"": (self.train, self.plan)} | {
+            prefix: (pairs, self.eval_plans[prefix])
+            for prefix, pairs in self.evaluations.items()
+        }
+
+    @property
+    def reads_values(self) -> bool:
+        """Whether steps read the reference's log-probabilities from the batch."""
+        if self.arguments.without_reference:
+            return False
+        return self.arguments.precompute_ref_log_probs or self.has_values
+
+    @property
+    def has_values(self) -> bool:
+        """Whether the data brings them all, so that no reference is needed."""
+        return all(pairs.ref_logps is not None for pairs, _ in self.sets.values())
+
+    def with_ref_logps(self, values: Mapping[str, np.ndarray]) -> "Prepared":
+        """The run with these log-probabilities, by the names of `sets`."""
+        sets = {
+            key: replace(pairs, ref_logps=values.get(key, pairs.ref_logps))
+            for key, (pairs, _) in self.sets.items()
+        }
+        train = sets.pop("")
+        return replace(
+            self,
+            train=train,
+            plan=self.plan.of(train),
+            evaluations=sets,
+            eval_plans={k: self.eval_plans[k].of(x) for k, x in sets.items()},
+        )
+
 
 def prepare(
     arguments: DPOConfig,
@@ -72,6 +109,7 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     train: PairTokens,
     evaluations: Mapping[str, PairTokens],
+    reference_dtype: Any = None,
 ) -> Prepared:
     """Check that everything fits together, and plan the batches.
 
@@ -88,6 +126,9 @@ def prepare(
                 "remove one"
             )
         check_comparable(model, reference, synced=arguments.sync_ref_model)
+    sets = {"train_dataset": train}
+    sets |= {f"{prefix}dataset": pairs for prefix, pairs in evaluations.items()}
+    check_values(arguments, sets, has_reference=reference is not None)
     adapter = model.adapter
     check_dropout(arguments, None if adapter is None else adapter.dropout)
     check_vocabulary(model, tokenizer, train, *evaluations.values())
@@ -103,7 +144,8 @@ def prepare(
         for prefix, pairs in evaluations.items()
     }
     for some in (plan, *eval_plans.values()):
-        check_op(arguments, model, dtype, some, mesh)
+        for of in dict.fromkeys((dtype, reference_dtype or dtype)):
+            check_op(arguments, model, of, some, mesh)
     warn_beyond_positions(train, arguments.max_length, max_positions(model))
     return Prepared(
         arguments=arguments,

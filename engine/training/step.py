@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from engine.models import Decoder
 from engine.models.dropout import step_key
 from engine.objective.losses import Loss
-from engine.objective.references import Reference
+from engine.objective.references import Reference, reads_values
 from engine.objective.scoring import ScoringOptions
 from engine.parallel.batch import Batch, batch_specs
 from engine.parallel.collectives import global_norm
@@ -55,7 +55,7 @@ class StepOptions:
 # Without this the compiler may keep more digits than bfloat16 has wherever it fuses,
 # and fuses the policy's forward otherwise than the reference's: their difference would
 # start further from 0 than rounding explains.
-_COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
+COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 
 
 def split_model(model: Decoder) -> tuple[nnx.GraphDef, Params, Params]:
@@ -201,10 +201,16 @@ def make_train_step(
     sharded = jax.shard_map(
         step,
         mesh=model.mesh,
-        in_specs=(specs_in, frozen_specs, reference.specs, batch_specs(), P()),
+        in_specs=(
+            specs_in,
+            frozen_specs,
+            reference.specs,
+            batch_specs(reads_values(reference)),
+            P(),
+        ),
         out_specs=(specs_in, P()),
     )
-    return jax.jit(sharded, donate_argnums=0, compiler_options=_COMPILER_OPTIONS)
+    return jax.jit(sharded, donate_argnums=0, compiler_options=COMPILER_OPTIONS)
 
 
 def make_eval_step(
@@ -225,7 +231,13 @@ def make_eval_step(
     sharded = jax.shard_map(
         objective.evaluate,
         mesh=model.mesh,
-        in_specs=(specs, frozen_specs, reference.specs, batch_specs(), P()),
+        in_specs=(
+            specs,
+            frozen_specs,
+            reference.specs,
+            batch_specs(reads_values(reference)),
+            P(),
+        ),
         out_specs=P(),
     )
-    return jax.jit(sharded, compiler_options=_COMPILER_OPTIONS)
+    return jax.jit(sharded, compiler_options=COMPILER_OPTIONS)

@@ -16,9 +16,9 @@ from engine.config.dpo import DPOConfig
 from engine.data.batches import BatchPlan
 from engine.errors import InputError
 from engine.models import Decoder, save_pretrained
+from engine.objective.references import Cached
 from engine.parallel.batch import Batch, abstract_batch
 from engine.parallel.sharding import place
-from engine.paths import as_path
 from engine.training.compilation import (
     Compiled,
     Request,
@@ -30,15 +30,12 @@ from engine.training.compilation import (
 from engine.training.evaluation import NotFinite, check_finite, evaluate
 from engine.training.events import Listener, Listeners
 from engine.training.gradients import Params
-from engine.training.listeners import MetricsFile, Terminal, WandB
+from engine.training.listeners import own_listeners
 from engine.training.loop import Loop, Progress
 from engine.training.metrics import Sums
 from engine.training.optimizer import make_optimizer
-from engine.training.prepare import (
-    Prepared,
-    loss_options,
-    step_options,
-)
+from engine.training.precompute import with_reference_values
+from engine.training.prepare import Prepared, loss_options, step_options
 from engine.training.reference import make_reference
 from engine.training.schedules import learning_rate_schedule
 from engine.training.step import (
@@ -50,7 +47,6 @@ from engine.training.step import (
     make_train_step,
     split_model,
 )
-from engine.training.watch import FallingChosen
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +58,8 @@ class Trainer:
         run: what `prepare` returns.
         model: its arrays become the trainer's, and it is unusable while `train` runs;
             when that returns it holds the trained ones.
-        reference_model: likewise, for good; None is `model` as it is now.
+        reference_model: likewise, for good; None is `model` as it is now. Where it is
+            scored before the first step, its arrays are deleted.
         listeners: are told of every step and every line of metrics, after the file.
     """
 
@@ -74,10 +71,14 @@ class Trainer:
         listeners: Iterable[Listener] = (),
     ):
         keep_programs()
-        self.run = run
-        self._listeners = Listeners((*_own_listeners(run.arguments), *listeners))
+        self.run = run = with_reference_values(run, model, reference_model)
+        self._listeners = Listeners((*own_listeners(run.arguments), *listeners))
         self._model_given = model
-        self._reference = make_reference(model, reference_model, run.arguments)
+        self._reference = (
+            Cached()
+            if run.reads_values
+            else make_reference(model, reference_model, run.arguments)
+        )
         self._graphdef, _, self._frozen = split_model(model)
         self._optimizer = make_optimizer(
             run.arguments, model.config, run.mesh, run.plan.steps
@@ -248,7 +249,9 @@ class Trainer:
                 first,
                 frozen,
                 operands,
-                abstract_batch(shape, plan.layout.grid, self.run.mesh),
+                abstract_batch(
+                    shape, plan.layout.grid, self.run.mesh, self.run.reads_values
+                ),
                 numbers,
             )
             for plan in plans
@@ -270,16 +273,6 @@ class Trainer:
             dtype=self.arguments.save_dtype,
         )
         logger.info("saved the model and its tokenizer in %s", directory)
-
-
-def _own_listeners(arguments: DPOConfig) -> Iterator[Listener]:
-    directory = as_path(arguments.save_directory)
-    yield MetricsFile(directory)
-    yield Terminal(arguments.model_name, arguments.progress_bar)
-    if not arguments.without_reference and "apo_down" not in arguments.losses:
-        yield FallingChosen()
-    if arguments.use_wandb:
-        yield WandB(arguments, directory)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import datasets
+import jax
 import jaxtyping
 import numpy as np
 import pytest
@@ -105,10 +106,15 @@ def test_a_reference_by_its_path_computes_as_the_policy_does(tmp_path):
     assert abs(metrics["eval_rewards/chosen"]) <= bound
 
 
-def test_a_reference_that_computes_otherwise_is_refused(tmp_path):
+def test_a_reference_computes_in_its_own_dtype(tmp_path):
+    """Rewards then start as far from 0 as its rounding is: less than 2**-8 of logps."""
     other = load_model(FIXTURE / "model", mesh=one_device(), dtype="bfloat16")
-    with pytest.raises(InputError, match="computes in bfloat16 and model in float32"):
-        make_trainer(tmp_path, reference_model=other)
+    trainer = make_trainer(tmp_path, reference_model=other)
+    operands = jax.tree.leaves(trainer._reference.operands)
+    assert {x.dtype.name for x in operands} == {"bfloat16"}
+    metrics = trainer.evaluate()
+    bound = 0.1 * 2**-8 * abs(metrics["eval_logps/chosen"])
+    assert 1e-5 < abs(metrics["eval_rewards/chosen"]) < bound
 
 
 def test_what_can_be_refused_is_before_weights_are_loaded(tmp_path, monkeypatch):

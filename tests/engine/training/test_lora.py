@@ -21,10 +21,12 @@ from engine.data.batches import BatchPlan, Order, Padded
 from engine.models import Adapter, add_adapter, load_model
 from engine.models.adapter import LINEARS
 from engine.objective.references import FrozenModel, SharedModel, shares_arrays
+from engine.objective.scoring import ScoringOptions
 from engine.parallel.batch import put_batch
 from engine.training.lora import reference_decoder
 from engine.training.metrics import means
 from engine.training.optimizer import learning_rate_schedule, make_optimizer
+from engine.training.precompute import free, reference_key
 from engine.training.prepare import loss_options, step_options
 from engine.training.reference import make_reference
 from engine.training.step import (
@@ -286,3 +288,19 @@ def test_validate_says_what_is_trained(tmp_path, capsys, monkeypatch):
     assert code == 2 and f"is the directory of lora.adapter='{TRAINED}'" in out
     code, out = validate(f"lora.adapter={CHAT / 'model'}")
     assert code == 2 and "adapter_config.json: missing" in out
+
+
+def test_precomputed_values_leave_the_shared_base_alone():
+    """The base is scored in place; the policy, which is made of it, goes on."""
+    base = model_on((1, 1, 1))
+    policy = add_adapter(base, ADAPTER, seed=1)
+    assert shares_arrays(base, policy)
+    free(base, policy)
+    assert not any(x.is_deleted() for x in jax.tree.leaves(nnx.state(policy)))
+    # What an adapter does in training alone, and its base's name, change no value.
+    key = reference_key(policy, ScoringOptions())
+    other = dataclasses.replace(ADAPTER, dropout=0.5, base="elsewhere")
+    same = add_adapter(base, other, seed=1)
+    assert reference_key(same, ScoringOptions()) == key
+    assert reference_key(base, ScoringOptions()) != key
+    assert reference_key(with_numbers(same), ScoringOptions()) != key
