@@ -218,8 +218,9 @@ def stream_rows(data: Any, shuffle_buffer_size: int | None = None) -> RowStream:
 
     def rows(number: int) -> Iterator[Mapping[str, Any]]:
         with reading(f"{name} cannot be read"):
-            data.set_epoch(number)  # of the data set's own shuffling, where it has some
-        return library_rows(name, data.with_format(None), Renamed())
+            plain = data.with_format(None)
+            plain.set_epoch(number)  # of its own shuffling, where it has some
+        return library_rows(name, plain, Renamed())
 
     name = "the data set"
     return RowStream(
