@@ -5,6 +5,9 @@ from pathlib import Path
 
 from engine.commands.inputs import prepare_run
 from engine.config.run import RunConfig
+from engine.data.batches import BatchPlan
+from engine.data.doubts import warn
+from engine.data.pair_streams import PairStream
 from engine.data.pairs import PairTokens
 from engine.models import DecoderConfig
 
@@ -25,11 +28,17 @@ def main(run: RunConfig) -> None:
         print(f"            its log-probabilities: {source}")
     axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
     print(f"mesh        {axes} on {mesh.devices.flat[0].device_kind}")
-    print(f"train       {_describe(prepared.train)}")
+    if isinstance(prepared.train, PairStream):
+        print(f"train       {_describe_stream(prepared.train)}")
+    else:
+        print(f"train       {_describe(prepared.train)}")
     shapes = ", ".join(f"{s} ({t} scored a device)" for s, t in plan.shapes)
     size = run.trainer.total_batch_size
     print(f"batches     of {size} pairs, tokens padded to {shapes}")
-    print(f"steps       {plan.steps}, {plan.order.batches_per_epoch} an epoch")
+    an_epoch = ""
+    if isinstance(plan, BatchPlan):
+        an_epoch = f", {plan.order.batches_per_epoch} an epoch"
+    print(f"steps       {plan.steps}{an_epoch}")
     for pairs in prepared.evaluations.values():
         print(f"evaluation  {_describe(pairs)}")
     print(f"writes to   {Path(run.trainer.save_directory)}")
@@ -82,3 +91,13 @@ def _describe(pairs: PairTokens) -> str:
     low, high = pairs.weights.min(), pairs.weights.max()
     weights = "" if low == high == 1 else f", weights from {low:g} to {high:g}"
     return f"{len(pairs)} pairs{dropped}, the longest of {longest} tokens{weights}"
+
+
+def _describe_stream(stream: PairStream) -> str:
+    """The first rows, which alone are looked at; logs what they are doubted for."""
+    chunk, pairs = stream.head
+    number = len(chunk.rows)
+    for doubt in pairs.doubts:
+        warn(doubt, f"the first {number} rows", chunk, chunk.ignored(doubt.first))
+    some = _describe(pairs) if len(pairs) else f"no pairs, {pairs.dropped} dropped"
+    return f"streamed; only the first {number} rows are checked here: {some}"

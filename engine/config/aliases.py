@@ -120,10 +120,7 @@ ALIASES = {
     "additional_fields": Alias(None, "columns that are not needed are never read"),
     "format_callback": Alias(None, _NO_CODE),
     "preprocessing_fn": Alias(None, _NO_CODE),
-    "streaming": Alias(None, "data is read once and tokenised data kept on disk"),
-    "shuffle_buffer_size": Alias(
-        "trainer.shuffle_train_dataset", "true or false: of all rows, in each epoch"
-    ),
+    "buffer_size": Alias("mixture.shuffle_buffer_size", "with streaming"),
     "assistant_only_loss": Alias("trainer.score", "completion, assistant or last_turn"),
     "padding_free": Alias(None, "batches are padded to a few lengths"),
     "padding_value": Alias(None, "padding is never seen by the model"),

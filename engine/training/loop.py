@@ -12,7 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from engine.config.dpo import DPOConfig
-from engine.data.batches import BatchPlan, prefetch
+from engine.data.batches import prefetch
+from engine.data.stream_plans import Plan
 from engine.parallel.batch import Batch, put_batch
 from engine.training.evaluation import NotFinite
 from engine.training.events import Listener, Record, Step
@@ -96,7 +97,7 @@ class Loop:
     def __init__(
         self,
         arguments: DPOConfig,
-        plan: BatchPlan,
+        plan: Plan,
         mesh: Mesh,
         *,
         dispatch: Callable[[Batch, int], StepOut],

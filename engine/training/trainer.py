@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from engine.config.dpo import DPOConfig
-from engine.data.batches import BatchPlan
+from engine.data.stream_plans import Plan
 from engine.errors import InputError
 from engine.models import Decoder, save_pretrained
 from engine.objective.references import Cached
@@ -100,7 +100,7 @@ class Trainer:
         return self.run.arguments
 
     @property
-    def plan(self) -> BatchPlan:
+    def plan(self) -> Plan:
         """The batches of the run."""
         return self.run.plan
 
@@ -237,7 +237,7 @@ class Trainer:
         return abstract_state(self.model, self._optimizer)
 
     def _abstract_arguments(
-        self, plans: Iterable[BatchPlan], first: TrainState | Params
+        self, plans: Iterable[Plan], first: TrainState | Params
     ) -> dict[Shape, tuple[Any, ...]]:
         """What a step is compiled for, by shape; `first`: what it changes or scores."""
         frozen, operands, numbers = jax.tree.map(
@@ -249,9 +249,7 @@ class Trainer:
                 first,
                 frozen,
                 operands,
-                abstract_batch(
-                    shape, plan.layout.grid, self.run.mesh, self.run.reads_values
-                ),
+                abstract_batch(shape, plan.grid, self.run.mesh, self.run.reads_values),
                 numbers,
             )
             for plan in plans
