@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,7 +63,7 @@ def test_a_signal_lets_the_step_end_and_saves(tmp_path, number, code, caplog):
             if step.number == 3:
                 os.kill(os.getpid(), number)
 
-    options = settings("accumulation") | {"save_steps": None}
+    options: dict[str, Any] = settings("accumulation") | {"save_steps": None}
     handlers = [signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGINT)]
     stopped = make_trainer(tmp_path / "a", listeners=(Ask(),), **options)
     with pytest.raises(Interrupted) as caught:
