@@ -3,6 +3,7 @@
 from engine.commands.inputs import prepare_run
 from engine.config.run import RunConfig
 from engine.models import Decoder, load_model
+from engine.training.identity import flat
 from engine.training.lora import lora_policy, reference_decoder
 from engine.training.prepare import Prepared
 from engine.training.trainer import Trainer
@@ -45,4 +46,4 @@ def main(run: RunConfig) -> None:
     prepared = prepare_run(run)
     model, reference = load_models(run, prepared)
     # The trainer takes the arrays over: `model` is empty from the first step on.
-    Trainer(prepared, model, reference).train()
+    Trainer(prepared, model, reference, config=flat(run)).train()

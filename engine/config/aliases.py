@@ -15,7 +15,7 @@ class Alias(NamedTuple):
 
 
 _BATCH = "pairs of one optimizer step over all devices and accumulation steps, not per "
-_NEVER = "the model is saved once, at the end, in save_directory"
+_NEVER = "the model of the last step is saved, in save_directory"
 _DTYPE = "bfloat16 or float32"
 _NO_CODE = "no code is run on rows; write the file as it is to be read"
 _NOT_QUANTISED = "parameters are bfloat16 or float32, see model.param_dtype"
@@ -156,12 +156,9 @@ ALIASES = {
     "per_device_eval_batch_size": Alias(
         "trainer.eval_batch_size", "pairs over all devices, not per device"
     ),
-    "save_steps": Alias(None, _NEVER),
-    "save_strategy": Alias(None, _NEVER),
-    "save_total_limit": Alias(None, _NEVER),
-    "save_interval_minutes": Alias(None, _NEVER),
+    "save_strategy": Alias("trainer.save_steps", "or save_interval_minutes"),
     "load_best_model_at_end": Alias(None, _NEVER),
-    "resume_from_checkpoint": Alias(None, "a run starts at its first step"),
+    "resume_from_checkpoint": Alias("trainer.resume", "true or false"),
     "push_to_hub": Alias(None, "nothing is uploaded; the model is in save_directory"),
     "hub_model_id": Alias(None, "nothing is uploaded; the model is in save_directory"),
     "deepspeed": Alias("sharding", "its keys are data, fsdp and tensor"),

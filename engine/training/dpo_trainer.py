@@ -19,6 +19,7 @@ from engine.models import (
 )
 from engine.parallel.sharding import make_mesh
 from engine.training.events import Listener
+from engine.training.identity import flat
 from engine.training.lora import lora_policy, reference_decoder, with_lora
 from engine.training.prepare import (
     EVAL,
@@ -114,7 +115,8 @@ class DPOTrainer(Trainer):
             reference = reference_decoder(
                 policy, model, name=reference, adapter=None, synced=synced
             )
-        super().__init__(run, policy, reference, listeners)
+        named = {"model": _name(model), "lora": lora}
+        super().__init__(run, policy, reference, listeners, config=flat(named))
 
 
 def _config(model: Decoder | str | Path) -> DecoderConfig:
