@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from engine.data.pair_streams import PairStream
 from engine.objective.references import Reference, SyncedModel
 from engine.training.checkpointing import Identity
 from engine.training.gradients import Params
@@ -45,6 +46,8 @@ def identity(
     fixed: list[Any] = [frozen]
     if not isinstance(reference, SyncedModel):
         fixed.append(reference.operands)
-    data = {"data": checksum_of_pairs(run.train)}
+    # Of a stream the first rows must do: the rest has not been read.
+    pairs = run.train.head[1] if isinstance(run.train, PairStream) else run.train
+    data = {"data": checksum_of_pairs(pairs)}
     values = flat(run.arguments, "trainer") | dict(config) | data
     return Identity(values, checksum_of_arrays(fixed))
