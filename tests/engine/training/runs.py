@@ -39,7 +39,6 @@ def make_trainer(
     listeners: tuple[Listener, ...] = (),
     dtype: str = "float32",
     sizes: tuple[int, int, int] = (1, 1, 1),
-    train_dataset: Any = ROWS,
     **settings,
 ) -> DPOTrainer:
     devices = jax.devices()[: math.prod(sizes)]
