@@ -51,8 +51,15 @@ def test_a_stream_trains_as_the_data_set_does(run_file, tmp_path):
     """In its own order: the same batches, over the end of a pass, padded otherwise."""
     assert main(["train", run_file(), "trainer.save_directory=out"]) == 0
     streamed = without_times("out/metrics.jsonl")
-    settings = {"shuffle_train_dataset": False, "max_training_steps": 7, "log_steps": 1}
-    make_trainer(tmp_path / "held", evaluate=False, max_length=32, **settings).train()
+    make_trainer(
+        tmp_path / "held",
+        evaluate=False,
+        train_dataset=ROWS,
+        shuffle_train_dataset=False,
+        max_length=32,
+        max_training_steps=7,
+        log_steps=1,
+    ).train()
     held = without_times("held/metrics.jsonl")
     assert len(held) == len(streamed) == 7
     for one, other in zip(streamed, held, strict=True):

@@ -4,6 +4,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,7 +13,6 @@ import pytest
 from datasets import IterableDataset
 
 from engine.config.dpo import DPOConfig
-from engine.data import row_streams
 from engine.data.batches import BatchPlan, Order, Padded, assemble
 from engine.data.pair_streams import Pair, PairStream, joined
 from engine.data.pair_tokens import Limits, PairTokens
@@ -21,7 +21,9 @@ from engine.data.row_streams import CHUNK, stream_rows
 from engine.data.shapes import stream_shapes
 from engine.data.stream_plans import StreamPlan
 from engine.errors import InputError
-from engine.training.streams import checked, plan_stream, prepare_stream
+from engine.parallel.sharding import make_mesh
+from engine.training.plans import plan_stream
+from engine.training.streams import check_no_values, checked, prepare_stream
 from tests.engine.tiny_tokenizers import make
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -156,13 +158,16 @@ def test_a_bad_row_is_named_when_it_is_met():
         list(batches)
 
 
-def test_columns_of_the_reference_are_refused(monkeypatch):
-    name = "ref_chosen_logps"
-    fields = dict.fromkeys((*row_streams.FIELDS, name))
-    monkeypatch.setattr(row_streams, "FIELDS", tuple(fields))
-    stream = stream_of([row | {name: -1.0} for row in rows(3)])
-    with pytest.raises(InputError, match=f"row 0 .*, has the column {name}, whi"):
+def test_columns_of_the_reference_are_refused():
+    stream = stream_of([row | {"ref_chosen_logps": -1.0} for row in rows(3)])
+    with pytest.raises(InputError, match="row 0 .*, has the column ref_chosen_logps, "):
         list(stream.pairs(0))
+    held = replace(
+        joined(list(stream_of(rows(3)).pairs(0))),
+        ref_logps=np.zeros((3, 2), np.float32),
+    )
+    with pytest.raises(InputError, match="of eval_dataset have no effect beside a tr"):
+        check_no_values({"eval_dataset": held})
 
 
 # ------------------------------------------------------------------ checks by the model
@@ -204,6 +209,10 @@ def test_tokens_and_positions_are_checked_as_rows_pass(caplog):
             "^num_train_epochs=1 has no effect on a data set that is streamed",
         ),
         (
+            {"max_training_steps": 3, "precompute_ref_log_probs": True},
+            "^precompute_ref_log_probs=True cannot be with a data set that is streamed",
+        ),
+        (
             {"max_training_steps": 3, "shuffle_train_dataset": False},
             "^shuffle_buffer_size=9 has no effect with shuffle_train_dataset=False",
         ),
@@ -219,7 +228,7 @@ def test_batches_must_be_split_evenly():
     config = DPOConfig(max_training_steps=3, total_batch_size=6)
     stream = prepare_stream(config, stream_of(rows(3), 9).rows, make())
     with pytest.raises(InputError, match="^total_batch_size=6 pairs cannot be sp"):
-        plan_stream(config, stream, shards=4)
+        plan_stream(config, stream, make_mesh(2, 2, 1, devices=jax.devices()[:4]))
 
 
 # ------------------------------------------------------------------------------ batches

@@ -107,14 +107,15 @@ def test_a_stream_has_the_rows_of_the_data_set(kind):
 def test_columns_and_num_rows_of_a_source():
     columns = {"prompt": "id", "chosen": "rejected", "rejected": "chosen"}
     for kind in ("jsonl", "parquet"):
-        source = {"data_files": write(kind), "num_rows": 200, "columns": columns}
+        source: Any = {"data_files": write(kind), "num_rows": 200}
+        source |= {"columns": columns}
         found = rows_of(stream_mixture(mixture(source)))
         assert found == held_rows(source) and len(found) == 200
         assert found[7][1]["prompt"] == "7"
 
 
 def test_sources_come_one_after_another():
-    sources = write("jsonl"), {"data_files": write("parquet"), "num_rows": 3}
+    sources: Any = write("jsonl"), {"data_files": write("parquet"), "num_rows": 3}
     found = rows_of(stream_mixture(mixture(*sources)))
     assert found == held_rows(*sources)
     assert found[301][0] == "a.parquet, row 1 (counting from 0)"
@@ -132,7 +133,8 @@ def test_weights_draw_sources_until_the_drawn_one_has_no_more():
     assert of_a == [f"a.jsonl, row {i} (counting from 0)" for i in range(300)]
     expected, deviation = 100, (300 * 1 / 3 * 4 / 3) ** 0.5  # negative binomial
     assert abs(len(found) - 300 - expected) < 4 * deviation
-    other = stream_mixture(mixture("a.jsonl", "b.jsonl", **options | {"seed": 6}))
+    other_options: dict[str, Any] = options | {"seed": 6}
+    other = stream_mixture(mixture("a.jsonl", "b.jsonl", **other_options))
     assert found != [where for where, _ in rows_of(other)]
     first = stream.first(50)
     assert [first.where(i) for i in range(50)] == found[:50]
