@@ -98,7 +98,8 @@ def test_it_gives_what_a_live_reference_gives_and_takes_no_memory(tmp_path, size
 def test_without_a_named_reference_no_second_copy_is_ever_made(tmp_path, monkeypatch):
     """The policy's own arrays are scored, before there is an optimizer's state."""
     monkeypatch.setattr("engine.training.trainer.make_reference", None)
-    before = {id(x) for x in jax.live_arrays()}
+    others = jax.live_arrays()  # held, so that none of their ids is used again
+    before = {id(x) for x in others}
     trainer = make_trainer(
         tmp_path, evaluate=False, max_training_steps=1, precompute_ref_log_probs=True
     )
