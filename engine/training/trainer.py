@@ -168,6 +168,7 @@ class Trainer:
             },
             listener=self._listeners,
             progress=self.progress,
+            rows=self.run.rows_of_step,
             saving=self._checkpointing,
         )
         with telling(self._listeners, self.run.plan.steps, self.progress.step):
@@ -175,8 +176,9 @@ class Trainer:
                 with enough_memory(), finishing_steps(self._checkpointing.stop):
                     loop.run()
             except NotFinite as error:
-                self._failure = error
-                raise
+                where = self._checkpointing.newest()
+                self._failure = NotFinite(f"{error}; {where}")
+                raise self._failure from None
             finally:
                 nnx.update(self._model_given, self.state.params)
                 self._checkpointing.close()
