@@ -54,6 +54,7 @@ class Loop:
         evaluations: for each evaluation set, by the prefix of its metrics' names, what
             computes them; in turn, every `eval_steps` and at the end.
         progress: kept up to date, step by step.
+        check_first: is given what the first step of all tells.
         rows: which rows of the data a step's pairs are, in words.
         saving: asked after every step, when its line of metrics is written.
     """
@@ -68,6 +69,7 @@ class Loop:
         evaluations: Mapping[str, Callable[[], Mapping[str, float]]],
         listener: Listener,
         progress: Progress,
+        check_first: Callable[[StepOut], None] | None,
         rows: Callable[[int], str],
         saving: Saving,
     ):
@@ -78,6 +80,7 @@ class Loop:
         self._evaluations = evaluations
         self._listener = listener
         self._progress = progress
+        self._check_first = check_first
         self._rows = rows
         self._saving = saving
 
@@ -140,6 +143,8 @@ class Loop:
         )
         if not (done.out.finite and done.out.applied):
             self._cannot_use(done, metrics)
+        elif done.step == 1 and self._check_first is not None:
+            self._check_first(done.out)
         if done.step % self._arguments.log_steps == 0:
             self._write(done)
 
