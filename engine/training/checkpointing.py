@@ -181,7 +181,10 @@ class Checkpointing:
         steps = self._store.steps()
         if not steps:
             return "there is no checkpoint"
-        return f"the newest checkpoint is {self._store.path(steps[-1])}"
+        return (
+            f"the newest checkpoint is {self._store.path(steps[-1])}, from which "
+            "on_nonfinite=skip goes on without such updates"
+        )
 
     def finished(self) -> None:
         """The run's model is saved."""

@@ -30,7 +30,7 @@ _HARMLESS = (
     "trainer.implementation",
     "trainer.log_steps",
     "trainer.model_name",
-    "trainer.nonfinite_limit",
+    "trainer.max_skipped_steps",
     "trainer.on_nonfinite",
     "trainer.progress_bar",
     "trainer.resume",

@@ -1,7 +1,7 @@
 """The loop: dispatch a step, read the one before, tell listeners, evaluate."""
 
 import contextlib
-import math
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
@@ -14,7 +14,7 @@ from engine.data.batches import prefetch
 from engine.data.stream_plans import Plan
 from engine.errors import Interrupted
 from engine.parallel.batch import Batch, put_batch
-from engine.training.evaluation import NotFinite
+from engine.training.evaluation import NotFinite, what_is_not_finite
 from engine.training.events import Listener, Record, Step
 from engine.training.progress import MetricsWindow, Progress
 from engine.training.step import StepOut
@@ -28,6 +28,9 @@ class _Pending(NamedTuple):
     scored: int  # of these tokens
     tokens_so_far: int
     out: StepOut
+
+
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -51,6 +54,8 @@ class Loop:
         evaluations: for each evaluation set, by the prefix of its metrics' names, what
             computes them; in turn, every `eval_steps` and at the end.
         progress: kept up to date, step by step.
+        check_first: is given what the first step of all tells.
+        rows: which rows of the data a step's pairs are, in words.
         saving: asked after every step, when its line of metrics is written.
     """
 
@@ -64,6 +69,8 @@ class Loop:
         evaluations: Mapping[str, Callable[[], Mapping[str, float]]],
         listener: Listener,
         progress: Progress,
+        check_first: Callable[[StepOut], None] | None,
+        rows: Callable[[int], str],
         saving: Saving,
     ):
         self._arguments = arguments
@@ -73,6 +80,8 @@ class Loop:
         self._evaluations = evaluations
         self._listener = listener
         self._progress = progress
+        self._check_first = check_first
+        self._rows = rows
         self._saving = saving
 
     def run(self) -> None:
@@ -106,7 +115,7 @@ class Loop:
                 evaluates, saves = self._evaluates(step), self._saving.is_due(step)
                 if evaluates or saves:
                     self._finish(pending)
-                    if step == self._plan.steps and self._window.steps:
+                    if step == self._plan.steps and self._window.num_steps:
                         self._write(pending)
                     pending = None
                     if evaluates:
@@ -132,14 +141,29 @@ class Loop:
         self._listener.stepped(
             Step(number=done.step, metrics=metrics, tokens_per_second=rate)
         )
-        if not done.out.finite:
-            self._write(done)
-            raise NotFinite(
-                f"step {done.step}: {_what_is_not_finite(metrics, done)}; the model is "
-                f"not saved, the metrics are in {self._arguments.save_directory}"
-            )
+        if not (done.out.finite and done.out.applied):
+            self._cannot_use(done, metrics)
+        elif done.step == 1 and self._check_first is not None:
+            self._check_first(done.out)
         if done.step % self._arguments.log_steps == 0:
             self._write(done)
+
+    def _cannot_use(self, done: _Pending, metrics: Mapping[str, float]) -> None:
+        """A step with something that is not finite: go on without it, or end."""
+        what = f"step {done.step}: {what_is_not_finite(metrics, done.out, done.step)}"
+        what += f" (its pairs: {self._rows(done.step)})"
+        if done.out.finite:
+            self._progress.skipped += 1
+            most = self._arguments.max_skipped_steps
+            if self._progress.skipped <= most:
+                logger.warning("%s; this update is left out", what)
+                return
+            what += f"; {most} updates were left out before, as max_skipped_steps says"
+        self._write(done)
+        raise NotFinite(
+            f"{what}; the model is not saved, the metrics are in "
+            f"{self._arguments.save_directory}"
+        )
 
     def _write(self, done: _Pending) -> None:
         line = self._place(done.step) | {
@@ -147,6 +171,8 @@ class Loop:
             "num_tokens": done.tokens_so_far,
             "grad_norm": float(done.out.grad_norm),
         }
+        if self._arguments.on_nonfinite == "skip":
+            line["skipped_steps"] = self._progress.skipped
         self._tell("train", "", done.step, line | self._window.close())
 
     def _evaluate(self, step: int) -> None:
@@ -164,20 +190,3 @@ class Loop:
         self._progress.latest |= line
         record = Record(kind=kind, prefix=prefix, step=step, metrics=line)
         self._listener.recorded(record)
-
-
-def _what_is_not_finite(metrics: Mapping[str, float], done: _Pending) -> str:
-    """What is no number after a step, and what to do about it."""
-    loss, norm = metrics["loss"], float(done.out.grad_norm)
-    if not math.isfinite(loss) and done.step == 1:
-        return (
-            f"the loss is {loss} before any update: weights of the model, or of the "
-            "reference, are not finite, or overflow; get the checkpoint anew, or try "
-            "model.dtype float32"
-        )
-    what = "this update has made parameters of no finite norm"
-    if not math.isfinite(norm):
-        what = f"the gradient's norm is {norm}"
-    if not math.isfinite(loss):
-        what = f"the loss is {loss}"
-    return f"{what}; lower learning_rate, or look at the data"

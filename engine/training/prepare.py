@@ -52,6 +52,7 @@ from engine.training.streams import (
     unknown_id,
 )
 
+_MOST_ROWS = 64  # that a message names
 EVAL = "eval_"  # before the names of an evaluation's metrics
 
 PreferenceData = (
@@ -84,6 +85,15 @@ class Prepared:
             prefix: (pairs, self.eval_plans[prefix])
             for prefix, pairs in self.evaluations.items()
         }
+
+    def rows_of_step(self, step: int) -> str:
+        """Which rows of the data a step's pairs come from, in words."""
+        epoch, index = divmod(step - 1, self.plan.order.batches_per_epoch)
+        members = self.plan.order.epoch(epoch)[index]
+        rows = self.train.rows[members[members >= 0]].tolist()
+        shown = ", ".join(map(str, rows[:_MOST_ROWS]))
+        more = len(rows) - _MOST_ROWS
+        return f"rows {shown}{f' and {more} more' if more > 0 else ''}, from 0"
 
     @property
     def reads_values(self) -> bool:
@@ -281,6 +291,7 @@ def step_options(config: DPOConfig) -> StepOptions:
             ld_alpha=config.ld_alpha,
         ),
         max_grad_norm=config.max_grad_norm,
+        skip_nonfinite=config.on_nonfinite == "skip",
         seed=config.seed,
     )
 

@@ -18,9 +18,16 @@ class MetricsWindow:
     """
 
     steps: list[dict[str, float]] = field(default_factory=list)
+    # Those whose update was left out, which have a line to themselves, or none.
+    skipped: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     tokens: int = 0
     scored: int = 0
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps there are."""
+        return len(self.steps) + len(self.skipped)
 
     @property
     def tokens_per_second(self) -> float:
@@ -31,22 +38,23 @@ class MetricsWindow:
         self, out: StepOut, seconds: float, tokens: int, scored: int
     ) -> dict[str, float]:
         """One step, its duration, its unpadded and its scored tokens; its metrics."""
-        self.steps.append(means(out.sums))
+        steps = self.steps if out.applied else self.skipped
+        steps.append(means(out.sums))
         self.seconds += seconds
         self.tokens += tokens
         self.scored += scored
-        return self.steps[-1]
+        return steps[-1]
 
     def close(self) -> dict[str, float]:
         """The line's metrics; the window is empty again."""
-        names = self.steps[0]
-        line = {n: float(np.mean([step[n] for step in self.steps])) for n in names}
+        steps = self.steps or self.skipped
+        line = {n: float(np.mean([step[n] for step in steps])) for n in steps[0]}
         line |= {
-            "perf/step_seconds": self.seconds / len(self.steps),
+            "perf/step_seconds": self.seconds / self.num_steps,
             "perf/tokens_per_second": self.tokens_per_second,
             "perf/scored_fraction": self.scored / max(self.tokens, 1),
         }
-        self.steps, self.seconds, self.tokens, self.scored = [], 0.0, 0, 0
+        self.__init__()
         return line
 
 
@@ -59,6 +67,7 @@ class Progress:
 
     step: int = 0  # optimizer steps done
     tokens: int = 0  # unpadded tokens that went through the policy
+    skipped: int = 0  # steps whose update was left out
     window: MetricsWindow = field(default_factory=MetricsWindow)
     latest: dict[str, float] = field(default_factory=dict)  # metrics, by name
 

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from engine.data.pair_streams import PairStream
-from engine.objective.references import Reference, SyncedModel
+from engine.models import Decoder
+from engine.objective.references import Reference, SyncedModel, shares_arrays
 from engine.training.checkpointing import Identity
 from engine.training.gradients import Params
 from engine.training.identity import checksum_of_arrays, checksum_of_pairs, flat
@@ -51,3 +53,23 @@ def identity(
     data = {"data": checksum_of_pairs(pairs)}
     values = flat(run.arguments, "trainer") | dict(config) | data
     return Identity(values, checksum_of_arrays(fixed))
+
+
+def starts_as_reference(
+    run: Prepared, policy: Decoder, reference: Decoder | None
+) -> bool:
+    """Whether the policy begins as the model that it is measured from.
+
+    That is so where none was given, and where it is the base of an adapter that has
+    learnt nothing: whose B is 0.
+    """
+    if run.arguments.without_reference or run.has_values:
+        return False
+    if reference is None or policy.config.adapter is None:
+        return reference is None
+    own_base = reference.config.adapter is None and shares_arrays(reference, policy)
+    return own_base and not any(
+        np.any(jax.device_get(x.get_value()))
+        for path, x in policy.variables().items()
+        if str(path[-1]).endswith("_lora_b")
+    )

@@ -38,8 +38,10 @@ class StepOut(NamedTuple):
     sums: Sums  # over the global batch, of the parameters before the update
     grad_norm: Float[Array, ""]  # before clipping
     learning_rate: Float[Array, ""]  # of this update
-    # Whether the loss, the gradient and the parameters after the update are finite.
+    # Whether the run can go on: the parameters after the update are finite, and so are
+    # the loss and the gradient, unless such an update is left out.
     finite: Bool[Array, ""]
+    applied: Bool[Array, ""]  # whether the update was made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,7 @@ class StepOptions:
     loss: Loss
     scoring: ScoringOptions
     max_grad_norm: float | None = None
+    skip_nonfinite: bool = False  # leave out an update that is not finite
     seed: int = 0  # of the rounding of parameters that are not float32
 
 
@@ -160,6 +163,14 @@ def update(
     return TrainState(state.step + 1, params, opt_state)
 
 
+def _unless(usable: Bool[Array, ""], new: TrainState, old: TrainState) -> TrainState:
+    """`new`, or `old` one step later. (By what is known before the update: so both are
+    never in memory whole.)
+    """
+    kept = jax.tree.map(lambda x, y: jnp.where(usable, x, y), new, old)
+    return kept._replace(step=new.step)
+
+
 def make_train_step(
     model: Decoder,
     reference: Reference,
@@ -191,11 +202,16 @@ def make_train_step(
         )
         norm = global_norm(grads, specs)
         new = update(state, grads, norm, optimizer, options)
-        new_norm = global_norm(new.params, specs)
-        finite = jnp.isfinite(sums.sums["pairs"]["loss"] + norm + new_norm)
+        usable = jnp.isfinite(sums.sums["pairs"]["loss"] + norm)
+        if options.skip_nonfinite:
+            new = _unless(usable, new, state)
+        finite = jnp.isfinite(global_norm(new.params, specs))
+        applied = usable
+        if not options.skip_nonfinite:
+            finite, applied = finite & usable, jnp.ones_like(usable)
         with jax.numpy_dtype_promotion("standard"):  # optax divides an int by a float
             rate = jnp.asarray(schedule(state.step), jnp.float32)
-        return new, StepOut(sums, norm, rate, finite)
+        return new, StepOut(sums, norm, rate, finite, applied)
 
     specs_in = state_specs(model, optimizer)
     sharded = jax.shard_map(

@@ -40,9 +40,16 @@ from engine.training.precompute import with_reference_values
 from engine.training.prepare import Prepared, loss_options, step_options
 from engine.training.progress import Progress
 from engine.training.reference import make_reference
-from engine.training.resume import abstract_arrays, changing, identity, take_back
+from engine.training.resume import (
+    abstract_arrays,
+    changing,
+    identity,
+    starts_as_reference,
+    take_back,
+)
 from engine.training.schedules import learning_rate_schedule
 from engine.training.signals import finishing_steps
+from engine.training.start_check import StartCheck
 from engine.training.step import (
     StepOut,
     TrainState,
@@ -88,6 +95,7 @@ class Trainer:
             if run.reads_values
             else make_reference(model, reference_model, run.arguments)
         )
+        self._starts_as_reference = starts_as_reference(run, model, reference_model)
         self._graphdef, _, self._frozen = split_model(model)
         self._optimizer = make_optimizer(
             run.arguments, model.config, run.mesh, run.plan.steps
@@ -150,7 +158,9 @@ class Trainer:
             )
         if not self.progress.step:
             self._restore()
-        train_step = self._compile_for_training()
+        train_step, check = self._compile_for_training(), None
+        if self._starts_as_reference and not self.progress.step:
+            check = StartCheck(self.arguments, self.model.dtype)
 
         def dispatch(batch: Batch, step: int) -> StepOut:
             self.state, out = train_step(self.state, *self._operands(batch))
@@ -168,6 +178,8 @@ class Trainer:
             },
             listener=self._listeners,
             progress=self.progress,
+            check_first=check,
+            rows=self.run.rows_of_step,
             saving=self._checkpointing,
         )
         with telling(self._listeners, self.run.plan.steps, self.progress.step):
@@ -175,8 +187,9 @@ class Trainer:
                 with enough_memory(), finishing_steps(self._checkpointing.stop):
                     loop.run()
             except NotFinite as error:
-                self._failure = error
-                raise
+                where = self._checkpointing.newest()
+                self._failure = NotFinite(f"{error}; {where}")
+                raise self._failure from None
             finally:
                 nnx.update(self._model_given, self.state.params)
                 self._checkpointing.close()

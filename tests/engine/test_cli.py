@@ -12,7 +12,8 @@ import pytest
 import engine
 from engine import cli
 from engine.cli import main
-from engine.errors import InputError
+from engine.errors import InputError, Interrupted
+from engine.training.evaluation import NotFinite
 
 ROOT = Path(__file__).parents[2]
 RUN = """\
@@ -96,6 +97,23 @@ def test_bad_input_found_while_running(run_file, calls, capsys, monkeypatch):
     assert main(["train", run_file]) == 2
     expected = "dpo: error: pairs.jsonl: row 3: no column 'chosen'\n"
     assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (NotFinite("step 2: nan"), 3, "dpo: error: step 2: nan\n"),
+        (Interrupted(15, "stopped after step 2"), 143, "dpo: stopped after step 2\n"),
+        (Interrupted(2, "stopped after step 2"), 130, "dpo: stopped after step 2\n"),
+    ],
+)
+def test_how_a_run_may_end(run_file, calls, capsys, monkeypatch, error, code, said):
+    def end(run):
+        raise error
+
+    monkeypatch.setattr(sys.modules["engine.commands.train"], "main", end)
+    assert main(["train", run_file]) == code
+    assert capsys.readouterr().err == said
 
 
 def test_interrupt_is_one_line_and_exit_code_130(run_file, calls, capsys, monkeypatch):

@@ -1,6 +1,8 @@
 """What a line of metrics says, and that no line is lost."""
 
 import json
+import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,9 +29,9 @@ def sums(**pairs) -> Sums:
     )
 
 
-def out(loss: float) -> StepOut:
-    scalars = np.float32(1.0), np.float32(0.0), np.bool_(True)
-    return StepOut(sums(loss=loss), *scalars)  # pyright: ignore[reportArgumentType]
+def out(loss: float, applied: bool = True) -> StepOut:
+    scalars: Any = np.float32(1.0), np.float32(0.0), np.bool_(True), np.bool_(applied)
+    return StepOut(sums(loss=loss), *scalars)
 
 
 def test_means_are_over_pairs_or_over_scored_tokens():
@@ -52,6 +54,17 @@ def test_a_line_averages_the_steps_since_the_last_one():
     assert line["perf/tokens_per_second"] == 10.0
     assert line["perf/scored_fraction"] == pytest.approx(10 / 40)
     assert not window.steps
+
+
+def test_skipped_steps_are_in_no_average_of_others():
+    window = MetricsWindow()
+    window.add(out(loss=math.nan, applied=False), seconds=1.0, tokens=10, scored=5)
+    window.add(out(loss=4.0), seconds=3.0, tokens=10, scored=5)
+    line = window.close()
+    assert line["loss"] == 2.0 and line["perf/step_seconds"] == 2.0
+    window.add(out(loss=math.nan, applied=False), seconds=1.0, tokens=10, scored=5)
+    assert math.isnan(window.close()["loss"])
+    assert not window.num_steps
 
 
 def record(**metrics) -> Record:
