@@ -152,12 +152,7 @@ def prepare(
                 "remove one"
             )
         check_comparable(model, reference, synced=arguments.sync_ref_model)
-    sets = {f"{prefix}dataset": pairs for prefix, pairs in evaluations.items()}
-    if isinstance(train, PairStream):
-        check_no_values(sets)
-    else:
-        sets = {"train_dataset": train} | sets
-    check_values(arguments, sets, has_reference=reference is not None)
+    sets = _check_sets(arguments, train, evaluations, reference is not None)
     adapter = model.adapter
     check_dropout(arguments, None if adapter is None else adapter.dropout)
     check_vocabulary(model, tokenizer, *sets.values())
@@ -193,6 +188,26 @@ def prepare(
         evaluations=dict(evaluations),
         eval_plans=eval_plans,
     )
+
+
+def _check_sets(
+    arguments: DPOConfig,
+    train: PairTokens | PairStream,
+    evaluations: Mapping[str, PairTokens],
+    has_reference: bool,
+) -> dict[str, PairTokens]:
+    """The data sets that are held, by their names in messages.
+
+    Raises:
+        InputError: the reference's log-probabilities where they mean nothing.
+    """
+    sets = {f"{prefix}dataset": pairs for prefix, pairs in evaluations.items()}
+    if isinstance(train, PairStream):
+        check_no_values(sets)
+    else:
+        sets = {"train_dataset": train} | sets
+    check_values(arguments, sets, has_reference=has_reference)
+    return sets
 
 
 def prepare_pairs(

@@ -95,7 +95,7 @@ def test_a_bad_row_ends_a_run_with_its_name(run_file, capsys, monkeypatch):
     class Reads:
         """Takes each batch, and no step."""
 
-        def __init__(self, run, model, reference):
+        def __init__(self, run, *models, **config):
             self.run, self.taken = run, 0
 
         def train(self):
