@@ -9,6 +9,8 @@ from engine.data.pair_tokens import PairTokens
 from engine.data.stream_plans import StreamPlan
 from engine.parallel.sharding import DATA, FSDP
 
+_MOST_ROWS = 64  # that a message names
+
 
 def plan_stream(config: DPOConfig, stream: PairStream, mesh: Mesh) -> StreamPlan:
     """The batches of the run.
@@ -69,3 +71,13 @@ def plan_evaluation(config: DPOConfig, pairs: PairTokens, mesh: Mesh) -> BatchPl
     order = Order(num_pairs=len(pairs), pairs_per_batch=size)
     option = "eval_batch_size" if config.eval_batch_size else "the evaluation's batch"
     return BatchPlan(order, Padded(pairs, size, 1, _shards(mesh), option))
+
+
+def rows_of_batch(pairs: PairTokens, plan: BatchPlan, batch: int) -> str:
+    """Which rows of the data the pairs of a batch come from, in words."""
+    epoch, index = divmod(batch, plan.order.batches_per_epoch)
+    members = plan.order.epoch(epoch)[index]
+    rows = pairs.rows[members[members >= 0]].tolist()
+    shown = ", ".join(map(str, rows[:_MOST_ROWS]))
+    more = len(rows) - _MOST_ROWS
+    return f"rows {shown}{f' and {more} more' if more > 0 else ''}, from 0"

@@ -42,7 +42,12 @@ from engine.parallel.sharding import (
     check_mesh,
     padded_vocab,
 )
-from engine.training.plans import plan_evaluation, plan_stream, plan_training
+from engine.training.plans import (
+    plan_evaluation,
+    plan_stream,
+    plan_training,
+    rows_of_batch,
+)
 from engine.training.schedules import check_schedule
 from engine.training.step import StepOptions
 from engine.training.streams import (
@@ -52,7 +57,6 @@ from engine.training.streams import (
     unknown_id,
 )
 
-_MOST_ROWS = 64  # that a message names
 EVAL = "eval_"  # before the names of an evaluation's metrics
 
 PreferenceData = (
@@ -88,12 +92,9 @@ class Prepared:
 
     def rows_of_step(self, step: int) -> str:
         """Which rows of the data a step's pairs come from, in words."""
-        epoch, index = divmod(step - 1, self.plan.order.batches_per_epoch)
-        members = self.plan.order.epoch(epoch)[index]
-        rows = self.train.rows[members[members >= 0]].tolist()
-        shown = ", ".join(map(str, rows[:_MOST_ROWS]))
-        more = len(rows) - _MOST_ROWS
-        return f"rows {shown}{f' and {more} more' if more > 0 else ''}, from 0"
+        if "" not in self.sets:
+            return f"the stream's batch number {step}"
+        return rows_of_batch(*self.sets[""], step - 1)
 
     @property
     def reads_values(self) -> bool:
