@@ -116,6 +116,12 @@ def _dispatch(argv: list[str]) -> int:
     if arguments.command == "export":
         _export(arguments)
         return 0
+    if arguments.command == "report":
+        _import_jax()
+        from engine.commands import report
+
+        report.main(arguments.directories, arguments.output)
+        return 0
     path, overrides = arguments.config, arguments.words
     if path is None:
         if not overrides:
@@ -205,6 +211,21 @@ def _add_export(commands: Any):
     export.add_argument("--dtype", choices=dtypes, help="of the weights on disk")
 
 
+def _add_report(commands: Any):
+    report = commands.add_parser(
+        "report",
+        help="one HTML page of runs: curves, configurations and their differences",
+        description="Write one self-contained HTML page of what runs have written.",
+        allow_abbrev=False,
+    )
+    report.add_argument(
+        "directories", nargs="+", metavar="DIR", help="the save_directory of a run"
+    )
+    report.add_argument(
+        "--output", metavar="FILE", help="default: report.html in the first DIR"
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="dpo",
@@ -224,6 +245,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         _add_run_file(command)
     _add_export(commands)
+    _add_report(commands)
     commands.add_parser(
         "verify", help="run every kernel that this machine can, against the reference"
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from engine.config.run import RunConfig
+from engine.config.show import plain
 from engine.data.pairs import PairTokens, PreferenceRows
 from engine.data.sources import load_mixture
 from engine.models import (
@@ -15,6 +16,7 @@ from engine.models import (
 )
 from engine.models.tokenizer import load_tokenizer
 from engine.parallel.sharding import make_mesh
+from engine.training.about import About, reference_words
 from engine.training.compilation import keep_programs
 from engine.training.lora import reference_config, with_lora
 from engine.training.prepare import EVAL, Prepared, prepare, prepare_pairs
@@ -67,12 +69,32 @@ def prepare_run(run: RunConfig, data: RunData | None = None) -> Prepared:
         run.trainer,
         mesh=mesh,
         model=model,
-        dtype=run.model.dtype,
         reference=reference,
         tokenizer=data.tokenizer,
         train=train,
         evaluations=evaluations,
+        about=about(run),
         reference_dtype=run.reference_model and run.reference_model.dtype,
+    )
+
+
+def about(run: RunConfig) -> About:
+    """What is said of a run, and its whole configuration."""
+    model, given = run.model, run.reference_model
+    words = reference_words(
+        run.trainer,
+        model.name_or_path,
+        run.lora,
+        given=given is not None,
+        name=given and given.name_or_path,
+        adapter=given and given.adapter,
+    )
+    return About(
+        model=model.name_or_path,
+        reference=words,
+        dtype=model.dtype,
+        param_dtype=model.param_dtype,
+        config=plain(run),
     )
 
 

@@ -40,6 +40,7 @@ from engine.parallel.sharding import (
     check_mesh,
     padded_vocab,
 )
+from engine.training.about import About
 from engine.training.schedules import check_schedule
 from engine.training.step import StepOptions
 
@@ -62,6 +63,7 @@ class Prepared:
     plan: BatchPlan
     evaluations: dict[str, PairTokens]  # by the prefix of their metrics' names
     eval_plans: dict[str, BatchPlan]
+    about: About
 
     @property
     def sets(self) -> dict[str, tuple[PairTokens, BatchPlan]]:
@@ -104,11 +106,11 @@ def prepare(
     *,
     mesh: Mesh,
     model: DecoderConfig,
-    dtype: Any,
     reference: DecoderConfig | None,
     tokenizer: PreTrainedTokenizerBase,
     train: PairTokens,
     evaluations: Mapping[str, PairTokens],
+    about: About,
     reference_dtype: Any = None,
 ) -> Prepared:
     """Check that everything fits together, and plan the batches.
@@ -144,7 +146,7 @@ def prepare(
         for prefix, pairs in evaluations.items()
     }
     for some in (plan, *eval_plans.values()):
-        for of in dict.fromkeys((dtype, reference_dtype or dtype)):
+        for of in dict.fromkeys((about.dtype, reference_dtype or about.dtype)):
             check_op(arguments, model, of, some, mesh)
     warn_beyond_positions(train, arguments.max_length, max_positions(model))
     return Prepared(
@@ -156,6 +158,7 @@ def prepare(
         plan=plan,
         evaluations=dict(evaluations),
         eval_plans=eval_plans,
+        about=about,
     )
 
 
@@ -208,6 +211,23 @@ def check_vocabulary(
             )
 
 
+def op_problem(
+    config: DPOConfig, model: DecoderConfig, dtype: Any, capacity: int, mesh: Mesh
+) -> tiling.Problem:
+    """What the op is asked of a batch with `capacity` scored tokens on each device."""
+    device = mesh.devices.flat[0]
+    fsdp, tensor = mesh.shape[FSDP], mesh.shape[TENSOR]
+    return tiling.Problem(
+        T=fsdp * capacity,
+        D=model.hidden_size,
+        V=padded_vocab(model, mesh) // (fsdp * tensor),
+        dtype=jnp.dtype(dtype),
+        workspace_bytes=config.workspace_bytes,
+        device=Device(platform=device.platform, kind=device.device_kind),
+        ragged=True,
+    )
+
+
 def check_op(
     config: DPOConfig, model: DecoderConfig, dtype: Any, plan: BatchPlan, mesh: Mesh
 ) -> None:
@@ -216,18 +236,8 @@ def check_op(
     Raises:
         InputError: with the reason that the op would give.
     """
-    device = mesh.devices.flat[0]
-    fsdp, tensor = mesh.shape[FSDP], mesh.shape[TENSOR]
     for _, capacity in plan.shapes:
-        problem = tiling.Problem(
-            T=fsdp * capacity,
-            D=model.hidden_size,
-            V=padded_vocab(model, mesh) // (fsdp * tensor),
-            dtype=jnp.dtype(dtype),
-            workspace_bytes=config.workspace_bytes,
-            device=Device(platform=device.platform, kind=device.device_kind),
-            ragged=True,
-        )
+        problem = op_problem(config, model, dtype, capacity, mesh)
         try:
             backend = load_backend(config.implementation, problem)
             if backend.backward is None:

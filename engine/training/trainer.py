@@ -19,6 +19,7 @@ from engine.models import Decoder, save_pretrained
 from engine.objective.references import Cached
 from engine.parallel.batch import Batch, abstract_batch
 from engine.parallel.sharding import place
+from engine.paths import as_path
 from engine.training.compilation import (
     Compiled,
     Request,
@@ -27,6 +28,7 @@ from engine.training.compilation import (
     enough_memory,
     keep_programs,
 )
+from engine.training.describe import describe, lines
 from engine.training.evaluation import NotFinite, check_finite, evaluate
 from engine.training.events import Listener, Listeners
 from engine.training.gradients import Params
@@ -36,6 +38,7 @@ from engine.training.metrics import Sums
 from engine.training.optimizer import make_optimizer
 from engine.training.precompute import with_reference_values
 from engine.training.prepare import Prepared, loss_options, step_options
+from engine.training.records import RunRecord
 from engine.training.reference import make_reference
 from engine.training.schedules import learning_rate_schedule
 from engine.training.step import (
@@ -148,7 +151,7 @@ class Trainer:
             listener=self._listeners,
             progress=self.progress,
         )
-        with _telling(self._listeners, self.run.plan.steps, self.progress.step):
+        with _telling(self._described(), self.run.plan.steps, self.progress.step):
             try:
                 with enough_memory():
                     loop.run()
@@ -160,6 +163,15 @@ class Trainer:
             self.save_model(self.arguments.save_directory)
         self._saved = True
         return loop.latest
+
+    def _described(self) -> Listener:
+        """All listeners, of a run whose description is printed and will be kept."""
+        programs = [x for x in (self._train_step, self._eval_step) if x is not None]
+        facts = describe(self.run, programs)
+        logger.info("%s", lines(facts))
+        directory = as_path(self.arguments.save_directory)
+        record = RunRecord(directory, self.run.about.config, facts)
+        return Listeners((self._listeners, record))
 
     def _check_usable(self) -> None:
         if self._failure is not None:
