@@ -29,6 +29,7 @@ _COMMANDS = {
     "train": "train on the run file's pairs, evaluate, and save the model",
     "precompute": "score every pair under the reference, and keep that for training",
     "validate": "check the run file, its model and its data; train nothing",
+    "show": "print every option as it will be, and where it comes from",
     "inspect": "show the data as the model will see it, and what is wrong with it",
     "run": "carry out the run file's own `actions:`, in order",
 }
@@ -130,6 +131,12 @@ def _dispatch(argv: list[str]) -> int:
                 "`dpo --help`"
             )
         path, *overrides = overrides
+    if arguments.command == "show":
+        _import_jax()
+        from engine.commands import show
+
+        show.main(path, overrides)
+        return 0
     options = ()
     if arguments.command == "inspect":
         options = (inspect_options.read_options(arguments),)
