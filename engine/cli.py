@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from engine import __version__
-from engine.commands import inspect_options
+from engine.commands import evaluate_options, inspect_options
 from engine.errors import InputError, one_line, stage
 
 _DESCRIPTION = """\
@@ -30,9 +30,12 @@ _COMMANDS = {
     "precompute": "score every pair under the reference, and keep that for training",
     "validate": "check the run file, its model and its data; train nothing",
     "show": "print every option as it will be, and where it comes from",
+    "evaluate": "every metric of the trained model on eval_mixture, with intervals",
     "inspect": "show the data as the model will see it, and what is wrong with it",
     "run": "carry out the run file's own `actions:`, in order",
 }
+# Of commands that have options of their own.
+_OPTIONS = {"inspect": inspect_options, "evaluate": evaluate_options}
 _PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds"
 _BAD_INPUT = 2
 _INTERRUPTED = 130
@@ -104,8 +107,8 @@ def _dispatch(argv: list[str]) -> int:
         argv = ["run", *argv]
     parser = _parser()
     try:
-        if argv[:1] == ["inspect"]:  # whose options may stand between overrides
-            arguments = _inspect_parser().parse_intermixed_args(argv[1:])
+        if argv and argv[0] in _OPTIONS:  # which may stand between overrides
+            arguments = _options_parser(argv[0]).parse_intermixed_args(argv[1:])
         else:
             arguments = parser.parse_args(argv)
     except SystemExit:  # --help and --version
@@ -138,8 +141,8 @@ def _dispatch(argv: list[str]) -> int:
         show.main(path, overrides)
         return 0
     options = ()
-    if arguments.command == "inspect":
-        options = (inspect_options.read_options(arguments),)
+    if arguments.command in _OPTIONS:
+        options = (_OPTIONS[arguments.command].read_options(arguments),)
     _run(arguments.command, path, overrides, *options)
     return 0
 
@@ -269,14 +272,14 @@ def _add_run_file(parser: argparse.ArgumentParser):
     )
 
 
-def _inspect_parser() -> argparse.ArgumentParser:
+def _options_parser(name: str) -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="dpo inspect",
-        usage="dpo inspect RUN.yaml [OPTIONS] [KEY=VALUE ...]",
-        description=inspect_options.DESCRIPTION,
+        prog=f"dpo {name}",
+        usage=f"dpo {name} RUN.yaml [OPTIONS] [KEY=VALUE ...]",
+        description=_OPTIONS[name].DESCRIPTION,
         allow_abbrev=False,
     )
-    parser.set_defaults(command="inspect")
-    inspect_options.add_options(parser)
+    parser.set_defaults(command=name)
+    _OPTIONS[name].add_options(parser)
     _add_run_file(parser)
     return parser

@@ -60,7 +60,7 @@ def prepare_run(run: RunConfig, data: RunData | None = None) -> Prepared:
     keep_programs()
     mesh = make_mesh(run.sharding.data, run.sharding.fsdp, run.sharding.tensor)
     model = check_checkpoint(resolve_directory(run.model.name_or_path))
-    reference = _reference(run, model)
+    reference = reference_of(run, model)
     model = with_lora(model, run.lora, run.model.name_or_path)
     data = data or read_data(run)
     evaluations = dict(data.pairs)
@@ -98,7 +98,8 @@ def about(run: RunConfig) -> About:
     )
 
 
-def _reference(run: RunConfig, base: DecoderConfig) -> DecoderConfig | None:
+def reference_of(run: RunConfig, base: DecoderConfig) -> DecoderConfig | None:
+    """The configuration of the reference that a run file names; None: it names none."""
     given = run.reference_model
     if given is None:
         return None

@@ -11,8 +11,9 @@ from engine.config.dpo import DPOConfig
 from engine.data.batches import BatchPlan
 from engine.data.pairs import PairTokens
 from engine.models import DecoderConfig
+from engine.training.checks import op_problem
 from engine.training.compilation import Compiled
-from engine.training.prepare import Prepared, op_problem
+from engine.training.prepare import Prepared
 
 _INDENT = 12  # columns of the labels
 

@@ -134,7 +134,7 @@ def demo(overrides: list[str]) -> int:
     write_generations(output / "generations.jsonl", metrics, rows, before, after)
     if code := dpo(["report", str(output)]):
         return code
-    print(f"{output}: the trained model, metrics.jsonl, curves.png, before_after.txt")
+    print(f"{output}: report.html, metrics.jsonl, the trained model, before_after.txt")
     print(f"the demo took {time.monotonic() - start:.0f} s")
     reached = curve(metrics, ACCURACY)[1][-1]
     if reached < GOAL:
