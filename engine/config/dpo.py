@@ -78,6 +78,7 @@ class DPOConfig(OptimizerConfig, LossConfig):
     log_steps: int = 10  # optimizer steps between two lines of metrics
     eval_steps: int | None = None  # optimizer steps between two; None: at the end only
     eval_batch_size: int | None = None  # pairs; None: as one microbatch
+    use_tensorboard: bool = True  # event files in save_directory/tensorboard
     use_wandb: bool = False  # also log to Weights & Biases; needs the wandb package
     progress_bar: bool = True
 

@@ -170,6 +170,8 @@ def _bytes(count: int) -> str:
 
 def _written(arguments: DPOConfig) -> str:
     what = ["metrics.jsonl", "run.json"]
+    if arguments.use_tensorboard:
+        what.append("tensorboard/")
     if arguments.use_wandb:
         what.append("wandb/")
     what.append("the model at the end")
