@@ -174,6 +174,6 @@ def own_listeners(arguments: DPOConfig) -> Iterator[Listener]:
     if not arguments.without_reference and "apo_down" not in arguments.losses:
         yield FallingChosen()
     if arguments.use_tensorboard:
-        yield TensorBoard(directory)
+        yield TensorBoard(as_path(arguments.save_directory))
     if arguments.use_wandb:
         yield WandB(arguments, directory)
