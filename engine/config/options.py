@@ -19,8 +19,7 @@ import yaml
 from engine.config.columns import ColumnsConfig
 from engine.config.dpo import DPOConfig
 from engine.config.lora import LoraConfig
-from engine.config.loss import LossConfig
-from engine.config.optimizer import OptimizerConfig, ScheduleOptions
+from engine.config.optimizer import ScheduleOptions
 from engine.config.run import (
     MixtureConfig,
     ModelConfig,
@@ -50,8 +49,11 @@ _SECTIONS: dict[str, type] = {
     "columns of an entry": ColumnsConfig,
     "sharding": ShardingConfig,
     "trainer": DPOConfig,
-    "trainer: the loss": LossConfig,
-    "trainer: the optimizer": OptimizerConfig,
+    **{
+        f"trainer: {base.__name__.removesuffix('Config').lower()}": base
+        for base in DPOConfig.__mro__[1:]
+        if dataclasses.is_dataclass(base)
+    },
     "trainer: lr_scheduler_kwargs": ScheduleOptions,
 }
 _INTRODUCTION = """\
