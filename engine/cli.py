@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from engine import __version__
 from engine.commands import evaluate_options, inspect_options
-from engine.errors import InputError, one_line, stage
+from engine.errors import InputError, Interrupted, one_line, stage
 
 _DESCRIPTION = """\
 Preference-tune (DPO) language models in JAX, on CPU, GPU and TPU.
@@ -66,21 +66,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_output()
         return _BROKEN_PIPE
     except InputError as error:
-        return _refuse(str(error))
+        return _refuse(str(error), error.exit_code)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
         _discard_output()
         return _refuse(f"the output cannot be written: {one_line(error)}")
+    except Interrupted as error:
+        print(f"dpo: {error}", file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         print("dpo: interrupted", file=sys.stderr)
         return _INTERRUPTED
 
 
-def _refuse(message: str) -> int:
+def _refuse(message: str, code: int = _BAD_INPUT) -> int:
     # A path or a value in the message may hold a line break of its own.
     print(f"dpo: error: {' '.join(message.split())}", file=sys.stderr)
-    return _BAD_INPUT
+    return code
 
 
 def _flush_output():

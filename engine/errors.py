@@ -17,8 +17,18 @@ _PASSED_ON = (MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit)
 class InputError(ValueError):
     """Bad input, in one line: what was given, where, what is allowed, what to do.
 
-    The command line prints it as `dpo: error: <message>` and exits with code 2.
+    The command line prints it as `dpo: error: <message>` and exits with `exit_code`.
     """
+
+    exit_code = 2
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal has ended the run, in good order; says how to go on."""
+
+    def __init__(self, signal_number: int, message: str):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number  # as a shell reports whom a signal ended
 
 
 @contextlib.contextmanager

@@ -6,8 +6,10 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.config.run import RunConfig
 from engine.config.show import plain
+from engine.data.pair_streams import PairStream
 from engine.data.pairs import PairTokens, PreferenceRows
 from engine.data.sources import load_mixture
+from engine.data.stream_sources import stream_mixture
 from engine.models import (
     DecoderConfig,
     check_checkpoint,
@@ -20,6 +22,7 @@ from engine.training.about import About, reference_words
 from engine.training.compilation import keep_programs
 from engine.training.lora import reference_config, with_lora
 from engine.training.prepare import EVAL, Prepared, prepare, prepare_pairs
+from engine.training.streams import prepare_stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,23 +32,33 @@ class RunData:
     tokenizer: PreTrainedTokenizerBase
     rows: dict[str, PreferenceRows]
     pairs: dict[str, PairTokens]
+    stream: PairStream | None = None  # the training set, where it is streamed
 
 
-def read_data(run: RunConfig) -> RunData:
+def read_data(run: RunConfig, first_rows: int = 0) -> RunData:
     """Read tokenizer and data.
 
+    Args:
+        first_rows: how many rows of a training set that is streamed to hold.
     Raises:
         InputError: a tokenizer or rows that training would refuse.
     """
     tokenizer = load_tokenizer(run.model.tokenizer or run.model.name_or_path)
-    rows = {"": load_mixture(run.mixture)}
+    rows, stream = {}, None
+    if run.mixture.streaming:
+        some = stream_mixture(run.mixture)
+        stream = prepare_stream(run.trainer, some, tokenizer)
+        if first_rows:
+            rows[""] = some.first(first_rows)
+    else:
+        rows[""] = load_mixture(run.mixture)
     if run.eval_mixture is not None:
         rows[EVAL] = load_mixture(run.eval_mixture)
     pairs = {
         prefix: prepare_pairs(run.trainer, some, tokenizer)
         for prefix, some in rows.items()
     }
-    return RunData(tokenizer=tokenizer, rows=rows, pairs=pairs)
+    return RunData(tokenizer=tokenizer, rows=rows, pairs=pairs, stream=stream)
 
 
 def prepare_run(run: RunConfig, data: RunData | None = None) -> Prepared:
@@ -64,7 +77,9 @@ def prepare_run(run: RunConfig, data: RunData | None = None) -> Prepared:
     model = with_lora(model, run.lora, run.model.name_or_path)
     data = data or read_data(run)
     evaluations = dict(data.pairs)
-    train = evaluations.pop("")
+    held = evaluations.pop("", None)
+    train = data.stream or held
+    assert train is not None
     return prepare(
         run.trainer,
         mesh=mesh,

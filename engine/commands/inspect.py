@@ -1,6 +1,7 @@
 """`dpo inspect`: what the model will see of a run file's data."""
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 from engine.commands.inputs import RunData, check_destination, prepare_run, read_data
 from engine.commands.inspect_options import InspectOptions, check_rows
 from engine.config.run import RunConfig
+from engine.data.batches import BatchPlan
 from engine.errors import InputError
 from engine.inspection import plots, report
 from engine.inspection.checks import Findings, check_tokens, form_of, stop_ids
@@ -19,8 +21,10 @@ from engine.inspection.similar import Digests, digests, shared, similar
 from engine.inspection.summary import Parts, batches, parts, summarise
 from engine.inspection.tokens import TokenPrinter, View
 from engine.models import resolve_directory
-from engine.training.prepare import EVAL
+from engine.training.plans import plan_training
+from engine.training.prepare import EVAL, Prepared
 
+_STREAMED = 1000  # rows that are looked at of a training set that is streamed
 _TITLES = {"": "training data", EVAL: "evaluation data"}
 
 
@@ -40,12 +44,17 @@ def main(run: RunConfig, options: InspectOptions) -> None:
     notes: list[str] = []
     try:
         with _kept(warnings):
-            data = read_data(run)
+            data = read_data(run, first_rows=_STREAMED)
+        if data.stream is not None:
+            notes.append(
+                f"the training data is streamed: its first {len(data.rows['']):,} rows "
+                "are looked at here, and rows after them only when they are trained on"
+            )
         _show_rows(out, run, data, options)
         _show_numbers(out, run, data, options, Findings(warnings, notes))
         with _kept(warnings):
             prepared = prepare_run(run, data)
-        report.print_batches(out, batches(prepared.train, prepared.plan))
+        _show_batches(out, run, data, prepared)
     except InputError:
         if warnings:
             report.print_findings(out, warnings, notes)
@@ -109,6 +118,19 @@ def _show_numbers(
         more = check_tokens(data.tokenizer, rows, pairs, stops, form_of(rows))
         findings.warnings.extend(f"{title}: {warning}" for warning in more.warnings)
         findings.notes.extend(note for note in more.notes if note not in findings.notes)
+
+
+def _show_batches(
+    out: Screen, run: RunConfig, data: RunData, prepared: Prepared
+) -> None:
+    plan, pairs = prepared.plan, data.pairs[""]
+    if isinstance(plan, BatchPlan):
+        report.print_batches(out, batches(pairs, plan))
+        return
+    # The first rows in the batches of an epoch, but in the stream's shapes.
+    once = dataclasses.replace(run.trainer, num_train_epochs=1, drop_last=False)
+    found = batches(pairs, plan_training(once, pairs, prepared.mesh), plan.shapes)
+    report.print_stream_batches(out, found, plan.steps, len(data.rows[""]))
 
 
 def _plot(run: RunConfig, options: InspectOptions, prefix: str, found: Parts) -> str:

@@ -5,6 +5,7 @@ from jax.sharding import Mesh
 from engine.commands.inputs import prepare_run
 from engine.config.run import RunConfig
 from engine.models import Decoder, DecoderConfig, load_model
+from engine.training.identity import flat
 from engine.training.lora import lora_policy, reference_decoder
 from engine.training.trainer import Trainer
 
@@ -52,4 +53,4 @@ def main(run: RunConfig) -> None:
     prepared = prepare_run(run)
     model, reference = load_models(run, prepared.model, prepared.mesh)
     # The trainer takes the arrays over: `model` is empty from the first step on.
-    Trainer(prepared, model, reference).train()
+    Trainer(prepared, model, reference, config=flat(run)).train()

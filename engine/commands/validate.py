@@ -2,6 +2,8 @@
 
 from engine.commands.inputs import prepare_run
 from engine.config.run import RunConfig
+from engine.data.doubts import warn
+from engine.data.pair_streams import PairStream
 from engine.training.describe import describe, lines
 
 
@@ -11,5 +13,17 @@ def main(run: RunConfig) -> None:
     Raises:
         InputError: whatever training would refuse.
     """
-    print(lines(describe(prepare_run(run))))
+    prepared = prepare_run(run)
+    facts = describe(prepared)
+    if isinstance(prepared.train, PairStream):
+        _warn_of_head(prepared.train)
+    print(lines(facts))
     print("valid")
+
+
+def _warn_of_head(stream: PairStream) -> None:
+    """Logs what the first rows are doubted for: training does so after a pass."""
+    chunk, pairs = stream.head
+    for doubt in pairs.doubts:
+        where = f"the first {len(chunk.rows)} rows"
+        warn(doubt, where, chunk, chunk.ignored(doubt.first))

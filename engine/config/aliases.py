@@ -15,7 +15,7 @@ class Alias(NamedTuple):
 
 
 _BATCH = "pairs of one optimizer step over all devices and accumulation steps, not per "
-_NEVER = "the model is saved once, at the end, in save_directory"
+_NEVER = "the model of the last step is saved, in save_directory"
 _DTYPE = "bfloat16 or float32"
 _NO_CODE = "no code is run on rows; write the file as it is to be read"
 _NOT_QUANTISED = "parameters are bfloat16 or float32, see model.param_dtype"
@@ -120,10 +120,7 @@ ALIASES = {
     "additional_fields": Alias(None, "columns that are not needed are never read"),
     "format_callback": Alias(None, _NO_CODE),
     "preprocessing_fn": Alias(None, _NO_CODE),
-    "streaming": Alias(None, "data is read once and tokenised data kept on disk"),
-    "shuffle_buffer_size": Alias(
-        "trainer.shuffle_train_dataset", "true or false: of all rows, in each epoch"
-    ),
+    "buffer_size": Alias("mixture.shuffle_buffer_size", "with streaming"),
     "assistant_only_loss": Alias("trainer.score", "completion, assistant or last_turn"),
     "padding_free": Alias(None, "batches are padded to a few lengths"),
     "padding_value": Alias(None, "padding is never seen by the model"),
@@ -163,12 +160,9 @@ ALIASES = {
     "per_device_eval_batch_size": Alias(
         "trainer.eval_batch_size", "pairs over all devices, not per device"
     ),
-    "save_steps": Alias(None, _NEVER),
-    "save_strategy": Alias(None, _NEVER),
-    "save_total_limit": Alias(None, _NEVER),
-    "save_interval_minutes": Alias(None, _NEVER),
+    "save_strategy": Alias("trainer.save_steps", "or save_interval_minutes"),
     "load_best_model_at_end": Alias(None, _NEVER),
-    "resume_from_checkpoint": Alias(None, "a run starts at its first step"),
+    "resume_from_checkpoint": Alias("trainer.resume", "true or false"),
     "push_to_hub": Alias(None, "nothing is uploaded; the model is in save_directory"),
     "hub_model_id": Alias(None, "nothing is uploaded; the model is in save_directory"),
     "deepspeed": Alias("sharding", "its keys are data, fsdp and tensor"),

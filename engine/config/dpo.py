@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dpo_kernels.op.backends import BACKENDS
+from engine.config.checkpoint import CheckpointConfig
 from engine.config.fields import (
     check_choice,
     check_count,
@@ -26,8 +27,8 @@ _WORKSPACE_LIMIT = 2**40  # bytes: more than any device has
 
 @refuses_unknown
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig(OptimizerConfig, LossConfig):
-    """Options of `DPOTrainer`; the bases have those of optimizer and loss.
+class DPOConfig(CheckpointConfig, OptimizerConfig, LossConfig):
+    """Options of `DPOTrainer`; the bases have those of checkpoints, optimizer, loss.
 
     They are named as in EasyDeL's run files, which this program reads, and as in TRL
     where EasyDeL has no such option.
@@ -40,7 +41,8 @@ class DPOConfig(OptimizerConfig, LossConfig):
 
     trainer_type: Literal["dpo"] = "dpo"  # for run files of EasyDeL's, which name it
     model_name: str = "DPOTrainer"  # the run's name, in logs
-    save_directory: str = "dpo_checkpoints"  # metrics.jsonl and the trained model
+    # metrics.jsonl, checkpoints and the trained model
+    save_directory: str = "dpo_checkpoints"
     # Of the trained weights on disk; None: as they were in the model's files.
     save_dtype: Literal["bfloat16", "float16", "float32"] | None = None
 
@@ -126,6 +128,7 @@ class DPOConfig(OptimizerConfig, LossConfig):
         check_within(self, 0, 0.5, "label_smoothing")
         check_float32(self)
         self._check_optimizer()
+        self._check_checkpoints()
         check_within(self, 0, 2**32, "seed")
         if not 0 < self.ref_model_mixup_alpha <= 1:
             raise InputError(

@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from engine.config.columns import ColumnsConfig
 from engine.config.dpo import DPOConfig
-from engine.config.fields import check_count, check_types, check_within
+from engine.config.fields import COUNT_LIMIT, check_count, check_types, check_within
 from engine.config.lora import LoraConfig, check_dropout
 from engine.config.run_file import build, read_run_file
+from engine.config.streaming import check_streaming
 from engine.errors import InputError
 from engine.paths import expand
 
@@ -87,12 +88,23 @@ class MixtureConfig:
     mixture_weights: tuple[float, ...] | None = None
     cache_dir: str | None = None  # None: where `datasets` keeps its own
     seed: int = 42  # of the draw between sources
+    # Read rows as they are needed, and keep none: for `mixture` only.
+    streaming: bool = False
+    # With streaming: pairs among which the next one is drawn. None: 1000; 0 or 1: the
+    # rows' own order.
+    shuffle_buffer_size: int | None = None
 
     def __post_init__(self):
         check_types(self)
         if not self.informs:
             raise InputError("informs=[] must list at least one source")
         _expand(self, "cache_dir")
+        if self.shuffle_buffer_size is not None and not self.streaming:
+            raise InputError(
+                f"shuffle_buffer_size={self.shuffle_buffer_size} has no effect without "
+                "streaming, as all pairs are shuffled; remove it"
+            )
+        check_within(self, 0, COUNT_LIMIT, "shuffle_buffer_size")
         check_within(self, 0, 2**32, "seed")
         if self.mixture_weights is None:
             return
@@ -165,6 +177,14 @@ class RunConfig:
             )
         dropout = None if self.lora is None else self.lora.lora_dropout
         check_dropout(self.trainer, dropout, ("trainer.", "lora."))
+        if self.mixture.streaming:
+            size = self.mixture.shuffle_buffer_size
+            check_streaming(self.trainer, size, "trainer.")
+        if self.eval_mixture is not None and self.eval_mixture.streaming:
+            raise InputError(
+                "eval_mixture.streaming=True cannot be: each evaluation goes over all "
+                "pairs of a data set that is held; remove it (num_rows bounds a source)"
+            )
         if self.eval_mixture is None:
             for name, value in (
                 ("eval_steps", self.trainer.eval_steps),

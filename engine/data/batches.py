@@ -11,22 +11,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 
+from engine.data.shapes import (
+    LENGTH_UNIT,
+    MAX_CANDIDATES,
+    SCORED_UNIT,
+    Shape,
+    choose_buckets,
+    round_up,
+)
 from engine.data.tokenization import PairTokens, ragged_arange
 from engine.errors import InputError
 from engine.parallel.batch import Batch, ModelRows, Pairs, ScoredTokens
 
-_MAX_BUCKETS = 4  # static lengths, and so compilations
-_LENGTH_UNIT = 8  # lengths are multiples of it
-_SCORED_UNIT = 128  # capacities for scored tokens are multiples of it
-_MAX_CANDIDATES = 128  # lengths among which the buckets are chosen
-_WORTHWHILE = 0.95  # another bucket must save a twentieth of all padded tokens
-
 # Of more epochs than that not every batch is looked at: one shape fits what may come.
 _MOST_EPOCHS = 100
-
-Shape = tuple[int, int]  # length S of a row, capacity T of a shard for scored tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,14 +94,8 @@ class Padded:
         shards: int,
         option: str = "pairs_per_batch",
     ):
-        if pairs_per_batch < 1 or pairs_per_batch % (accumulation * shards):
-            raise InputError(
-                f"{option}={pairs_per_batch} pairs cannot be split over {shards} "
-                f"devices (data * fsdp) times {accumulation} accumulation steps; make "
-                f"it a multiple of {accumulation * shards}"
-            )
         self._pairs = pairs
-        self.grid = accumulation, shards, pairs_per_batch // (accumulation * shards)
+        self.grid = grid_of(pairs_per_batch, accumulation, shards, option)
         self._lengths = pairs.lengths.reshape(-1, 2).max(axis=1)  # the longer side's
         self._scored = pairs.num_scored.reshape(-1, 2).sum(axis=1)
 
@@ -124,14 +118,14 @@ class Padded:
 
         A batch takes the first that it fits into; each is the first for some batch.
         """
-        unit = _LENGTH_UNIT
-        unit *= -(-int(longest.max()) // (unit * _MAX_CANDIDATES))
+        unit = LENGTH_UNIT
+        unit *= -(-int(longest.max()) // (unit * MAX_CANDIDATES))
         rounded = -(-longest // unit) * unit
         candidates, counts = np.unique(rounded, return_counts=True)
         buckets = choose_buckets(candidates, np.cumsum(counts) / len(longest))
         capacities = (int(most[longest <= bucket].max()) for bucket in buckets)
         return tuple(
-            (bucket, _rounded(capacity, _SCORED_UNIT))
+            (bucket, round_up(capacity, SCORED_UNIT))
             for bucket, capacity in zip(buckets, capacities, strict=True)
         )
 
@@ -139,7 +133,7 @@ class Padded:
         """What any batch of these pairs fits into."""
         longest = int(self._lengths.max())
         most = int(np.sort(self._scored)[-self.grid[2] :].sum())
-        return _rounded(longest, _LENGTH_UNIT), _rounded(most, _SCORED_UNIT)
+        return round_up(longest, LENGTH_UNIT), round_up(most, SCORED_UNIT)
 
     def build(
         self, members: Int64[np.ndarray, " pairs"], shape: Shape
@@ -147,6 +141,25 @@ class Padded:
         """The batch of these pairs, and its number of tokens: see `assemble`."""
         A, N, P = self.grid
         return assemble(self._pairs, members.reshape(A, N, P), shape)
+
+
+def grid_of(
+    pairs_per_batch: int, accumulation: int, shards: int, option: str
+) -> tuple[int, int, int]:
+    """Microbatches A of a batch, shards N, and pairs of a shard's microbatch.
+
+    Args:
+        option: what a user calls `pairs_per_batch`.
+    Raises:
+        InputError: batches that cannot be split so.
+    """
+    if pairs_per_batch < 1 or pairs_per_batch % (accumulation * shards):
+        raise InputError(
+            f"{option}={pairs_per_batch} pairs cannot be split over {shards} "
+            f"devices (data * fsdp) times {accumulation} accumulation steps; make "
+            f"it a multiple of {accumulation * shards}"
+        )
+    return accumulation, shards, pairs_per_batch // (accumulation * shards)
 
 
 class BatchPlan:
@@ -176,6 +189,11 @@ class BatchPlan:
         other.layout = copy.copy(self.layout)
         other.layout._pairs = pairs
         return other
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Microbatches of a batch, shards, and pairs of a shard's microbatch."""
+        return self.layout.grid
 
     def _epochs(self) -> range:
         # Without shuffling every epoch has the same batches.
@@ -209,38 +227,6 @@ class BatchPlan:
         longest, most = self.layout.needs(members[None])
         shape = next((s, t) for s, t in self.shapes if longest[0] <= s and most[0] <= t)
         return self.layout.build(members, shape)
-
-
-def _rounded(number: int, unit: int) -> int:
-    return -(-number // unit) * unit
-
-
-def choose_buckets(
-    candidates: Int64[np.ndarray, " n"], below: Float[np.ndarray, " n"]
-) -> list[int]:
-    """The few lengths to which batches are padded, ascending, the last one included.
-
-    Minimises the expected length of a batch, where one fits into candidates[i] with
-    probability below[i]; stops at the number of buckets where one more saves little.
-    """
-    # cost[j]: expected length over batches up to candidates[j], the last bucket so far.
-    cost = below * candidates
-    choices = [np.full(len(candidates), -1)]
-    costs = [cost]
-    for _ in range(1, min(_MAX_BUCKETS, len(candidates))):
-        # From bucket i to j: what lies between them is padded to candidates[j].
-        total = costs[-1][:, None] + (below - below[:, None]) * candidates
-        total[np.tril_indices(len(candidates))] = np.inf
-        choices.append(np.argmin(total, axis=0))
-        costs.append(np.min(total, axis=0))
-    number = 0
-    for more in range(1, len(costs)):
-        if costs[more][-1] < _WORTHWHILE * costs[number][-1]:
-            number = more
-    buckets = [len(candidates) - 1]
-    for level in range(number, 0, -1):
-        buckets.append(int(choices[level][buckets[-1]]))
-    return [int(candidates[j]) for j in reversed(buckets)]
 
 
 def assemble(
@@ -305,7 +291,7 @@ def prefetch[T](items: Iterator[T], depth: int = 2) -> Generator[T]:
     """The same items, computed up to `depth` ahead in one background thread.
 
     What computing an item raises is raised where the item is taken. Closing the
-    iterator ends the thread.
+    iterator ends the thread, and closes a generator that the items come from.
     """
     end = object()
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
@@ -316,3 +302,5 @@ def prefetch[T](items: Iterator[T], depth: int = 2) -> Generator[T]:
             yield item  # pyright: ignore[reportReturnType]
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        if isinstance(items, Generator):
+            items.close()

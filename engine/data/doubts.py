@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from engine.data.conversations import Texts, shared_length, split_text
 from engine.data.forms import PairRow
 from engine.data.messages import Messages, said
 from engine.data.pair_tokens import Doubt, PairTokens
-from engine.data.rows import PreferenceRows
+from engine.data.rows import Origins, PreferenceRows
 from engine.errors import shortened
 
 logger = logging.getLogger(__name__)
@@ -65,11 +65,13 @@ class Doubts:
     """Counts what is seen while rows are tokenised."""
 
     def __init__(self):
-        self._rows: dict[str, list[int]] = {}
+        # The number of rows, the first and the last: rows are seen in order.
+        self._rows: dict[str, tuple[int, int, int]] = {}
         self._examples: dict[str, str] = {}  # of the first one
 
     def _add(self, kind: str, row: int):
-        self._rows.setdefault(kind, []).append(row)
+        number, first, last = self._rows.get(kind, (0, row, -1))
+        self._rows[kind] = (number + (row != last), first, row)
 
     def see_texts(self, index: int, texts: Texts):
         """Looks at what the chat template has made of a row."""
@@ -108,21 +110,35 @@ class Doubts:
     def found(self) -> tuple[Doubt, ...]:
         """One of each kind that was seen."""
         return tuple(
-            Doubt(kind, len(set(rows)), rows[0], self._examples.get(kind, ""))
-            for kind, rows in self._rows.items()
+            Doubt(kind, number, first, self._examples.get(kind, ""))
+            for kind, (number, first, _) in self._rows.items()
         )
 
 
 def report(doubts: tuple[Doubt, ...], rows: PreferenceRows):
     """Logs one warning of each kind."""
-    for kind, count, first, example in doubts:
-        logger.warning(
-            "%d of %d rows (the first: %s) %s",
-            count,
-            len(rows),
-            rows.where(first),
-            MEANINGS[kind] + _ignored(kind, rows, first) + example,
-        )
+    for doubt in doubts:
+        ignored = rows.sources[int(rows.source_ids[doubt.first])].ignored
+        warn(doubt, f"{len(rows)} rows", rows, ignored)
+
+
+def warn(doubt: Doubt, of: str, rows: Origins, ignored: Sequence[str]):
+    """Logs it.
+
+    Args:
+        of: among how many rows it was seen.
+        ignored: the columns of the first row's source that are not read.
+    """
+    unread = ""
+    if doubt.kind == "no prompt" and ignored:
+        unread = f" (not read: {shortened(', '.join(ignored))})"
+    logger.warning(
+        "%d of %s (the first: %s) %s",
+        doubt.num_rows,
+        of,
+        rows.where(doubt.first),
+        MEANINGS[doubt.kind] + unread + doubt.example,
+    )
 
 
 def warn_beyond_positions(pairs: PairTokens, max_length: int | None, positions: int):
@@ -147,13 +163,6 @@ def warn_beyond_positions(pairs: PairTokens, max_length: int | None, positions: 
         positions,
         found,
     )
-
-
-def _ignored(kind: str, rows: PreferenceRows, row: int) -> str:
-    columns = rows.sources[int(rows.source_ids[row])].ignored
-    if kind != "no prompt" or not columns:
-        return ""
-    return f" (not read: {shortened(', '.join(columns))})"
 
 
 def _written(side: str | Messages | None) -> Any:

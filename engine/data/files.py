@@ -26,39 +26,56 @@ def read_files(
 ) -> Rows:
     """All rows of files of one kind, in order; text already under the names read."""
     with reading(f"{name} cannot be read as {kind}"):
-        local = [_download(file, cache_dir) for file in files]
+        local = [download(file, cache_dir) for file in files]
     if kind in ("json", "csv"):
         parts: list[Rows] = []
         for path, file in zip(local, files, strict=True):
             if kind == "json":
                 parts.append(read_json(path, file, renamed))
             else:
-                tabs = data_ending(file) == ".tsv"
-                mark = delimiter or ("\t" if tabs else ",")
+                mark = delimiter or delimiter_of(file)
                 parts.append(read_csv(path, file, mark, renamed))
         return joined(parts)
     if kind == "parquet":
-        with reading(f"{name} cannot be read as {kind}"):
-            # One without rows stops the reader, with other files beside it or not.
-            rows = {path: pq.read_metadata(path).num_rows for path in local}
-            schemas = {path: pq.read_schema(path) for path in local if rows[path]}
-        if not schemas:
-            raise InputError(f"{name} has no rows; give at least one pair")
-        names = dict(zip(local, files, strict=True))
-        found = {names[path]: schema for path, schema in schemas.items()}
-        for file, schema in found.items():
-            renamed.check(file, schema.names)
-        _check_columns({x: _columns(schema, renamed) for x, schema in found.items()})
-        local = list(schemas)
+        local = parquet_files(name, local, files, renamed)
     with reading(f"{name} cannot be read as {kind}"):
         data = datasets.load_dataset(
             kind,
-            data_files=[_escaped(path) for path in local],
+            data_files=[escaped(path) for path in local],
             split="train",
             cache_dir=cache_dir,
         )
     assert isinstance(data, datasets.Dataset)
     return data
+
+
+def delimiter_of(file: str) -> str:
+    """What is between the cells of a file of text, by its ending."""
+    return "\t" if data_ending(file) == ".tsv" else ","
+
+
+def parquet_files(
+    name: str, local: list[str], files: list[str], renamed: Renamed
+) -> list[str]:
+    """Those of the files that have rows; all have the columns that are read.
+
+    Args:
+        local: where each of `files` is.
+    Raises:
+        InputError: no rows at all, or columns of other types than in another file.
+    """
+    with reading(f"{name} cannot be read as parquet"):
+        # One without rows stops the reader, with other files beside it or not.
+        rows = {path: pq.read_metadata(path).num_rows for path in local}
+        schemas = {path: pq.read_schema(path) for path in local if rows[path]}
+    if not schemas:
+        raise InputError(f"{name} has no rows; give at least one pair")
+    names = dict(zip(local, files, strict=True))
+    found = {names[path]: schema for path, schema in schemas.items()}
+    for file, schema in found.items():
+        renamed.check(file, schema.names)
+    _check_columns({x: _columns(schema, renamed) for x, schema in found.items()})
+    return list(schemas)
 
 
 def _check_columns(columns: dict[str, dict[str, str]]):
@@ -118,7 +135,7 @@ def joined(parts: list[Rows]) -> Rows:
     return first
 
 
-def _download(file: str, cache_dir: str | None) -> str:
+def download(file: str, cache_dir: str | None) -> str:
     """The local copy of a URL (unpacked); a local file is its own."""
     if not is_url(file):
         return file
@@ -127,6 +144,6 @@ def _download(file: str, cache_dir: str | None) -> str:
     return str(manager.download_and_extract(file))
 
 
-def _escaped(path: str) -> str:
+def escaped(path: str) -> str:
     """`path` as a pattern that means this file alone."""
     return path if is_url(path) else glob.escape(path)

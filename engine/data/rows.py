@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Buffer, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import datasets
 import numpy as np
@@ -19,6 +19,15 @@ from engine.errors import InputError
 logger = logging.getLogger(__name__)
 
 _HASH_ROWS = 4096  # rows hashed at a time, whatever the chunks of the table
+
+
+@runtime_checkable
+class Origins(Protocol):
+    """Rows by their numbers, of which messages say where they come from."""
+
+    def where(self, index: int) -> str:
+        """The origin of a row, for messages."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +87,7 @@ class PreferenceRows:
     def where(self, index: int) -> str:
         """The origin of a row, for messages."""
         source = self.sources[int(self.source_ids[index])]
-        return f"{source.name}, row {int(self.indices[index])} (counting from 0)"
+        return origin(source.name, int(self.indices[index]))
 
     def batches(self, size: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         """(index of the first row, rows) for each `size` rows, in order."""
@@ -101,6 +110,11 @@ class PreferenceRows:
         update(self.indices.tobytes())
 
 
+def origin(source: str, index: int) -> str:
+    """A row of a source, for messages."""
+    return f"{source}, row {index} (counting from 0)"
+
+
 def as_rows(data: Any) -> PreferenceRows:
     """Rows given from Python: a `datasets.Dataset`, or a list of dicts.
 
@@ -114,8 +128,10 @@ def as_rows(data: Any) -> PreferenceRows:
         return one_after_another((checked_source("the data set", data),))
     if not isinstance(data, list | tuple):
         way_out = ""
-        if isinstance(data, datasets.DatasetDict):
+        if isinstance(data, datasets.DatasetDict | datasets.IterableDatasetDict):
             way_out = f": pick one of its splits ({', '.join(map(str, data))})"
+        if isinstance(data, datasets.IterableDataset):
+            way_out = "; only train_dataset may be one that is streamed"
         raise InputError(
             f"the data set is a {type(data).__name__}; give a datasets.Dataset or a "
             f"list of rows{way_out}"
@@ -159,6 +175,20 @@ def checked_source(
             messages = isinstance(row.get("chosen"), list | tuple | Mapping)
             where = f"{name}, row {i} (counting from 0)"
             check_names(where, map(str, row), messages)
+    check_columns(name, columns)
+    if isinstance(data, datasets.Dataset):
+        kept = [field for field in FIELDS if field in columns]
+        data = data.with_format(None).select_columns(kept)
+    ignored = tuple(column for column in columns if column not in FIELDS)
+    return Source(name=name, data=data, ignored=ignored)
+
+
+def check_columns(name: str, columns: Sequence[str]):
+    """Refuses columns that are of no form; warns of those of a form that is not read.
+
+    Raises:
+        InputError: naming the column that is not there.
+    """
     form = form_of(columns)
     if form is None:
         field = "rejected" if "chosen" in columns else "chosen"
@@ -178,11 +208,6 @@ def checked_source(
             ", ".join(unread),
             ", ".join(x for x in (*form.needs, *form.may_have) if x in columns),
         )
-    if isinstance(data, datasets.Dataset):
-        kept = [field for field in FIELDS if field in columns]
-        data = data.with_format(None).select_columns(kept)
-    ignored = tuple(column for column in columns if column not in FIELDS)
-    return Source(name=name, data=data, ignored=ignored)
 
 
 def _warn_of_format(data: datasets.Dataset):

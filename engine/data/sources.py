@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import datasets
@@ -38,8 +39,14 @@ def load_mixture(mixture: MixtureConfig) -> PreferenceRows:
     that is shortest for its weight is used up.
 
     Raises:
-        InputError: a source that is missing, unreadable, empty or without the columns.
+        InputError: a source that is missing, unreadable, empty or without the columns;
+            a mixture with `streaming`, which `stream_mixture` reads.
     """
+    if mixture.streaming:
+        raise InputError(
+            "streaming=True has no effect where all rows are read; give what "
+            "engine.data.stream_sources.stream_mixture returns, or remove it"
+        )
     sources = tuple(_load_source(s, mixture.cache_dir) for s in mixture.informs)
     if mixture.mixture_weights is None:
         return one_after_another(sources)
@@ -61,6 +68,27 @@ def load_mixture(mixture: MixtureConfig) -> PreferenceRows:
 
 def _load_source(source: SourceConfig, cache_dir: str | None) -> Source:
     """One entry of `informs:`, sliced by its split and `num_rows`."""
+    names, name, kind = named_kind(source)
+    renamed = Renamed(source.columns.names())
+    if kind == "hf":
+        data = _read_hf(source, names, cache_dir, renamed)
+    else:
+        splits = {"train": existing_files(names)}
+        data = _slice(name, splits, kind, source.split, cache_dir, renamed)
+    data = renamed_columns(data, name, renamed)
+    if source.num_rows is not None:
+        data = select(data, 0, min(source.num_rows, len(data)))
+    checked = checked_source(name, data)
+    check_system(name, getattr(checked.data, "column_names", ()), source)
+    return checked
+
+
+def named_kind(source: SourceConfig) -> tuple[list[str], str, str]:
+    """What a source names, all of it in one name, and the kind of its files.
+
+    Raises:
+        InputError: files of several types; an option that files have no use for.
+    """
     names = source.data_files
     names = [names] if isinstance(names, str) else list(names)
     name = ", ".join(names)
@@ -73,26 +101,18 @@ def _load_source(source: SourceConfig, cache_dir: str | None) -> Source:
             f"dataset_split_name={source.dataset_split_name!r} has no effect with "
             f"{name}, which is of type {kind!r}; remove it"
         )
-    renamed = Renamed(source.columns.names())
-    if kind == "hf":
-        data = _read_hf(source, names, cache_dir, renamed)
-    else:
-        splits = {"train": _existing_files(names)}
-        data = _slice(name, splits, kind, source.split, cache_dir, renamed)
-    data = renamed_columns(data, name, renamed)
-    if source.num_rows is not None:
-        data = select(data, 0, min(source.num_rows, len(data)))
-    checked = checked_source(name, data)
-    _check_system(checked, source)
-    return checked
+    return names, name, kind
 
 
-def _check_system(source: Source, config: SourceConfig):
-    """Refuses a column `system` that is named and, without ShareGPT's turns, unread."""
-    columns = getattr(source.data, "column_names", ())
+def check_system(name: str, columns: Iterable[str], config: SourceConfig):
+    """Refuses a column `system` that is named and, without ShareGPT's turns, unread.
+
+    Raises:
+        InputError: naming the source.
+    """
     if config.columns.system is not None and form_of(columns) != SHAREGPT:
         raise InputError(
-            f"{source.name}: columns.system={config.columns.system!r} has no effect "
+            f"{name}: columns.system={config.columns.system!r} has no effect "
             "without a column conversations; give a system message in the prompt's "
             "messages instead"
         )
@@ -110,7 +130,7 @@ def _kind_by_ending(files: list[str]) -> str:
     return kinds.pop()
 
 
-def _existing_files(names: list[str]) -> list[str]:
+def existing_files(names: list[str]) -> list[str]:
     """The files that names and patterns mean, none of them empty."""
     files = []
     for name in names:
@@ -169,13 +189,7 @@ def _read_hf(
     source: SourceConfig, names: list[str], cache_dir: str | None, renamed: Renamed
 ) -> Rows:
     """A hub id, a folder of data files, or a folder that `save_to_disk` wrote."""
-    if len(names) != 1:
-        raise InputError(
-            f"data_files={names}: type hf takes one hub id or folder; give each an "
-            "entry of its own in informs, or the files their type (json, csv, parquet, "
-            "arrow)"
-        )
-    path = names[0]
+    path = one_place(names)
     found = folders.find(path, source.dataset_split_name, cache_dir)
     if isinstance(found, dict):  # that save_to_disk wrote
         return _sliced_splits(path, found, source.split)
@@ -198,6 +212,21 @@ def _read_hf(
         )
     assert isinstance(data, datasets.Dataset)
     return data
+
+
+def one_place(names: list[str]) -> str:
+    """The one hub id or folder that a source of type hf names.
+
+    Raises:
+        InputError: several names.
+    """
+    if len(names) != 1:
+        raise InputError(
+            f"data_files={names}: type hf takes one hub id or folder; give each an "
+            "entry of its own in informs, or the files their type (json, csv, parquet, "
+            "arrow)"
+        )
+    return names[0]
 
 
 def _sliced_splits(path: str, saved: dict[str, datasets.Dataset], split: str) -> Rows:

@@ -90,79 +90,100 @@ class PackedRows(Sequence[Mapping[str, Any]]):
 def read_csv(
     path: str, name: str, delimiter: str = ",", renamed: Renamed = AS_NAMED
 ) -> PackedRows:
-    """The rows of a CSV file, under the columns that its first row names.
+    """The rows of `csv_rows`, all of them.
+
+    Raises:
+        InputError: as `csv_rows`.
+    """
+    return PackedRows.of((row, row) for row in csv_rows(path, name, delimiter, renamed))
+
+
+def csv_rows(
+    path: str, name: str, delimiter: str = ",", renamed: Renamed = AS_NAMED
+) -> Iterator[dict[str, Any]]:
+    """The rows of a CSV file, one at a time, under the columns its first row names.
 
     Raises:
         InputError: a row of another width than the header, a quote that is not closed,
-            a column named twice, or what `read_text` refuses; it names the line.
+            a column named twice, or what `text_lines` refuses; it names the line.
     """
-    text = read_text(path, name)
-    _check_quotes(text, name, delimiter)
-
-    def rows() -> Iterator[tuple[dict[str, Any], Iterable[str]]]:
-        header: list[str] | None = None
-        for line, cells in _records(text, name, delimiter):
-            if header is None:
-                header = cells
-                _check_header(name, line, header, delimiter, renamed)
-            elif len(cells) != len(header):
-                raise InputError(_another_width(name, line, cells, header))
-            else:
-                row = renamed.row(dict(zip(header, cells, strict=True)))
-                yield row, row
+    header: list[str] | None = None
+    for line, cells in _records(_csv_lines(path, name, delimiter), name, delimiter):
         if header is None:
-            raise InputError(f"{name} is empty; give at least one preference pair")
-
-    return PackedRows.of(rows())
+            header = cells
+            _check_header(name, line, header, delimiter, renamed)
+        elif len(cells) != len(header):
+            raise InputError(_another_width(name, line, cells, header))
+        else:
+            yield renamed.row(dict(zip(header, cells, strict=True)))
+    if header is None:
+        raise InputError(f"{name} is empty; give at least one preference pair")
 
 
 def read_text(path: str, name: str) -> str:
-    """The text of a UTF-8 file, unpacked by its ending, without a byte-order mark.
+    """The text of a whole file: the lines of `text_lines`.
+
+    Raises:
+        InputError: as `text_lines`.
+    """
+    return "".join(text_lines(path, name))
+
+
+def text_lines(path: str, name: str) -> Iterator[str]:
+    """The lines of a UTF-8 file, unpacked by its ending, without a byte-order mark.
+
+    A line ends with a line feed, and only there. No more than one is held.
 
     Raises:
         InputError: a damaged archive, or bytes that are not UTF-8, by line and byte.
     """
+    start = b""  # of the file
+    for line, data in enumerate(_unpacked(path, name), 1):
+        mark = 0
+        if line == 1:
+            start = data[:8]
+            for magic, what in _BINARY.items():
+                if data.startswith(magic):
+                    raise InputError(f"{name} is no text: it is {what}")
+            mark = 3 if data.startswith(b"\xef\xbb\xbf") else 0
+        try:
+            text = data[mark:].decode()
+        except UnicodeDecodeError as error:
+            # Places count from the start of the file, which the mark is part of.
+            at = error.start + mark
+            like = _LOOKS_LIKE.get(start[:2], "")
+            raise InputError(
+                f"{name}, line {line}, byte {at + 1}, is not UTF-8 text "
+                f"(0x{data[at]:02x}{like}); save the file as UTF-8"
+            ) from None
+        if "\0" in text:
+            like = ", it looks like UTF-16" if start[:4].count(0) == 2 else ""
+            raise InputError(
+                f"{name}, line {line}, has a NUL character (0x00{like}); save the file "
+                "as UTF-8, without it"
+            )
+        yield text
+
+
+def _unpacked(path: str, name: str) -> Iterator[bytes]:
+    """The lines of a file, or of the one that is packed in it."""
     ending = os.path.splitext(path)[1]
     try:
-        data = _unpacked(path, ending)
+        with _opened(path, ending) as file:
+            yield from file
     except _BAD_ARCHIVE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if ending in COMPRESSED:
             reason = f"it is no sound {ending} archive ({reason}); pack it again"
         raise InputError(f"{name} cannot be read: {reason}") from error
-    for start, what in _BINARY.items():
-        if data.startswith(start):
-            raise InputError(f"{name} is no text: it is {what}")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        # Places count from the start of the file, which a byte-order mark is part of.
-        mark = 3 if data.startswith(b"\xef\xbb\xbf") else 0
-        at = error.start + mark
-        line = data.count(b"\n", 0, at) + 1
-        byte = at - (data.rfind(b"\n", 0, at) + 1) + 1
-        like = _LOOKS_LIKE.get(data[:2], "")
-        raise InputError(
-            f"{name}, line {line}, byte {byte}, is not UTF-8 text (0x{data[at]:02x}"
-            f"{like}); save the file as UTF-8"
-        ) from None
-    if (nul := text.find("\0")) >= 0:
-        like = ", it looks like UTF-16" if data[:4].count(0) == 2 else ""
-        line = text.count("\n", 0, nul) + 1
-        raise InputError(
-            f"{name}, line {line}, has a NUL character (0x00{like}); save the file as "
-            "UTF-8, without it"
-        )
-    return text
 
 
-def _unpacked(path: str, ending: str) -> bytes:
+def _opened(path: str, ending: str) -> Any:
     if ending == ".zst":
-        with pa.input_stream(path, compression="zstd") as stream:
-            return stream.read()
-    openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    with openers.get(ending, open)(path, "rb") as file:
-        return file.read()  # pyright: ignore[reportReturnType], opened as bytes
+        packed: Any = pa.input_stream(path, compression="zstd")
+        return io.BufferedReader(packed)
+    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers.get(ending, open)(path, "rb")
 
 
 @contextmanager
@@ -174,9 +195,17 @@ def _any_length_of_cell() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _records(text: str, name: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def _csv_lines(path: str, name: str, delimiter: str) -> Iterator[str]:
+    """The lines of a file, which may end with a carriage return as well."""
+    for number, line in enumerate(text_lines(path, name), 1):
+        _check_quotes(line, number, name, delimiter)
+        yield from io.StringIO(line, newline="")
+
+
+def _records(
+    lines: Iterator[str], name: str, delimiter: str
+) -> Iterator[tuple[int, list[str]]]:
     """(line of the file, cells) of each row that is not empty."""
-    lines = io.StringIO(text, newline="")
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
         line = reader.line_num + 1  # a quoted cell may hold lines of its own
@@ -197,15 +226,13 @@ def _records(text: str, name: str, delimiter: str) -> Iterator[tuple[int, list[s
             yield line, cells
 
 
-def _check_quotes(text: str, name: str, delimiter: str):
+def _check_quotes(line: str, number: int, name: str, delimiter: str):
     """Refuses quotes that a space comes before, as they would not quote the cell."""
     # Within a quoted cell each quote is doubled, or the last of the cell.
     mark = re.escape(delimiter)
-    found = re.search(rf'(?m)(?:^|{mark}) +"(?!"|{mark}|\r|\n|\Z)', text)
-    if found:
-        line = text.count("\n", 0, found.end()) + 1
+    if re.search(rf'(?:^|{mark}) +"(?!"|{mark}|\r|\n|\Z)', line):
         raise InputError(
-            f"{name}, line {line}: a cell has a space before its double quote, which "
+            f"{name}, line {number}: a cell has a space before its double quote, which "
             "then does not quote it; remove the space"
         )
 

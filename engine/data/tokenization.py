@@ -22,7 +22,7 @@ from engine.data.encoder import Ragged, TextEncoder, ragged_arange
 from engine.data.forms import PairRow, read_pairs
 from engine.data.id_pairs import PairIds
 from engine.data.pair_tokens import WEIGHTLESS, Limits, PairTokens, Score
-from engine.data.rows import PreferenceRows
+from engine.data.rows import Origins, PreferenceRows
 from engine.data.templates import ChatTemplate
 from engine.data.turns import Turns
 from engine.errors import InputError
@@ -58,7 +58,7 @@ class PairEncoder:
         self.unstable = 0  # of these, whose prompt's tokens change before an answer
 
     def __call__(
-        self, first: int, batch: Sequence[Mapping[str, Any]], rows: PreferenceRows
+        self, first: int, batch: Sequence[Mapping[str, Any]], rows: Origins
     ) -> PairTokens:
         """The pairs of a batch of rows that begins with row `first`.
 
@@ -88,7 +88,7 @@ class PairEncoder:
         return replace(pairs, drops=(*pairs.drops, *left_out))
 
     def _tokens(
-        self, numbers: list[int], found: list[PairRow | PairIds], rows: PreferenceRows
+        self, numbers: list[int], found: list[PairRow | PairIds], rows: Origins
     ) -> EncodedPairs:
         """The tokens of pairs that weigh something."""
         kept = [

@@ -183,11 +183,23 @@ def print_batches(screen: Screen, found: Batches) -> None:
         f"{found.steps:,} batches of {_many(found.pairs_per_batch, 'pair')}, "
         f"{found.steps_per_epoch:,} an epoch",
     )
+    _print_shapes(screen, found, "the first epoch's batches")
+
+
+def print_stream_batches(screen: Screen, found: Batches, steps: int, rows: int) -> None:
+    """The same of a run whose data is streamed, as far as its first rows tell."""
+    screen.heading("batches")
+    pairs = _many(found.pairs_per_batch, "pair")
+    screen.item("steps", f"{steps:,} batches of {pairs}, streamed")
+    _print_shapes(screen, found, f"the batches of the first {_many(rows, 'row')}")
+
+
+def _print_shapes(screen: Screen, found: Batches, which: str) -> None:
     for length, capacity, count in found.shapes:
         screen.item(
             "shape",
-            f"{count:,} of the first epoch's batches: sequences of {length:,} tokens, "
-            f"up to {capacity:,} scored on a device",
+            f"{count:,} of {which}: sequences of {length:,} tokens, up to "
+            f"{capacity:,} scored on a device",
         )
     screen.item(
         "padding",

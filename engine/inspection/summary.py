@@ -1,5 +1,6 @@
 """The numbers of a data set: how long, what is cut and scored, what batches waste."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -157,18 +158,25 @@ def _lengths(values: Int64[np.ndarray, " n"]) -> Lengths:
     )
 
 
-def batches(pairs: PairTokens, plan: BatchPlan) -> Batches:
-    """What the first epoch of a run is padded to, and what that wastes."""
+def batches(
+    pairs: PairTokens, plan: BatchPlan, shapes: Sequence[tuple[int, int]] | None = None
+) -> Batches:
+    """What the first epoch of a run is padded to, and what that wastes.
+
+    Args:
+        shapes: None: those of the plan.
+    """
+    shapes = plan.shapes if shapes is None else shapes
     members = plan.order.epoch(0)[: plan.steps]
     longest, most = plan.layout.needs(members)
     which = np.array(
         [
-            next(i for i, (s, t) in enumerate(plan.shapes) if a <= s and b <= t)
+            next(i for i, (s, t) in enumerate(shapes) if a <= s and b <= t)
             for a, b in zip(longest.tolist(), most.tolist(), strict=True)
         ]
     )
-    counts = np.bincount(which, minlength=len(plan.shapes))
-    length, capacity = np.array(plan.shapes)[which].T
+    counts = np.bincount(which, minlength=len(shapes))
+    length, capacity = np.array(shapes)[which].T
     used = members[members >= 0]
     accumulation, shards, _ = plan.layout.grid
     tokens = pairs.lengths.reshape(-1, 2).sum(axis=1)[used].sum()
@@ -179,7 +187,7 @@ def batches(pairs: PairTokens, plan: BatchPlan) -> Batches:
         steps=plan.steps,
         steps_per_epoch=plan.order.batches_per_epoch,
         shapes=tuple(
-            Shape(s, t, int(n)) for (s, t), n in zip(plan.shapes, counts, strict=True)
+            Shape(s, t, int(n)) for (s, t), n in zip(shapes, counts, strict=True)
         ),
         padding=float(1 - tokens / (sequences * length.sum())),
         scored_padding=float(1 - scored / (accumulation * shards * capacity.sum())),

@@ -12,13 +12,14 @@ from dpo_kernels.op.backends import load_backend
 from dpo_kernels.op.devices import Device
 from engine.config.dpo import DPOConfig
 from engine.config.lora import check_dropout
-from engine.data.batches import BatchPlan
 from engine.data.pairs import PairTokens
 from engine.data.reference_logps import check_values
+from engine.data.stream_plans import Plan
 from engine.errors import InputError
 from engine.models import DecoderConfig
 from engine.objective.references import check_comparable
 from engine.parallel.sharding import FSDP, TENSOR, check_mesh, padded_vocab
+from engine.training.streams import unknown_id
 
 
 def check_models(
@@ -69,11 +70,7 @@ def check_vocabulary(
     for pairs in data:
         largest = int(pairs.tokens.max(initial=0))
         if largest >= size:
-            raise InputError(
-                f"the model's vocab_size={size} has no token {largest} "
-                f"({tokenizer.convert_ids_to_tokens(largest)!r}), which is in the "
-                "data; use the model's own tokenizer"
-            )
+            raise unknown_id(tokenizer, largest, size, "the data")
 
 
 def op_problem(
@@ -94,7 +91,7 @@ def op_problem(
 
 
 def check_op(
-    config: DPOConfig, model: DecoderConfig, dtype: Any, plan: BatchPlan, mesh: Mesh
+    config: DPOConfig, model: DecoderConfig, dtype: Any, plan: Plan, mesh: Mesh
 ) -> None:
     """Refuse a workspace that nothing fits in, and a backend that cannot run here.
 

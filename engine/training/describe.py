@@ -9,7 +9,9 @@ import jax
 from dpo_kernels.op.backends import supported_backends
 from engine.config.dpo import DPOConfig
 from engine.data.batches import BatchPlan
+from engine.data.pair_streams import PairStream
 from engine.data.pairs import PairTokens
+from engine.data.stream_plans import Plan
 from engine.models import DecoderConfig
 from engine.training.checks import op_problem
 from engine.training.compilation import Compiled
@@ -33,9 +35,11 @@ def describe(run: Prepared, programs: Iterable[Compiled] = ()) -> dict[str, str]
         "precision": f"computes in {about.dtype}, parameters {about.param_dtype}",
         "scoring": _scoring(run),
         "attention": "plain JAX, in tiles of 128 MiB of scores, not all at once",
-        "train": _pairs(run.train),
+        "train": _stream(run.train)
+        if isinstance(run.train, PairStream)
+        else _pairs(run.train),
         "batches": _batches(arguments, plan),
-        "steps": f"{plan.steps:,}, {plan.order.batches_per_epoch:,} an epoch",
+        "steps": f"{plan.steps:,}{_an_epoch(plan)}",
     }
     for prefix, pairs in run.evaluations.items():
         name = prefix.rstrip("_").removeprefix("eval").lstrip("_")
@@ -128,7 +132,21 @@ def _pairs(pairs: PairTokens) -> str:
     return text
 
 
-def _batches(arguments: DPOConfig, plan: BatchPlan) -> str:
+def _stream(stream: PairStream) -> str:
+    """The first rows, which alone are looked at."""
+    chunk, pairs = stream.head
+    number = len(chunk.rows)
+    some = _pairs(pairs) if len(pairs) else f"no pairs, {pairs.dropped} dropped"
+    return f"streamed; only the first {number} rows are checked here: {some}"
+
+
+def _an_epoch(plan: Plan) -> str:
+    if not isinstance(plan, BatchPlan):  # how long an epoch is nobody knows
+        return ""
+    return f", {plan.order.batches_per_epoch:,} an epoch"
+
+
+def _batches(arguments: DPOConfig, plan: Plan) -> str:
     shapes = ", ".join(f"{s} ({t} scored a device)" for s, t in plan.shapes)
     parts = arguments.gradient_accumulation_steps
     several = f" in {parts} microbatches" if parts > 1 else ""

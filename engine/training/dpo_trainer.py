@@ -21,8 +21,16 @@ from engine.models import (
 from engine.parallel.sharding import make_mesh
 from engine.training.about import About, reference_words
 from engine.training.events import Listener
+from engine.training.identity import flat
 from engine.training.lora import lora_policy, reference_decoder, with_lora
-from engine.training.prepare import EVAL, PreferenceData, prepare, prepare_pairs
+from engine.training.prepare import (
+    EVAL,
+    PreferenceData,
+    TrainingData,
+    prepare,
+    prepare_pairs,
+    prepare_training,
+)
 from engine.training.trainer import Trainer
 
 
@@ -39,7 +47,9 @@ class DPOTrainer(Trainer):
             log-probabilities are precomputed.
         arguments: every option.
         train_dataset: rows with prompt, chosen and rejected, as text or as messages;
-            a `datasets.Dataset`, a list of dicts, or what `prepare_pairs` returns.
+            a `datasets.Dataset`, a list of dicts, or what `prepare_pairs` returns. A
+            `datasets.IterableDataset` is streamed, shuffled among 1000 pairs unless it
+            comes through `stream_rows`.
         eval_dataset: likewise, held out; or a dict of such data sets, by name.
         processing_class: the tokenizer.
         lora: train an adapter on `model`, which stays as it is, in the dtype of the
@@ -56,7 +66,7 @@ class DPOTrainer(Trainer):
         model: Decoder | str | Path,
         reference_model: Decoder | str | Path | None = None,
         arguments: DPOConfig | None = None,
-        train_dataset: PreferenceData,
+        train_dataset: TrainingData,
         eval_dataset: PreferenceData | Mapping[str, PreferenceData] | None = None,
         processing_class: PreTrainedTokenizerBase,
         lora: LoraConfig | None = None,
@@ -72,7 +82,7 @@ class DPOTrainer(Trainer):
             "lora.adapter": lora and lora.adapter,
         }
         check_save_directory(arguments.save_directory, sources)
-        pairs = prepare_pairs(arguments, train_dataset, processing_class)
+        pairs = prepare_training(arguments, train_dataset, processing_class)
         evaluations = {
             prefix: prepare_pairs(arguments, data, processing_class)
             for prefix, data in _named(eval_dataset).items()
@@ -107,7 +117,8 @@ class DPOTrainer(Trainer):
             reference = reference_decoder(
                 policy, model, name=reference, adapter=None, synced=synced
             )
-        super().__init__(run, policy, reference, listeners)
+        named = {"model": _name(model), "lora": lora}
+        super().__init__(run, policy, reference, listeners, config=flat(named))
 
 
 def _config(model: Decoder | str | Path) -> DecoderConfig:

@@ -1,9 +1,11 @@
 """What a run tells while it goes on, and who may listen."""
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+from engine.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,3 +77,16 @@ class Listeners(Listener):
         with contextlib.ExitStack() as stack:
             for listener in reversed(self._all):
                 stack.callback(listener.ended, error)
+
+
+@contextlib.contextmanager
+def telling(listener: Listener, total_steps: int, done: int) -> Iterator[None]:
+    """Tells a listener of a run's beginning and end; a run's own error comes first."""
+    listener.started(total_steps, done)
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(InputError, OSError):
+            listener.ended(error)
+        raise
+    listener.ended(None)

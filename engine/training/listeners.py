@@ -73,6 +73,28 @@ class MetricsFile(Listener):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
 
+    def size(self) -> int:
+        """Bytes of the file, all of which are on the disk from now on."""
+        with stage(f"{self.path} cannot be written", "see save_directory"):
+            if self._file is not None:
+                os.fsync(self._file.fileno())
+            return self.path.stat().st_size if self.path.exists() else 0
+
+    def cut(self, size: int) -> None:
+        """Take back the lines behind the first `size` bytes; before `started`."""
+        with stage(f"{self.path} cannot be written", "see save_directory"):
+            found = self.path.stat().st_size if self.path.exists() else 0
+            if found > size:
+                os.truncate(self.path, size)
+            elif found < size:
+                logger.warning(
+                    "%s has %d bytes, and had %d when the run was saved: lines of "
+                    "metrics are lost",
+                    self.path,
+                    found,
+                    size,
+                )
+
     def ended(self, error: BaseException | None) -> None:
         """Close the file."""
         if self._file is not None:
@@ -167,13 +189,11 @@ class WandB(Listener):
 
 
 def own_listeners(arguments: DPOConfig) -> Iterator[Listener]:
-    """Those that every run tells, in their order."""
-    directory = as_path(arguments.save_directory)
-    yield MetricsFile(directory)
+    """Those that every run tells after its `MetricsFile`, in their order."""
     yield Terminal(arguments.model_name, arguments.progress_bar)
     if not arguments.without_reference and "apo_down" not in arguments.losses:
         yield FallingChosen()
     if arguments.use_tensorboard:
         yield TensorBoard(as_path(arguments.save_directory))
     if arguments.use_wandb:
-        yield WandB(arguments, directory)
+        yield WandB(arguments, as_path(arguments.save_directory))

@@ -4,31 +4,20 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from engine.config.dpo import DPOConfig
-from engine.data.batches import BatchPlan, prefetch
+from engine.data.batches import prefetch
+from engine.data.stream_plans import Plan
+from engine.errors import Interrupted
 from engine.parallel.batch import Batch, put_batch
 from engine.training.evaluation import NotFinite
 from engine.training.events import Listener, Record, Step
-from engine.training.metrics import means
+from engine.training.progress import MetricsWindow, Progress
 from engine.training.step import StepOut
-
-
-@dataclass(kw_only=True)
-class Progress:
-    """How far a run is; the epoch and the place in it follow from the step.
-
-    It goes with the state: it counts the steps that the state has been through.
-    """
-
-    step: int = 0  # optimizer steps done
-    tokens: int = 0  # unpadded tokens that went through the policy
 
 
 class _Pending(NamedTuple):
@@ -41,46 +30,17 @@ class _Pending(NamedTuple):
     out: StepOut
 
 
-class MetricsWindow:
-    """The steps since the last line of metrics; a line averages over them, as TRL does.
+@runtime_checkable
+class Saving(Protocol):
+    """When and how the run is saved."""
 
-    The gradient's norm and whatever is not averaged are the last step's.
-    """
+    def is_due(self, step: int) -> bool:
+        """Whether to save after this step."""
+        ...
 
-    def __init__(self):
-        """Starts empty."""
-        self._clear()
-
-    def _clear(self) -> None:
-        self.steps: list[dict[str, float]] = []
-        self.seconds = self.tokens = self.scored = 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Unpadded tokens, of the steps so far."""
-        return self.tokens / max(self.seconds, 1e-9)
-
-    def add(
-        self, out: StepOut, seconds: float, tokens: int, scored: int
-    ) -> dict[str, float]:
-        """One step, its duration, its unpadded and its scored tokens; its metrics."""
-        self.steps.append(means(out.sums))
-        self.seconds += seconds
-        self.tokens += tokens
-        self.scored += scored
-        return self.steps[-1]
-
-    def close(self) -> dict[str, float]:
-        """The line's metrics; the window is empty again."""
-        names = self.steps[0]
-        line = {n: float(np.mean([step[n] for step in self.steps])) for n in names}
-        line |= {
-            "perf/step_seconds": self.seconds / len(self.steps),
-            "perf/tokens_per_second": self.tokens_per_second,
-            "perf/scored_fraction": self.scored / max(self.tokens, 1),
-        }
-        self._clear()
-        return line
+    def save(self) -> None:
+        """Save the run as it is now."""
+        ...
 
 
 class Loop:
@@ -91,18 +51,20 @@ class Loop:
         evaluations: for each evaluation set, by the prefix of its metrics' names, what
             computes them; in turn, every `eval_steps` and at the end.
         progress: kept up to date, step by step.
+        saving: asked after every step, when its line of metrics is written.
     """
 
     def __init__(
         self,
         arguments: DPOConfig,
-        plan: BatchPlan,
+        plan: Plan,
         mesh: Mesh,
         *,
         dispatch: Callable[[Batch, int], StepOut],
         evaluations: Mapping[str, Callable[[], Mapping[str, float]]],
         listener: Listener,
         progress: Progress,
+        saving: Saving,
     ):
         self._arguments = arguments
         self._plan = plan
@@ -111,7 +73,7 @@ class Loop:
         self._evaluations = evaluations
         self._listener = listener
         self._progress = progress
-        self.latest: dict[str, float] = {}
+        self._saving = saving
 
     def run(self) -> None:
         """Every step that is left.
@@ -119,8 +81,17 @@ class Loop:
         Raises:
             NotFinite: something is no longer a finite number.
         """
-        self._window, self._clock = MetricsWindow(), time.perf_counter()
-        first = self._progress.step
+        self._clock, self._window = time.perf_counter(), self._progress.window
+        try:
+            self._steps(self._progress.step)
+        except Interrupted:
+            raise
+        except BaseException:
+            # Steps that were not read are in no line of metrics: begin a new one.
+            self._progress.window = MetricsWindow()
+            raise
+
+    def _steps(self, first: int) -> None:
         with contextlib.closing(prefetch(self._plan.batches(first))) as batches:
             pending: _Pending | None = None
             for step, (batch, tokens) in enumerate(batches, start=first + 1):
@@ -132,15 +103,19 @@ class Loop:
                     self._finish(pending)
                 scored = int(batch.scored.counts.sum())
                 pending = _Pending(step, tokens, scored, self._progress.tokens, out)
-                if self._is_due(step):
+                evaluates, saves = self._evaluates(step), self._saving.is_due(step)
+                if evaluates or saves:
                     self._finish(pending)
                     if step == self._plan.steps and self._window.steps:
                         self._write(pending)
                     pending = None
-                    self._evaluate(step)
+                    if evaluates:
+                        self._evaluate(step)
+                    if saves:
+                        self._saving.save()
                     self._clock = time.perf_counter()
 
-    def _is_due(self, step: int) -> bool:
+    def _evaluates(self, step: int) -> bool:
         """Whether an evaluation, or the end, comes after this step."""
         every = self._arguments.eval_steps
         due = every is not None and step % every == 0
@@ -186,7 +161,7 @@ class Loop:
     def _tell(
         self, kind: Literal["train", "eval"], prefix: str, step: int, line: dict
     ) -> None:
-        self.latest |= line
+        self._progress.latest |= line
         record = Record(kind=kind, prefix=prefix, step=step, metrics=line)
         self._listener.recorded(record)
 

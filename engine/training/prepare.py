@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from engine.config.dpo import DPOConfig
-from engine.data.batches import BatchPlan, Order, Padded
+from engine.data.batches import BatchPlan
+from engine.data.pair_streams import PairStream
 from engine.data.pairs import (
     Limits,
     PairTokens,
@@ -22,24 +23,29 @@ from engine.data.pairs import (
     tokenize_pairs,
     warn_beyond_positions,
 )
+from engine.data.row_streams import RowStream
+from engine.data.stream_plans import Plan
 from engine.errors import InputError
 from engine.models import DecoderConfig, max_positions
 from engine.objective.interface import LossOptions
 from engine.objective.scoring import ScoringOptions
-from engine.parallel.sharding import (
-    DATA,
-    FSDP,
-)
 from engine.training.about import About
 from engine.training.checks import check_models, check_op
+from engine.training.plans import plan_evaluation, plan_stream, plan_training
 from engine.training.schedules import check_schedule
 from engine.training.step import StepOptions
+from engine.training.streams import (
+    check_no_values,
+    checked,
+    prepare_stream,
+)
 
 EVAL = "eval_"  # before the names of an evaluation's metrics
 
 PreferenceData = (
     PairTokens | PreferenceRows | datasets.Dataset | Sequence[Mapping[str, Any]]
 )
+TrainingData = PreferenceData | RowStream | datasets.IterableDataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +56,20 @@ class Prepared:
     mesh: Mesh
     model: DecoderConfig
     tokenizer: PreTrainedTokenizerBase
-    train: PairTokens
-    plan: BatchPlan
+    train: PairTokens | PairStream
+    plan: Plan
     evaluations: dict[str, PairTokens]  # by the prefix of their metrics' names
     eval_plans: dict[str, BatchPlan]
     about: About
 
     @property
     def sets(self) -> dict[str, tuple[PairTokens, BatchPlan]]:
-        """Each data set and its batches; the training set under ""."""
-        return {"": (self.train, self.plan)} | {
+        """Each data set that is held, and its batches; the training set under ""."""
+        sets = {}
+        if isinstance(self.train, PairTokens):
+            assert isinstance(self.plan, BatchPlan)
+            sets[""] = self.train, self.plan
+        return sets | {
             prefix: (pairs, self.eval_plans[prefix])
             for prefix, pairs in self.evaluations.items()
         }
@@ -74,6 +84,8 @@ class Prepared:
     @property
     def has_values(self) -> bool:
         """Whether the data brings them all, so that no reference is needed."""
+        if isinstance(self.train, PairStream):
+            return False
         return all(pairs.ref_logps is not None for pairs, _ in self.sets.values())
 
     def with_ref_logps(self, values: Mapping[str, np.ndarray]) -> "Prepared":
@@ -82,11 +94,11 @@ class Prepared:
             key: replace(pairs, ref_logps=values.get(key, pairs.ref_logps))
             for key, (pairs, _) in self.sets.items()
         }
-        train = sets.pop("")
+        train, (_, plan) = sets.pop(""), self.sets[""]
         return replace(
             self,
             train=train,
-            plan=self.plan.of(train),
+            plan=plan.of(train),
             evaluations=sets,
             eval_plans={k: self.eval_plans[k].of(x) for k, x in sets.items()},
         )
@@ -99,7 +111,7 @@ def prepare(
     model: DecoderConfig,
     reference: DecoderConfig | None,
     tokenizer: PreTrainedTokenizerBase,
-    train: PairTokens,
+    train: PairTokens | PairStream,
     evaluations: Mapping[str, PairTokens],
     about: About,
     reference_dtype: Any = None,
@@ -109,15 +121,24 @@ def prepare(
     Raises:
         InputError: whatever does not.
     """
-    sets = {"train_dataset": train}
-    sets |= {f"{prefix}dataset": pairs for prefix, pairs in evaluations.items()}
+    sets = {f"{prefix}dataset": pairs for prefix, pairs in evaluations.items()}
+    if isinstance(train, PairStream):
+        check_no_values(sets)
+    else:
+        sets = {"train_dataset": train} | sets
     check_models(arguments, mesh, model, reference, tokenizer, sets)
+    positions = max_positions(model)
+    if isinstance(train, PairStream):
+        train = checked(train, model.vocab_size, positions)
     if arguments.eval_steps is not None and not evaluations:
         raise InputError(
             f"eval_steps={arguments.eval_steps} has no effect without an eval_dataset; "
             "remove it or give some data to evaluate"
         )
-    plan = plan_training(arguments, train, mesh)
+    if isinstance(train, PairStream):
+        plan = plan_stream(arguments, train, mesh)
+    else:
+        plan = plan_training(arguments, train, mesh)
     check_schedule(arguments, plan.steps)
     eval_plans = {
         prefix: plan_evaluation(arguments, pairs, mesh)
@@ -126,7 +147,8 @@ def prepare(
     for some in (plan, *eval_plans.values()):
         for of in dict.fromkeys((about.dtype, reference_dtype or about.dtype)):
             check_op(arguments, model, of, some, mesh)
-    warn_beyond_positions(train, arguments.max_length, max_positions(model))
+    if isinstance(train, PairTokens):
+        warn_beyond_positions(train, arguments.max_length, positions)
     return Prepared(
         arguments=arguments,
         mesh=mesh,
@@ -163,43 +185,17 @@ def prepare_pairs(
     )
 
 
-def _shards(mesh: Mesh) -> int:
-    return mesh.shape[DATA] * mesh.shape[FSDP]
-
-
-def plan_training(config: DPOConfig, pairs: PairTokens, mesh: Mesh) -> BatchPlan:
-    """The batches of the run.
+def prepare_training(
+    config: DPOConfig, data: TrainingData, tokenizer: PreTrainedTokenizerBase
+) -> PairTokens | PairStream:
+    """As `prepare_pairs`; of what is streamed nothing is read.
 
     Raises:
-        InputError: sizes that the mesh or the accumulation steps do not divide.
+        InputError: likewise; and options that a stream makes impossible.
     """
-    size = config.total_batch_size
-    layout = Padded(
-        pairs,
-        size,
-        config.gradient_accumulation_steps,
-        _shards(mesh),
-        "total_batch_size",
-    )
-    order = Order(
-        num_pairs=len(pairs),
-        pairs_per_batch=size,
-        shuffle=config.shuffle_train_dataset,
-        seed=config.seed,
-        drop_last=config.drop_last,
-    )
-    steps = config.num_train_epochs * order.batches_per_epoch
-    if config.max_training_steps is not None:
-        steps = min(steps, config.max_training_steps)
-    return BatchPlan(order, layout, steps)
-
-
-def plan_evaluation(config: DPOConfig, pairs: PairTokens, mesh: Mesh) -> BatchPlan:
-    """The batches of one evaluation: every pair once, in order."""
-    size = config.pairs_per_eval_batch
-    order = Order(num_pairs=len(pairs), pairs_per_batch=size)
-    option = "eval_batch_size" if config.eval_batch_size else "the evaluation's batch"
-    return BatchPlan(order, Padded(pairs, size, 1, _shards(mesh), option))
+    if isinstance(data, RowStream | datasets.IterableDataset):
+        return prepare_stream(config, data, tokenizer)
+    return prepare_pairs(config, data, tokenizer)
 
 
 def step_options(config: DPOConfig) -> StepOptions:

@@ -2,9 +2,9 @@
 
 import functools
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -13,13 +13,14 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from engine.config.dpo import DPOConfig
-from engine.data.batches import BatchPlan
+from engine.data.stream_plans import Plan
 from engine.errors import InputError
 from engine.models import Decoder, save_pretrained
 from engine.objective.references import Cached
 from engine.parallel.batch import Batch, abstract_batch
 from engine.parallel.sharding import place
 from engine.paths import as_path
+from engine.training.checkpointing import Checkpointing
 from engine.training.compilation import (
     Compiled,
     Request,
@@ -30,17 +31,20 @@ from engine.training.compilation import (
 )
 from engine.training.describe import describe, lines
 from engine.training.evaluation import NotFinite, check_finite, evaluate
-from engine.training.events import Listener, Listeners
+from engine.training.events import Listener, Listeners, telling
 from engine.training.gradients import Params
-from engine.training.listeners import own_listeners
-from engine.training.loop import Loop, Progress
+from engine.training.listeners import MetricsFile, own_listeners
+from engine.training.loop import Loop
 from engine.training.metrics import Sums
 from engine.training.optimizer import make_optimizer
 from engine.training.precompute import with_reference_values
 from engine.training.prepare import Prepared, loss_options, step_options
+from engine.training.progress import Progress
 from engine.training.records import RunRecord
 from engine.training.reference import make_reference
+from engine.training.resume import abstract_arrays, changing, identity, take_back
 from engine.training.schedules import learning_rate_schedule
+from engine.training.signals import finishing_steps
 from engine.training.step import (
     StepOut,
     TrainState,
@@ -64,6 +68,7 @@ class Trainer:
         reference_model: likewise, for good; None is `model` as it is now. Where it is
             scored before the first step, its arrays are deleted.
         listeners: are told of every step and every line of metrics, after the file.
+        config: by dotted keys, what else must be the same where a run goes on.
     """
 
     def __init__(
@@ -72,10 +77,13 @@ class Trainer:
         model: Decoder,
         reference_model: Decoder | None,
         listeners: Iterable[Listener] = (),
+        config: Mapping[str, Any] = MappingProxyType({}),
     ):
         keep_programs()
         self.run = run = with_reference_values(run, model, reference_model)
-        self._listeners = Listeners((*own_listeners(run.arguments), *listeners))
+        metrics = MetricsFile(as_path(run.arguments.save_directory))
+        own = own_listeners(run.arguments)
+        self._listeners = Listeners((metrics, *own, *listeners))
         self._model_given = model
         self._reference = (
             Cached()
@@ -88,6 +96,14 @@ class Trainer:
         )
         self.state = init_state(model, self._optimizer)
         self.progress = Progress()
+        self._checkpointing = Checkpointing(
+            run.arguments,
+            run.plan.steps,
+            metrics,
+            progress=self.progress,
+            arrays=lambda: changing(self.state, self._reference),
+            identity=lambda: identity(run, config, self._frozen, self._reference),
+        )
         whole = place(P(), model.mesh)
         self._numbers = jax.tree.map(
             lambda x: jax.device_put(jnp.float32(x), whole), loss_options(run.arguments)
@@ -103,7 +119,7 @@ class Trainer:
         return self.run.arguments
 
     @property
-    def plan(self) -> BatchPlan:
+    def plan(self) -> Plan:
         """The batches of the run."""
         return self.run.plan
 
@@ -120,11 +136,13 @@ class Trainer:
     def train(self) -> dict[str, float]:
         """Run every step, write metrics and the trained model; the last metrics.
 
-        After an interruption it goes on with the next step.
+        After an interruption it goes on with the next step, and in a new process from
+        the newest checkpoint in `save_directory`, unless `resume` is False.
 
         Raises:
-            InputError: something is no longer a finite number; training is over; or the
-                model's arrays have been used up elsewhere.
+            InputError: something is no longer a finite number; training is over; the
+                model's arrays have been used up elsewhere; or see `Checkpointing`.
+            Interrupted: SIGTERM or Ctrl-C; the step before it is saved.
         """
         self._check_usable()
         if self._saved:
@@ -132,6 +150,8 @@ class Trainer:
                 f"all {self.run.plan.steps} steps of this trainer are done; make a new "
                 "trainer of its model to go on"
             )
+        if not self.progress.step:
+            self._restore()
         train_step = self._compile_for_training()
 
         def dispatch(batch: Batch, step: int) -> StepOut:
@@ -150,19 +170,28 @@ class Trainer:
             },
             listener=self._listeners,
             progress=self.progress,
+            saving=self._checkpointing,
         )
-        with _telling(self._described(), self.run.plan.steps, self.progress.step):
+        with telling(self._described(), self.run.plan.steps, self.progress.step):
             try:
-                with enough_memory():
+                with enough_memory(), finishing_steps(self._checkpointing.stop):
                     loop.run()
             except NotFinite as error:
                 self._failure = error
                 raise
             finally:
                 nnx.update(self._model_given, self.state.params)
+                self._checkpointing.close()
             self.save_model(self.arguments.save_directory)
+        self._checkpointing.finished()
         self._saved = True
-        return loop.latest
+        return self.progress.latest
+
+    def _restore(self) -> None:
+        abstract = changing(self._abstract_state, self._reference)
+        found = self._checkpointing.restore(abstract)
+        if found is not None:
+            self.state = take_back(found, self._reference)
 
     def _described(self) -> Listener:
         """All listeners, of a run whose description is printed and will be kept."""
@@ -249,21 +278,18 @@ class Trainer:
         return abstract_state(self.model, self._optimizer)
 
     def _abstract_arguments(
-        self, plans: Iterable[BatchPlan], first: TrainState | Params
+        self, plans: Iterable[Plan], first: TrainState | Params
     ) -> dict[Shape, tuple[Any, ...]]:
         """What a step is compiled for, by shape; `first`: what it changes or scores."""
-        frozen, operands, numbers = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-            (self._frozen, self._reference.operands, self._numbers),
+        frozen, operands, numbers = abstract_arrays(
+            (self._frozen, self._reference.operands, self._numbers)
         )
         return {
             shape: (
                 first,
                 frozen,
                 operands,
-                abstract_batch(
-                    shape, plan.layout.grid, self.run.mesh, self.run.reads_values
-                ),
+                abstract_batch(shape, plan.grid, self.run.mesh, self.run.reads_values),
                 numbers,
             )
             for plan in plans
@@ -285,16 +311,3 @@ class Trainer:
             dtype=self.arguments.save_dtype,
         )
         logger.info("saved the model and its tokenizer in %s", directory)
-
-
-@contextmanager
-def _telling(listener: Listener, total_steps: int, done: int) -> Iterator[None]:
-    """Tells a listener of a run's beginning and end; a run's own error comes first."""
-    listener.started(total_steps, done)
-    try:
-        yield
-    except BaseException as error:
-        with suppress(InputError, OSError):
-            listener.ended(error)
-        raise
-    listener.ended(None)

@@ -285,3 +285,50 @@ def test_unreadable_files(tmp_path):
 def test_reference_free_refuses_a_reference(write):
     message = refusal(write(TUTORIAL), "trainer.reference_free=true")
     assert "reference_model has no effect with trainer.reference_free" in message
+
+
+# --------------------------------------------------------------------------- streaming
+
+STREAMED = ("mixture.streaming=true", "trainer.max_training_steps=5")
+
+
+def test_a_streamed_mixture(write):
+    run = load_run_config(write(SMALL), [*STREAMED, "mixture.shuffle_buffer_size=0"])
+    assert run.mixture.streaming and run.mixture.shuffle_buffer_size == 0
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (STREAMED[:1], "trainer.max_training_steps is missing: how long a data set"),
+        (
+            (*STREAMED, "trainer.num_train_epochs=2"),
+            "trainer.num_train_epochs=2 has",
+        ),
+        (
+            (
+                *STREAMED,
+                "eval_mixture={streaming: true, informs: [{data_files: e.csv}]}",
+            ),
+            "eval_mixture.streaming=True cannot be: each evaluation goes over",
+        ),
+        (
+            (
+                *STREAMED,
+                "mixture.shuffle_buffer_size=10",
+                "trainer.shuffle_train_dataset=false",
+            ),
+            "shuffle_buffer_size=10 has no effect with trainer.shuffle_train_dataset=",
+        ),
+        (
+            ("mixture.shuffle_buffer_size=10",),
+            "shuffle_buffer_size=10 has no effect without streaming",
+        ),
+        (
+            (*STREAMED, "mixture.shuffle_buffer_size=-1"),
+            "shuffle_buffer_size=-1 must be at least 0",
+        ),
+    ],
+)
+def test_what_cannot_be_with_streaming(write, overrides, message):
+    assert message in refusal(write(SMALL), *overrides)

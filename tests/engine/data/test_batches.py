@@ -11,9 +11,9 @@ from engine.data.batches import (
     Padded,
     assemble,
     check_distinct,
-    choose_buckets,
     prefetch,
 )
+from engine.data.shapes import choose_buckets
 from engine.data.tokenization import PairTokens
 from engine.errors import InputError
 from engine.parallel.batch import Batch, ModelRows, Pairs, ScoredTokens

@@ -197,7 +197,7 @@ def bad_files():
     with open("cut.jsonl", "w") as file:
         file.write(json.dumps(ROWS[0]) + '\n{"prompt": "p\n')
     with open("bytes.jsonl", "wb") as file:
-        file.write(bytes(range(256)))
+        file.write(b"\n" + 117 * b"x" + b"\x80")
     with open("cut.parquet", "wb") as file:
         Dataset.from_list(ROWS).to_parquet("whole.parquet")
         with open("whole.parquet", "rb") as whole:

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 from transformers import AutoTokenizer
 
-from engine import DPOConfig, DPOTrainer, load_model
+from engine import DPOConfig, DPOTrainer, LoraConfig, load_model
 from engine.parallel.sharding import make_mesh
 from engine.training.events import Listener
 from tests.json_lines import read_lines
@@ -36,6 +36,7 @@ def make_trainer(
     train_dataset: Any = ONE_SHAPE,
     reference_model: Any = None,
     model: Any = None,
+    lora: LoraConfig | None = None,
     listeners: tuple[Listener, ...] = (),
     dtype: str = "float32",
     sizes: tuple[int, int, int] = (1, 1, 1),
@@ -53,6 +54,7 @@ def make_trainer(
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=AutoTokenizer.from_pretrained(FIXTURE / "model"),
+        lora=lora,
         listeners=listeners,
     )
 

@@ -46,7 +46,7 @@ def test_keys_are_of_all_that_changes_a_value(tmp_path):
     model.config = other
     assert reference_key(model, ScoringOptions()) != key
 
-    pairs = make_trainer(tmp_path, evaluate=False).run.train
+    pairs = make_trainer(tmp_path, evaluate=False).run.sets[""][0]
     key = tokens_key(pairs)
     assert tokens_key(dataclasses.replace(pairs, rows=pairs.rows + 5)) == key
     tokens, scored = pairs.tokens.copy(), pairs.scored.copy()

@@ -98,7 +98,8 @@ def test_it_gives_what_a_live_reference_gives_and_takes_no_memory(tmp_path, size
 def test_without_a_named_reference_no_second_copy_is_ever_made(tmp_path, monkeypatch):
     """The policy's own arrays are scored, before there is an optimizer's state."""
     monkeypatch.setattr("engine.training.trainer.make_reference", None)
-    before = {id(x) for x in jax.live_arrays()}
+    others = jax.live_arrays()  # held, so that none of their ids is used again
+    before = {id(x) for x in others}
     trainer = make_trainer(
         tmp_path, evaluate=False, max_training_steps=1, precompute_ref_log_probs=True
     )
@@ -163,7 +164,7 @@ def test_what_a_killed_run_has_scored_is_not_scored_again(
     monkeypatch.setattr(StoredLogps, "add", add_counting)
     caplog.set_level(logging.INFO)
     trainer = make_trainer(tmp_path / "b", **options)
-    total = len(trainer.run.train)
+    total = len(trainer.run.sets[""][0])
     assert f"the other {len(first)} are known from a run before" in caplog.text
     assert sorted(np.concatenate([first, *again])) == list(range(total))
     # All in one file now; a third run scores nothing, whatever its order.
@@ -172,18 +173,20 @@ def test_what_a_killed_run_has_scored_is_not_scored_again(
     third = make_trainer(tmp_path / "c", **options, seed=7)
     assert not again
     np.testing.assert_array_equal(
-        third.run.train.ref_logps, trainer.run.train.ref_logps
+        third.run.sets[""][0].ref_logps, trainer.run.sets[""][0].ref_logps
     )
 
 
 def test_values_of_other_weights_are_scored_anew(tmp_path, caplog):
     options: Any = {"evaluate": False, "precompute_ref_log_probs": True}
     caplog.set_level(logging.INFO)
-    own = make_trainer(tmp_path, **options).run.train.ref_logps
+    own = make_trainer(tmp_path, **options).run.sets[""][0].ref_logps
     assert "is of other weights" not in caplog.text
-    other = make_trainer(
-        tmp_path, reference_model=another_model((1, 1, 1)), **options
-    ).run.train.ref_logps
+    other = (
+        make_trainer(tmp_path, reference_model=another_model((1, 1, 1)), **options)
+        .run.sets[""][0]
+        .ref_logps
+    )
     assert "what is kept of these pairs is of other weights" in caplog.text
     assert (own != other).all()
 
@@ -202,7 +205,7 @@ def test_columns_of_the_data_are_used_as_they_are(tmp_path, monkeypatch):
         max_training_steps=1,
         max_length=36,
     )
-    assert trainer.run.train.dropped == 1
+    assert trainer.run.sets[""][0].dropped == 1
     trainer.train()
     line = lines(tmp_path)[0]
     for side, value in (("chosen", -20.0), ("rejected", -30.5)):

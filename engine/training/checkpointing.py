@@ -1,0 +1,203 @@
+"""When a run is saved, what of it, and how it goes on from there."""
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from engine import __version__
+from engine.config.dpo import DPOConfig
+from engine.errors import InputError, Interrupted
+from engine.paths import as_path
+from engine.training.checkpoints import Store
+from engine.training.identity import check_same_run
+from engine.training.listeners import MetricsFile
+from engine.training.progress import Progress
+from engine.training.signals import Stop
+
+logger = logging.getLogger(__name__)
+
+
+class Identity(NamedTuple):
+    """What a run has to have in common with the one that it goes on with."""
+
+    config: Mapping[str, Any]  # by dotted keys
+    weights: str  # a checksum of those that never change
+
+
+class Checkpointing:
+    """A run's checkpoints.
+
+    Args:
+        arrays: all that changes, as it is now.
+        identity: of this run. It is asked once, if at all.
+    """
+
+    def __init__(
+        self,
+        arguments: DPOConfig,
+        total_steps: int,
+        metrics: MetricsFile,
+        *,
+        progress: Progress,
+        arrays: Callable[[], Any],
+        identity: Callable[[], Identity],
+    ):
+        self._arguments = arguments
+        self._total_steps = total_steps
+        self._metrics = metrics
+        self._progress = progress
+        self._arrays = arrays
+        self._make_identity = identity
+        self._identity: Identity | None = None
+        self._directory = as_path(arguments.save_directory)
+        self._store = Store(self._directory, arguments.save_total_limit)
+        self._saves = arguments.save_steps is not None
+        self._saved_at = time.monotonic()
+        self.stop = Stop()
+
+    @property
+    def identity(self) -> Identity:
+        """Of this run."""
+        if self._identity is None:
+            self._identity = self._make_identity()
+        return self._identity
+
+    def restore(self, abstract: Any) -> Any | None:
+        """The arrays of the newest good checkpoint, or None where there is none.
+
+        `progress` and the file of metrics are as they were when it was saved.
+
+        Raises:
+            InputError: it is another run's, or this run is over; or there are
+                checkpoints, and none is good.
+        """
+        if not self._arguments.resume:
+            self._check_empty()
+            return None
+        step, damaged = self._store.newest()
+        if step is None:
+            return None
+        facts = self._store.facts(step)
+        where = f"{self._store.path(step)} is of another run"
+        then, now = Identity(**facts["identity"]), self.identity
+        # As JSON has it: what is compared has been there.
+        config = json.loads(json.dumps(now.config))
+        check_same_run(then.config, config, self._arguments, where)
+        if then.weights != now.weights:
+            raise InputError(
+                f"{where}: the weights that are not trained, or the reference's, are "
+                f"not those that it began with (checksum {then.weights}, and now "
+                f"{now.weights}); bring them back, or give another save_directory"
+            )
+        self._check_not_over(step)
+        for bad in damaged:
+            self._store.set_aside(bad)
+        named = _named(abstract)
+        # First: what was loaded for nothing would lie beside what is loaded now.
+        for array in _named(self._arrays()).values():
+            array.delete()
+        found = self._store.load(step, named)
+        self._progress.restore(facts["progress"])
+        self._metrics.cut(facts["metrics_bytes"])
+        self._saves = True
+        logger.info("going on from the checkpoint of step %d", step)
+        return jax.tree.unflatten(
+            jax.tree.structure(abstract), [found[name] for name in named]
+        )
+
+    def _check_empty(self) -> None:
+        there = self._directory.is_dir() and sorted(self._directory.iterdir())
+        if there:
+            raise InputError(
+                f"save_directory={str(self._directory)!r} has {there[0].name!r}, and "
+                "resume=False begins anew in an empty directory only; give another "
+                "save_directory, or set resume to true"
+            )
+
+    def _check_not_over(self, step: int) -> None:
+        total = self._total_steps
+        if step > total:
+            raise InputError(
+                f"{self._store.path(step)} is beyond the {total} steps of this run; "
+                "give more steps, or another save_directory"
+            )
+        if step == total and (self._store.finished() or 0) >= total:
+            raise InputError(
+                f"all {total} steps of the run in {self._directory} are done, and its "
+                "model is there; give another save_directory to train anew, or more "
+                "steps to go on (num_train_epochs, or max_training_steps; with a "
+                f"schedule that does not end with the run)"
+            )
+
+    def is_due(self, step: int) -> bool:
+        """Whether to save after this step."""
+        every, minutes = (
+            self._arguments.save_steps,
+            self._arguments.save_interval_minutes,
+        )
+        since = time.monotonic() - self._saved_at
+        return (
+            self.stop.number is not None
+            or (every is not None and step % every == 0)
+            or (minutes is not None and since >= 60 * minutes)
+            or (step == self._total_steps and self._saves)
+        )
+
+    def save(self) -> None:
+        """Begin to write what the run is now.
+
+        Raises:
+            Interrupted: a signal asked for it; then all is written.
+        """
+        step = self._progress.step
+        facts = {
+            "version": __version__,
+            "identity": self.identity._asdict(),
+            "progress": dataclasses.asdict(self._progress),
+            "metrics_bytes": self._metrics.size(),
+        }
+        arrays = _named(self._arrays())
+        self._store.save(step, arrays, facts)
+        self._saves, self._saved_at = True, time.monotonic()
+        if self.stop.number is not None:
+            raise Interrupted(self.stop.number, self._how_to_go_on(step))
+
+    def _how_to_go_on(self, step: int) -> str:
+        done = f"stopped after step {step} of {self._total_steps}"
+        if self._store.close():
+            return f"{done}; the same command goes on from {self._store.path(step)}"
+        older = self._store.steps()
+        ending = f"from step {older[-1]}" if older else "from the beginning"
+        return f"{done}, which could not be saved; the same command goes on {ending}"
+
+    def newest(self) -> str:
+        """Where a run that fails can be taken up, in words."""
+        self._store.close()
+        steps = self._store.steps()
+        if not steps:
+            return "there is no checkpoint"
+        return f"the newest checkpoint is {self._store.path(steps[-1])}"
+
+    def finished(self) -> None:
+        """The run's model is saved."""
+        if self._store.close() and self._store.steps():
+            self._store.mark_finished(self._total_steps)
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        self._store.close()
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Leaves by their paths in words."""
+    leaves = jax.tree.leaves_with_path(tree)
+    named = {
+        jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves
+    }
+    assert len(named) == len(leaves), "two leaves of one name"
+    return named
