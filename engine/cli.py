@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from engine import __version__
-from engine.commands import inspect_options
+from engine.commands import evaluate_options, inspect_options
 from engine.errors import InputError, Interrupted, one_line, stage
 
 _DESCRIPTION = """\
@@ -29,9 +29,13 @@ _COMMANDS = {
     "train": "train on the run file's pairs, evaluate, and save the model",
     "precompute": "score every pair under the reference, and keep that for training",
     "validate": "check the run file, its model and its data; train nothing",
+    "show": "print every option as it will be, and where it comes from",
+    "evaluate": "every metric of the trained model on eval_mixture, with intervals",
     "inspect": "show the data as the model will see it, and what is wrong with it",
     "run": "carry out the run file's own `actions:`, in order",
 }
+# Of commands that have options of their own.
+_OPTIONS = {"inspect": inspect_options, "evaluate": evaluate_options}
 _PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds"
 _BAD_INPUT = 2
 _INTERRUPTED = 130
@@ -106,8 +110,8 @@ def _dispatch(argv: list[str]) -> int:
         argv = ["run", *argv]
     parser = _parser()
     try:
-        if argv[:1] == ["inspect"]:  # whose options may stand between overrides
-            arguments = _inspect_parser().parse_intermixed_args(argv[1:])
+        if argv and argv[0] in _OPTIONS:  # which may stand between overrides
+            arguments = _options_parser(argv[0]).parse_intermixed_args(argv[1:])
         else:
             arguments = parser.parse_args(argv)
     except SystemExit:  # --help and --version
@@ -119,6 +123,12 @@ def _dispatch(argv: list[str]) -> int:
     if arguments.command == "export":
         _export(arguments)
         return 0
+    if arguments.command == "report":
+        _import_jax()
+        from engine.commands import report
+
+        report.main(arguments.directories, arguments.output)
+        return 0
     path, overrides = arguments.config, arguments.words
     if path is None:
         if not overrides:
@@ -127,9 +137,15 @@ def _dispatch(argv: list[str]) -> int:
                 "`dpo --help`"
             )
         path, *overrides = overrides
+    if arguments.command == "show":
+        _import_jax()
+        from engine.commands import show
+
+        show.main(path, overrides)
+        return 0
     options = ()
-    if arguments.command == "inspect":
-        options = (inspect_options.read_options(arguments),)
+    if arguments.command in _OPTIONS:
+        options = (_OPTIONS[arguments.command].read_options(arguments),)
     _run(arguments.command, path, overrides, *options)
     return 0
 
@@ -208,6 +224,21 @@ def _add_export(commands: Any):
     export.add_argument("--dtype", choices=dtypes, help="of the weights on disk")
 
 
+def _add_report(commands: Any):
+    report = commands.add_parser(
+        "report",
+        help="one HTML page of runs: curves, configurations and their differences",
+        description="Write one self-contained HTML page of what runs have written.",
+        allow_abbrev=False,
+    )
+    report.add_argument(
+        "directories", nargs="+", metavar="DIR", help="the save_directory of a run"
+    )
+    report.add_argument(
+        "--output", metavar="FILE", help="default: report.html in the first DIR"
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="dpo",
@@ -227,6 +258,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         _add_run_file(command)
     _add_export(commands)
+    _add_report(commands)
     commands.add_parser(
         "verify", help="run every kernel that this machine can, against the reference"
     )
@@ -243,14 +275,14 @@ def _add_run_file(parser: argparse.ArgumentParser):
     )
 
 
-def _inspect_parser() -> argparse.ArgumentParser:
+def _options_parser(name: str) -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="dpo inspect",
-        usage="dpo inspect RUN.yaml [OPTIONS] [KEY=VALUE ...]",
-        description=inspect_options.DESCRIPTION,
+        prog=f"dpo {name}",
+        usage=f"dpo {name} RUN.yaml [OPTIONS] [KEY=VALUE ...]",
+        description=_OPTIONS[name].DESCRIPTION,
         allow_abbrev=False,
     )
-    parser.set_defaults(command="inspect")
-    inspect_options.add_options(parser)
+    parser.set_defaults(command=name)
+    _OPTIONS[name].add_options(parser)
     _add_run_file(parser)
     return parser

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from engine.config.run import RunConfig
+from engine.config.show import plain
 from engine.data.pair_streams import PairStream
 from engine.data.pairs import PairTokens, PreferenceRows
 from engine.data.sources import load_mixture
@@ -17,6 +18,7 @@ from engine.models import (
 )
 from engine.models.tokenizer import load_tokenizer
 from engine.parallel.sharding import make_mesh
+from engine.training.about import About, reference_words
 from engine.training.compilation import keep_programs
 from engine.training.lora import reference_config, with_lora
 from engine.training.prepare import EVAL, Prepared, prepare, prepare_pairs
@@ -71,7 +73,7 @@ def prepare_run(run: RunConfig, data: RunData | None = None) -> Prepared:
     keep_programs()
     mesh = make_mesh(run.sharding.data, run.sharding.fsdp, run.sharding.tensor)
     model = check_checkpoint(resolve_directory(run.model.name_or_path))
-    reference = _reference(run, model)
+    reference = reference_of(run, model)
     model = with_lora(model, run.lora, run.model.name_or_path)
     data = data or read_data(run)
     evaluations = dict(data.pairs)
@@ -82,16 +84,37 @@ def prepare_run(run: RunConfig, data: RunData | None = None) -> Prepared:
         run.trainer,
         mesh=mesh,
         model=model,
-        dtype=run.model.dtype,
         reference=reference,
         tokenizer=data.tokenizer,
         train=train,
         evaluations=evaluations,
+        about=about(run),
         reference_dtype=run.reference_model and run.reference_model.dtype,
     )
 
 
-def _reference(run: RunConfig, base: DecoderConfig) -> DecoderConfig | None:
+def about(run: RunConfig) -> About:
+    """What is said of a run, and its whole configuration."""
+    model, given = run.model, run.reference_model
+    words = reference_words(
+        run.trainer,
+        model.name_or_path,
+        run.lora,
+        given=given is not None,
+        name=given and given.name_or_path,
+        adapter=given and given.adapter,
+    )
+    return About(
+        model=model.name_or_path,
+        reference=words,
+        dtype=model.dtype,
+        param_dtype=model.param_dtype,
+        config=plain(run),
+    )
+
+
+def reference_of(run: RunConfig, base: DecoderConfig) -> DecoderConfig | None:
+    """The configuration of the reference that a run file names; None: it names none."""
     given = run.reference_model
     if given is None:
         return None

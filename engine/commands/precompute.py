@@ -23,7 +23,7 @@ def main(run: RunConfig) -> None:
             "nothing to precompute: the data's columns ref_chosen_logps and "
             "ref_rejected_logps have the reference's log-probabilities"
         )
-    model, reference = load_models(run, prepared)
+    model, reference = load_models(run, prepared.model, prepared.mesh)
     done = with_reference_values(prepared, model, reference)
     for name, (pairs, _) in done.sets.items():
         assert pairs.ref_logps is not None

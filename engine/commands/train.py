@@ -1,20 +1,27 @@
 """`dpo train`: train on a run file's pairs, evaluate, and save the model."""
 
+from jax.sharding import Mesh
+
 from engine.commands.inputs import prepare_run
 from engine.config.run import RunConfig
-from engine.models import Decoder, load_model
+from engine.models import Decoder, DecoderConfig, load_model
 from engine.training.identity import flat
 from engine.training.lora import lora_policy, reference_decoder
-from engine.training.prepare import Prepared
 from engine.training.trainer import Trainer
 
 
-def load_models(run: RunConfig, prepared: Prepared) -> tuple[Decoder, Decoder | None]:
-    """The policy, and the reference where it is not the policy before training."""
-    adapter, given = prepared.model.adapter, run.reference_model
+def load_models(
+    run: RunConfig, config: DecoderConfig, mesh: Mesh
+) -> tuple[Decoder, Decoder | None]:
+    """The policy, and the reference where it is not the policy before training.
+
+    Args:
+        config: the policy's, with its adapter.
+    """
+    adapter, given = config.adapter, run.reference_model
     base = load_model(
         run.model.name_or_path,
-        mesh=prepared.mesh,
+        mesh=mesh,
         dtype=run.model.dtype,
         param_dtype=run.model.param_dtype if adapter is None else run.model.dtype,
         remat=run.model.remat,
@@ -44,6 +51,6 @@ def load_models(run: RunConfig, prepared: Prepared) -> tuple[Decoder, Decoder | 
 def main(run: RunConfig) -> None:
     """Train as a run file says; everything is checked before a weight is loaded."""
     prepared = prepare_run(run)
-    model, reference = load_models(run, prepared)
+    model, reference = load_models(run, prepared.model, prepared.mesh)
     # The trainer takes the arrays over: `model` is empty from the first step on.
     Trainer(prepared, model, reference, config=flat(run)).train()

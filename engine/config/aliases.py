@@ -143,12 +143,16 @@ ALIASES = {
     "use_liger_loss": Alias("trainer.implementation", "of the log-probabilities"),
     # Reports
     "output_dir": Alias("trainer.save_directory"),
-    "logging_dir": Alias("trainer.save_directory", "metrics.jsonl is written there"),
+    "logging_dir": Alias(
+        "trainer.save_directory", "metrics.jsonl and tensorboard are written there"
+    ),
     "overwrite_output_dir": Alias("trainer.save_directory"),
     "run_name": Alias("trainer.model_name"),
     "logging_steps": Alias("trainer.log_steps", "a whole number of optimizer steps"),
     "report_steps": Alias("trainer.log_steps"),
-    "report_to": Alias("trainer.use_wandb", "true or false"),
+    "report_to": Alias(
+        "trainer.use_wandb", "true or false; so is trainer.use_tensorboard"
+    ),
     "disable_tqdm": Alias("trainer.progress_bar", "the opposite"),
     "eval_strategy": Alias("trainer.eval_steps", "without it: once, at the end"),
     "evaluation_strategy": Alias("trainer.eval_steps", "without it: once, at the end"),

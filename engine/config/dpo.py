@@ -39,7 +39,7 @@ class DPOConfig(CheckpointConfig, OptimizerConfig, LossConfig):
         InputError: a value of the wrong type, out of range, or without effect.
     """
 
-    trainer_type: Literal["dpo"] = "dpo"
+    trainer_type: Literal["dpo"] = "dpo"  # for run files of EasyDeL's, which name it
     model_name: str = "DPOTrainer"  # the run's name, in logs
     # metrics.jsonl, checkpoints and the trained model
     save_directory: str = "dpo_checkpoints"
@@ -69,23 +69,24 @@ class DPOConfig(CheckpointConfig, OptimizerConfig, LossConfig):
     # Batches. Sizes count pairs, over all devices.
     total_batch_size: int = 16  # pairs of one optimizer step
     gradient_accumulation_steps: int = 1  # microbatches that share those pairs
-    num_train_epochs: int = 3
+    num_train_epochs: int = 3  # times that every pair is used
     max_training_steps: int | None = None  # optimizer steps at which to stop anyway
     shuffle_train_dataset: bool = True  # False: file order
     drop_last: bool = False  # False: fill an epoch's last batch with weightless pairs
-    seed: int = 42
+    seed: int = 42  # of the order of pairs, of dropout, of a new adapter
     disable_dropout: bool = True  # False: drop as LoRA's lora_dropout says
 
     # Reports.
     log_steps: int = 10  # optimizer steps between two lines of metrics
     eval_steps: int | None = None  # optimizer steps between two; None: at the end only
     eval_batch_size: int | None = None  # pairs; None: as one microbatch
+    use_tensorboard: bool = True  # event files in save_directory/tensorboard
     use_wandb: bool = False  # also log to Weights & Biases; needs the wandb package
-    progress_bar: bool = True
+    progress_bar: bool = True  # where the output is a terminal
 
     # How the scores are computed: see dpo_kernels.token_logprobs.
     workspace_bytes: int = 256 * 2**20  # bound on its temporaries
-    implementation: str = "auto"
+    implementation: str = "auto"  # or one that README lists under *Implementations*
 
     def __post_init__(self):
         self._read_schedule_options()

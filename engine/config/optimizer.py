@@ -81,13 +81,12 @@ class ScheduleOptions:
     lr_end: float | None = None  # where polynomial ends (1e-7)
     power: float | None = None  # of polynomial (1)
     timescale: int | None = None  # of inverse_sqrt (warm-up's steps, else 10,000)
-    # warmup_stable_decay: steps of the decay (required) and before it (what is left),
-    # how the rate rises and falls, and where it begins and ends, of learning_rate.
-    num_decay_steps: int | None = None
-    num_stable_steps: int | None = None
-    warmup_type: Ramp | None = None  # linear
-    decay_type: Ramp | None = None  # cosine
-    min_lr_ratio: float | None = None  # 0
+    # Of warmup_stable_decay alone.
+    num_decay_steps: int | None = None  # steps of the decay, which must be given
+    num_stable_steps: int | None = None  # steps before it; None: what is left
+    warmup_type: Ramp | None = None  # how the rate rises (linear)
+    decay_type: Ramp | None = None  # how it falls (cosine)
+    min_lr_ratio: float | None = None  # where it begins and ends, of learning_rate (0)
 
     def __post_init__(self):
         check_types(self)
@@ -108,18 +107,18 @@ class OptimizerConfig:
     learning_rate: float = 1e-6  # the highest of the schedule
     # transformers' schedules (wsd: warmup_stable_decay), after warm-up.
     lr_scheduler_type: Schedule = "linear"
-    lr_scheduler_kwargs: ScheduleOptions | None = None
+    lr_scheduler_kwargs: ScheduleOptions | None = None  # the schedule's own options
     warmup_steps: int = 0  # optimizer steps from 0 up to learning_rate
     warmup_ratio: float = 0.0  # the same as a share of all steps, rounded up
     weight_decay: float = 0.0  # of matrices and embeddings, not of norms and biases
     max_grad_norm: float | None = 1.0  # clip to this global norm; None or 0: never
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
+    adam_beta1: float = 0.9  # decay of the first moment
+    adam_beta2: float = 0.999  # decay of the second moment
+    adam_epsilon: float = 1e-8  # added to the root of the second moment
     lion_beta1: float = 0.9  # of the sign that is taken
     lion_beta2: float = 0.99  # of the momentum that is kept
-    sgd_momentum: float = 0.0
-    sgd_nesterov: bool = False
+    sgd_momentum: float = 0.0  # 0: none is kept
+    sgd_nesterov: bool = False  # look ahead by the momentum
     muon_momentum: float = 0.95  # Nesterov's
     # Scales a matrix's update to this root mean square, about that of adamw, so that
     # learning_rate fits both; None: by sqrt(max(1, out / in)), as Muon began.

@@ -150,12 +150,14 @@ class ShardingConfig:
 class RunConfig:
     """A whole run file."""
 
-    model: ModelConfig
-    mixture: MixtureConfig
+    model: ModelConfig  # what is trained
+    mixture: MixtureConfig  # the pairs that it is trained on
     lora: LoraConfig | None = None  # None: every parameter is trained
     reference_model: ReferenceConfig | None = None  # None: the policy before training
-    eval_mixture: MixtureConfig | None = None
+    eval_mixture: MixtureConfig | None = None  # pairs that are held out
+    # How models and batches are split over devices.
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    # Loss, optimizer, lengths, batches, reports.
     trainer: DPOConfig = field(default_factory=DPOConfig)
     # In order; `dpo train` and `dpo validate` do what they are called instead.
     actions: tuple[Literal["train", "validate", "precompute"], ...] = ()

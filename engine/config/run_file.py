@@ -113,7 +113,7 @@ class _Builder:
             raise self._placed(f"{prefix}{error}") from None
 
     def _value(self, hint: Any, value: Any, key: str) -> Any:
-        nested, is_list = _dataclass_in(hint)
+        nested, is_list = dataclass_in(hint)
         if nested is None or value is None:
             try:
                 return convert(value, hint, key)
@@ -140,7 +140,7 @@ class _Builder:
         return near or f"; known: {', '.join(siblings)}"
 
 
-def _dataclass_in(hint: Any) -> tuple[type | None, bool]:
+def dataclass_in(hint: Any) -> tuple[type | None, bool]:
     """The dataclass that a field holds, and whether it holds a tuple of them."""
     if dataclasses.is_dataclass(hint):
         return typing.cast(type, hint), False
@@ -154,7 +154,7 @@ def dotted_keys(cls: type, prefix: str = "") -> Iterator[str]:
     """The dotted names of all fields, those inside lists with index 0."""
     for name, hint in typing.get_type_hints(cls).items():
         yield prefix + name
-        nested, is_list = _dataclass_in(hint)
+        nested, is_list = dataclass_in(hint)
         if nested is not None:
             yield from dotted_keys(nested, f"{prefix}{name}.{'0.' if is_list else ''}")
 

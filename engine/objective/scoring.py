@@ -149,6 +149,13 @@ def _sequence_logps(
     return SequenceLogps(*by_pair(weighted), whole_chosen, *lengths, tokens=tokens)
 
 
+def pair_sums(
+    values: Float[Array, " FT"], group: GroupTokens, options: ScoringOptions
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """Sums of values of tokens over the chosen and over the rejected of each pair."""
+    return by_pair(_sums(values, group.offsets, options)[0])
+
+
 def pair_likelihood(
     scored: SequenceLogps, group: GroupTokens, options: ScoringOptions
 ) -> Float[Array, " B"]:
@@ -163,7 +170,7 @@ def pair_likelihood(
     assert collision is not None
     # What pads the tokens has a collision of 0.
     aligned = scored.tokens.logprob - jnp.log(jnp.where(collision > 0, collision, 1.0))
-    chosen, rejected = by_pair(_sums(aligned, group.offsets, options)[0])
+    chosen, rejected = pair_sums(aligned, group, options)
     mean = chosen / jnp.maximum(scored.chosen_length, 1)
     mean += rejected / jnp.maximum(scored.rejected_length, 1)
     return lax.stop_gradient(jnp.exp(mean))

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.config.dpo import DPOConfig
 from engine.config.lora import LoraConfig
+from engine.config.show import plain
 from engine.errors import InputError
 from engine.models import (
     Decoder,
@@ -18,6 +19,7 @@ from engine.models import (
     resolve_directory,
 )
 from engine.parallel.sharding import make_mesh
+from engine.training.about import About, reference_words
 from engine.training.events import Listener
 from engine.training.identity import flat
 from engine.training.lora import lora_policy, reference_decoder, with_lora
@@ -91,11 +93,11 @@ class DPOTrainer(Trainer):
             arguments,
             mesh=mesh,
             model=with_lora(_config(model), lora, _name(model)),
-            dtype=model.dtype if isinstance(model, Decoder) else "bfloat16",
             reference=None if reference_model is None else _config(reference_model),
             tokenizer=processing_class,
             train=pairs,
             evaluations=evaluations,
+            about=_about(arguments, model, reference_model, lora),
             reference_dtype=(
                 reference_model.dtype if isinstance(reference_model, Decoder) else None
             ),
@@ -157,6 +159,37 @@ def _name(model: Decoder | str | Path) -> str | None:
     """How a model is named, for whoever loads an adapter of it."""
     name = _directory(model)
     return None if name is None else str(name)
+
+
+def _about(
+    arguments: DPOConfig,
+    model: Decoder | str | Path,
+    reference: Decoder | str | Path | None,
+    lora: LoraConfig | None,
+) -> About:
+    """What is said of the run; what was handed over as arrays has no other name."""
+    made = "a model made in Python"
+    name = _name(model) or made
+    words = reference_words(
+        arguments,
+        name,
+        lora,
+        given=reference is not None,
+        name=made if reference is None else _name(reference) or made,
+    )
+    param_dtype = "float32"
+    if isinstance(model, Decoder) and lora is None:
+        param_dtype = model.embed[...].dtype.name
+    config: dict[str, Any] = {"model": {"name_or_path": name}, "trainer": arguments}
+    if lora is not None:
+        config["lora"] = lora
+    return About(
+        model=name,
+        reference=words,
+        dtype=model.dtype.name if isinstance(model, Decoder) else "bfloat16",
+        param_dtype=param_dtype,
+        config=plain(config),
+    )
 
 
 def _named(data: Any) -> dict[str, Any]:

@@ -4,15 +4,17 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from engine.data.batches import BatchPlan, prefetch
 from engine.errors import InputError
 from engine.parallel.batch import Batch, put_batch
-from engine.training.metrics import Sums, means
+from engine.training.intervals import Estimate, ratio, share
+from engine.training.metrics import METRICS, PairValues, Sums, means
 from engine.training.step import StepOut
 
 _AHEAD = 2  # batches that the device is given before the first one's sums are fetched
@@ -24,22 +26,43 @@ def evaluate(
     """The means over every pair of a plan, and `perf/seconds`."""
     began = time.perf_counter()
     totals: Sums | None = None
-    waiting: deque[Sums] = deque()
-
-    def fetch() -> None:
-        nonlocal totals
-        sums = jax.tree.map(float, jax.device_get(waiting.popleft()))
+    for found in _scored(score, plan, mesh):
+        sums = jax.tree.map(float, found)
         totals = sums if totals is None else add_sums(totals, sums)
+    assert totals is not None
+    return means(totals) | {"perf/seconds": time.perf_counter() - began}
 
+
+def estimate(
+    score: Callable[[Batch], PairValues], plan: BatchPlan, mesh: Mesh
+) -> dict[str, Estimate]:
+    """The means over every pair of a plan, each with its confidence interval."""
+    found = list(_scored(score, plan, mesh))
+    whole = jax.tree.map(lambda *x: np.concatenate(x).astype(np.float64), *found)
+    real = whole.weights["pairs"] > 0  # the others pad the batches
+    estimates: dict[str, Estimate] = {}
+    for over, sums in whole.sums.items():
+        weights = whole.weights[over][real]
+        for name, values in sums.items():
+            of = share if name == "rewards/accuracies" else ratio
+            estimates[name] = of(values[real], weights)
+    # JAX sorts what it returns by name.
+    order = dict.fromkeys((*METRICS, *estimates))
+    return {name: estimates[name] for name in order}
+
+
+def _scored[Scores](
+    score: Callable[[Batch], Scores], plan: BatchPlan, mesh: Mesh
+) -> Iterator[Scores]:
+    """What is made of each batch, on the host, while the device goes on."""
+    waiting: deque[Scores] = deque()
     with contextlib.closing(prefetch(plan.batches())) as batches:
         for batch, _ in batches:
             waiting.append(score(put_batch(batch, mesh)))
             if len(waiting) > _AHEAD:
-                fetch()
+                yield jax.device_get(waiting.popleft())
     while waiting:
-        fetch()
-    assert totals is not None
-    return means(totals) | {"perf/seconds": time.perf_counter() - began}
+        yield jax.device_get(waiting.popleft())
 
 
 def add_sums(one: Sums, other: Sums) -> Sums:

@@ -30,7 +30,14 @@ from engine.objective.scoring import (
 from engine.parallel.batch import Batch
 from engine.parallel.collectives import sum_over_batch, vary_over_batch, zeros_like
 from engine.parallel.sharding import BATCH, DATA
-from engine.training.metrics import STATS, Observed, Sums, metric_sums
+from engine.training.metrics import (
+    STATS,
+    Observed,
+    PairValues,
+    Sums,
+    metric_sums,
+    pair_values,
+)
 
 Params = nnx.State[str, Any]
 
@@ -129,6 +136,25 @@ class Objective:
         every = _gathered(_of_microbatches(lambda mb: score(mb).logps, batch))
         losses = _own(self.loss.function(every, options), _count(batch))
         return over_data(_added(sums, batch, losses))
+
+    def evaluate_pairs(
+        self, params: Params, frozen: Params, ref: Any, batch: Batch, options: Any
+    ) -> PairValues:
+        """What each pair of this fsdp group adds to the sums.
+
+        Args:
+            batch: of one microbatch.
+        """
+        assert _count(batch) == 1
+        mean_length = _mean_chosen_length(batch)
+        scored = self.score(params, frozen, ref, _pick(batch, 0), mean_length)
+        if self.loss.whole_batch:
+            every = _gathered(jax.tree.map(lambda x: x[None], scored.logps))
+            out = _pick(_own(self.loss.function(every, options), 1), 0)
+        else:
+            out = self.loss.function(scored.logps, options)
+        observed = Observed(scored.logps, out, scored.tokens, options)
+        return pair_values(observed, scored.group, self.scoring)
 
 
 def over_data(sums: Sums) -> Sums:

@@ -17,6 +17,7 @@ from engine.config.dpo import DPOConfig
 from engine.errors import InputError, stage
 from engine.paths import as_path
 from engine.training.events import Listener, Record, Step
+from engine.training.tensorboard import TensorBoard
 from engine.training.watch import FallingChosen
 
 logger = logging.getLogger(__name__)
@@ -192,5 +193,7 @@ def own_listeners(arguments: DPOConfig) -> Iterator[Listener]:
     yield Terminal(arguments.model_name, arguments.progress_bar)
     if not arguments.without_reference and "apo_down" not in arguments.losses:
         yield FallingChosen()
+    if arguments.use_tensorboard:
+        yield TensorBoard(as_path(arguments.save_directory))
     if arguments.use_wandb:
         yield WandB(arguments, as_path(arguments.save_directory))

@@ -16,7 +16,12 @@ from jaxtyping import Array, Float
 
 from dpo_kernels import TokenLogprobs
 from engine.objective.interface import LossOptions, LossOut, PairLogps
-from engine.objective.scoring import GroupTokens, token_weights
+from engine.objective.scoring import (
+    GroupTokens,
+    ScoringOptions,
+    pair_sums,
+    token_weights,
+)
 
 STATS = ("entropy", "mean_logit", "top1")  # of the op, that the table needs
 
@@ -89,6 +94,51 @@ class Sums(NamedTuple):
     weights: dict[str, Float[Array, ""]]  # by what they are over
 
 
+class PairValues(NamedTuple):
+    """Of each pair what it adds to `Sums`; float32, its weight multiplied in."""
+
+    sums: dict[str, dict[str, Float[Array, " B"]]]
+    weights: dict[str, Float[Array, " B"]]
+
+
+def pair_values(
+    observed: Observed, group: GroupTokens, scoring: ScoringOptions
+) -> PairValues:
+    """What the pairs of an fsdp group add to the sums, one by one."""
+    pair_B, logps = group.pair_weights, observed.logps
+    lengths = logps.chosen_length, logps.rejected_length
+    weights = {
+        "pairs": pair_B,
+        "tokens": pair_B * (lengths[0] + lengths[1]),
+        "chosen": pair_B * lengths[0],
+        "rejected": pair_B * lengths[1],
+    }
+    sums: dict[str, dict[str, Array]] = {over: {} for over in weights}
+    for name, metric in _table(observed).items():
+        values = metric.value(observed)
+        assert values is not None, f"{name} needs a statistic that is not in STATS"
+        values = values.astype(jnp.float32)
+        if (metric.summed or metric.over) != "pairs":
+            chosen, rejected = pair_sums(values, group, scoring)
+            sides = {
+                "chosen": chosen,
+                "rejected": rejected,
+                "tokens": chosen + rejected,
+            }
+            values = sides[metric.over]
+        # 0 * NaN is no zero: what pads the pairs may hold anything.
+        sums[metric.over][name] = jnp.where(pair_B > 0, pair_B * values, 0.0)
+    return PairValues(sums=sums, weights=weights)
+
+
+def _table(observed: Observed) -> dict[str, Metric]:
+    """The metrics of this loss."""
+    return METRICS | {
+        name: Metric(over="pairs", value=lambda _, values=values: values)
+        for name, values in observed.loss.metrics.items()
+    }
+
+
 def metric_sums(observed: Observed, group: GroupTokens) -> Sums:
     """What an fsdp group adds to the sums."""
     observed = jax.tree.map(lax.stop_gradient, observed)
@@ -99,12 +149,8 @@ def metric_sums(observed: Observed, group: GroupTokens) -> Sums:
         "chosen": chosen_T,
         "rejected": rejected_T,
     }
-    table = METRICS | {
-        name: Metric(over="pairs", value=lambda _, values=values: values)
-        for name, values in observed.loss.metrics.items()
-    }
     sums: dict[str, dict[str, Array]] = {over: {} for over in weights}
-    for name, metric in table.items():
+    for name, metric in _table(observed).items():
         values = metric.value(observed)
         assert values is not None, f"{name} needs a statistic that is not in STATS"
         each = weights[metric.summed or metric.over]

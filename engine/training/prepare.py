@@ -8,16 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from dpo_kernels.op import tiling
-from dpo_kernels.op.backends import load_backend
-from dpo_kernels.op.devices import Device
 from engine.config.dpo import DPOConfig
-from engine.config.lora import check_dropout
 from engine.data.batches import BatchPlan
 from engine.data.pair_streams import PairStream
 from engine.data.pairs import (
@@ -28,20 +23,14 @@ from engine.data.pairs import (
     tokenize_pairs,
     warn_beyond_positions,
 )
-from engine.data.reference_logps import check_values
 from engine.data.row_streams import RowStream
 from engine.data.stream_plans import Plan
 from engine.errors import InputError
 from engine.models import DecoderConfig, max_positions
 from engine.objective.interface import LossOptions
-from engine.objective.references import check_comparable
 from engine.objective.scoring import ScoringOptions
-from engine.parallel.sharding import (
-    FSDP,
-    TENSOR,
-    check_mesh,
-    padded_vocab,
-)
+from engine.training.about import About
+from engine.training.checks import check_models, check_op
 from engine.training.plans import (
     plan_evaluation,
     plan_stream,
@@ -54,7 +43,6 @@ from engine.training.streams import (
     check_no_values,
     checked,
     prepare_stream,
-    unknown_id,
 )
 
 EVAL = "eval_"  # before the names of an evaluation's metrics
@@ -77,6 +65,7 @@ class Prepared:
     plan: Plan
     evaluations: dict[str, PairTokens]  # by the prefix of their metrics' names
     eval_plans: dict[str, BatchPlan]
+    about: About
 
     @property
     def sets(self) -> dict[str, tuple[PairTokens, BatchPlan]]:
@@ -131,11 +120,11 @@ def prepare(
     *,
     mesh: Mesh,
     model: DecoderConfig,
-    dtype: Any,
     reference: DecoderConfig | None,
     tokenizer: PreTrainedTokenizerBase,
     train: PairTokens | PairStream,
     evaluations: Mapping[str, PairTokens],
+    about: About,
     reference_dtype: Any = None,
 ) -> Prepared:
     """Check that everything fits together, and plan the batches.
@@ -143,20 +132,8 @@ def prepare(
     Raises:
         InputError: whatever does not.
     """
-    for config in (model, reference):
-        if config is not None:
-            check_mesh(config, mesh)
-    if reference is not None:
-        if arguments.without_reference:
-            raise InputError(
-                f"reference_model has no effect with {arguments.without_reference}; "
-                "remove one"
-            )
-        check_comparable(model, reference, synced=arguments.sync_ref_model)
-    sets = _check_sets(arguments, train, evaluations, reference is not None)
-    adapter = model.adapter
-    check_dropout(arguments, None if adapter is None else adapter.dropout)
-    check_vocabulary(model, tokenizer, *sets.values())
+    sets = _held_sets(train, evaluations)
+    check_models(arguments, mesh, model, reference, tokenizer, sets)
     positions = max_positions(model)
     if isinstance(train, PairStream):
         train = checked(train, model.vocab_size, positions)
@@ -175,7 +152,7 @@ def prepare(
         for prefix, pairs in evaluations.items()
     }
     for some in (plan, *eval_plans.values()):
-        for of in dict.fromkeys((dtype, reference_dtype or dtype)):
+        for of in dict.fromkeys((about.dtype, reference_dtype or about.dtype)):
             check_op(arguments, model, of, some, mesh)
     if isinstance(train, PairTokens):
         warn_beyond_positions(train, arguments.max_length, positions)
@@ -188,26 +165,23 @@ def prepare(
         plan=plan,
         evaluations=dict(evaluations),
         eval_plans=eval_plans,
+        about=about,
     )
 
 
-def _check_sets(
-    arguments: DPOConfig,
-    train: PairTokens | PairStream,
-    evaluations: Mapping[str, PairTokens],
-    has_reference: bool,
+def _held_sets(
+    train: PairTokens | PairStream, evaluations: Mapping[str, PairTokens]
 ) -> dict[str, PairTokens]:
     """The data sets that are held, by their names in messages.
 
     Raises:
-        InputError: the reference's log-probabilities where they mean nothing.
+        InputError: the reference's log-probabilities beside a stream, which has none.
     """
     sets = {f"{prefix}dataset": pairs for prefix, pairs in evaluations.items()}
     if isinstance(train, PairStream):
         check_no_values(sets)
     else:
         sets = {"train_dataset": train} | sets
-    check_values(arguments, sets, has_reference=has_reference)
     return sets
 
 
@@ -245,56 +219,6 @@ def prepare_training(
     if isinstance(data, RowStream | datasets.IterableDataset):
         return prepare_stream(config, data, tokenizer)
     return prepare_pairs(config, data, tokenizer)
-
-
-def check_vocabulary(
-    config: DecoderConfig, tokenizer: PreTrainedTokenizerBase, *data: PairTokens
-) -> None:
-    """Refuse a tokenizer that has ids which the model has no embedding for.
-
-    Added tokens past the vocabulary do no harm while no row has them (Gemma 3 has one).
-
-    Raises:
-        InputError: naming the sizes, and the id where a row has one.
-    """
-    size = config.vocab_size
-    if tokenizer.vocab_size > size:
-        raise InputError(
-            f"the model's vocab_size={size} is smaller than the tokenizer's "
-            f"{tokenizer.vocab_size} tokens; use the model's own tokenizer"
-        )
-    for pairs in data:
-        largest = int(pairs.tokens.max(initial=0))
-        if largest >= size:
-            raise unknown_id(tokenizer, largest, size, "the data")
-
-
-def check_op(
-    config: DPOConfig, model: DecoderConfig, dtype: Any, plan: Plan, mesh: Mesh
-) -> None:
-    """Refuse a workspace that nothing fits in, and a backend that cannot run here.
-
-    Raises:
-        InputError: with the reason that the op would give.
-    """
-    device = mesh.devices.flat[0]
-    fsdp, tensor = mesh.shape[FSDP], mesh.shape[TENSOR]
-    for _, capacity in plan.shapes:
-        problem = tiling.Problem(
-            T=fsdp * capacity,
-            D=model.hidden_size,
-            V=padded_vocab(model, mesh) // (fsdp * tensor),
-            dtype=jnp.dtype(dtype),
-            workspace_bytes=config.workspace_bytes,
-            device=Device(platform=device.platform, kind=device.device_kind),
-            ragged=True,
-        )
-        try:
-            backend = load_backend(config.implementation, problem)
-            if backend.backward is None:
-                tiling.backward_tile(problem, fused=backend.fused_dlogits)
-        except (ValueError, NotImplementedError) as error:
-            raise InputError(str(error)) from error
 
 
 def step_options(config: DPOConfig) -> StepOptions:

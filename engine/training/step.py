@@ -18,9 +18,9 @@ from engine.objective.references import Reference, reads_values
 from engine.objective.scoring import ScoringOptions
 from engine.parallel.batch import Batch, batch_specs
 from engine.parallel.collectives import global_norm
-from engine.parallel.sharding import param_specs, place
+from engine.parallel.sharding import DATA, param_specs, place
 from engine.training.gradients import Objective, Params
-from engine.training.metrics import Sums
+from engine.training.metrics import PairValues, Sums
 from engine.training.optimizer import add_updates, float32_copy
 
 
@@ -237,6 +237,23 @@ def make_eval_step(
     (trainable, frozen parameters, reference's operands, batch, LossOptions) -> sums
     over the global batch.
     """
+    return _eval_step(model, reference, options, each_pair=False)
+
+
+def make_pairs_step(
+    model: Decoder, reference: Reference, options: StepOptions
+) -> Callable[..., PairValues]:
+    """The jitted evaluation pair by pair, of batches of one microbatch.
+
+    It takes what the step of `make_eval_step` takes, and returns what each pair adds to
+    those sums; the pairs of a batch in no order that means anything.
+    """
+    return _eval_step(model, reference, options, each_pair=True)
+
+
+def _eval_step(
+    model: Decoder, reference: Reference, options: StepOptions, each_pair: bool
+) -> Callable[..., Any]:
     objective = Objective(
         loss=options.loss,
         reference=reference,
@@ -245,7 +262,7 @@ def make_eval_step(
     )
     specs, frozen_specs = split_specs(model)
     sharded = jax.shard_map(
-        objective.evaluate,
+        objective.evaluate_pairs if each_pair else objective.evaluate,
         mesh=model.mesh,
         in_specs=(
             specs,
@@ -254,6 +271,6 @@ def make_eval_step(
             batch_specs(reads_values(reference)),
             P(),
         ),
-        out_specs=P(),
+        out_specs=P(DATA) if each_pair else P(),
     )
     return jax.jit(sharded, compiler_options=COMPILER_OPTIONS)

@@ -29,6 +29,7 @@ from engine.training.compilation import (
     enough_memory,
     keep_programs,
 )
+from engine.training.describe import describe, lines
 from engine.training.evaluation import NotFinite, check_finite, evaluate
 from engine.training.events import Listener, Listeners, telling
 from engine.training.gradients import Params
@@ -39,6 +40,7 @@ from engine.training.optimizer import make_optimizer
 from engine.training.precompute import with_reference_values
 from engine.training.prepare import Prepared, loss_options, step_options
 from engine.training.progress import Progress
+from engine.training.records import RunRecord
 from engine.training.reference import make_reference
 from engine.training.resume import (
     abstract_arrays,
@@ -182,7 +184,7 @@ class Trainer:
             rows=self.run.rows_of_step,
             saving=self._checkpointing,
         )
-        with telling(self._listeners, self.run.plan.steps, self.progress.step):
+        with telling(self._described(), self.run.plan.steps, self.progress.step):
             try:
                 with enough_memory(), finishing_steps(self._checkpointing.stop):
                     loop.run()
@@ -203,6 +205,15 @@ class Trainer:
         found = self._checkpointing.restore(abstract)
         if found is not None:
             self.state = take_back(found, self._reference)
+
+    def _described(self) -> Listener:
+        """All listeners, of a run whose description is printed and will be kept."""
+        programs = [x for x in (self._train_step, self._eval_step) if x is not None]
+        facts = describe(self.run, programs)
+        logger.info("%s", lines(facts))
+        directory = as_path(self.arguments.save_directory)
+        record = RunRecord(directory, self.run.about.config, facts)
+        return Listeners((self._listeners, record))
 
     def _check_usable(self) -> None:
         if self._failure is not None:

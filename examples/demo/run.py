@@ -82,6 +82,19 @@ def before_and_after(rows: list[dict], before: list[str], after: list[str]) -> s
     return "\n\n".join(blocks)
 
 
+def write_generations(
+    path: Path, metrics: list[dict], rows: list[dict], before, after
+) -> None:
+    """The shown prompts and what was written to them, for the report."""
+    lines = [
+        {"step": step, "prompt": rows[row]["prompt"][0]["content"], "text": texts[row]}
+        for row in SHOWN
+        for step, texts in ((0, before), (metrics[-1]["step"], after))
+    ]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    path.write_text(text, encoding="utf-8")
+
+
 def summary(rows: list[dict], before: list[str], after: list[str], metrics) -> str:
     """The first and the last held-out accuracy, and the prompts that were obeyed."""
     steps, accuracies = curve(metrics, ACCURACY)
@@ -118,7 +131,10 @@ def demo(overrides: list[str]) -> int:
     text = f"{comparison}\n\n{summary(rows, before, after, metrics)}\n"
     (output / "before_after.txt").write_text(text, encoding="utf-8")
     print(f"\n{text}")
-    print(f"{output}: the trained model, metrics.jsonl, curves.png, before_after.txt")
+    write_generations(output / "generations.jsonl", metrics, rows, before, after)
+    if code := dpo(["report", str(output)]):
+        return code
+    print(f"{output}: report.html, metrics.jsonl, the trained model, before_after.txt")
     print(f"the demo took {time.monotonic() - start:.0f} s")
     reached = curve(metrics, ACCURACY)[1][-1]
     if reached < GOAL:

@@ -198,7 +198,7 @@ def test_a_token_that_the_model_does_not_have(tmp_path):
     from engine.data.tokenization import PairTokens
     from engine.errors import InputError
     from engine.models import parse_hf_config
-    from engine.training.prepare import check_vocabulary
+    from engine.training.checks import check_vocabulary
 
     tokenizer = AutoTokenizer.from_pretrained(FIXTURE / "model")
     config = json.loads((FIXTURE / "model" / "config.json").read_text())

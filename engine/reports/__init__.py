@@ -1,0 +1,1 @@
+"""What runs have written, as one page to look at: `dpo report`."""
