@@ -88,8 +88,11 @@ class Prepared:
 
     def rows_of_step(self, step: int) -> str:
         """Which rows of the data a step's pairs come from, in words."""
-        epoch, index = divmod(step - 1, self.plan.order.batches_per_epoch)
-        members = self.plan.order.epoch(epoch)[index]
+        plan = self.plan
+        if not (isinstance(plan, BatchPlan) and isinstance(self.train, PairTokens)):
+            return "some of a stream, which keeps no row numbers"
+        epoch, index = divmod(step - 1, plan.order.batches_per_epoch)
+        members = plan.order.epoch(epoch)[index]
         rows = self.train.rows[members[members >= 0]].tolist()
         shown = ", ".join(map(str, rows[:_MOST_ROWS]))
         more = len(rows) - _MOST_ROWS
