@@ -39,6 +39,7 @@ _HARMLESS = (
     "trainer.save_interval_minutes",
     "trainer.save_steps",
     "trainer.save_total_limit",
+    "trainer.use_tensorboard",
     "trainer.use_wandb",
     "trainer.workspace_bytes",
 )

@@ -82,7 +82,7 @@ class Prepared:
     def rows_of_step(self, step: int) -> str:
         """Which rows of the data a step's pairs come from, in words."""
         if "" not in self.sets:
-            return f"the stream's batch number {step}"
+            return f"those of batch {step} of a stream, which keeps no row numbers"
         return rows_of_batch(*self.sets[""], step - 1)
 
     @property

@@ -298,9 +298,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_metrics(tmp_path):
 def test_weights_that_are_no_numbers_are_blamed(tmp_path):
     model = load_model(FIXTURE / "model", mesh=one_device(), dtype="float32")
     nnx.update(model, jax.tree.map(lambda x: x * jnp.nan, nnx.state(model)))
-    with pytest.raises(
-        InputError, match="step 1: .* before any update, and .*: weights of"
-    ):
+    with pytest.raises(InputError, match="step 1: .* before any update.*: weights of"):
         make_trainer(tmp_path, evaluate=False, model=model).train()
 
 
