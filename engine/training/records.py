@@ -2,14 +2,21 @@
 
 import datetime
 import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.config.show import plain
 from engine.errors import InputError, stage
+from engine.paths import as_path
+from engine.training.compilation import Compiled
+from engine.training.describe import describe, lines
 from engine.training.events import Listener
+from engine.training.prepare import Prepared
+
+logger = logging.getLogger(__name__)
 
 RECORD_NAME = "run.json"
 _WRITER = "dpo-engine"
@@ -77,3 +84,11 @@ def _write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
+
+
+def described(run: Prepared, programs: Sequence[Compiled]) -> RunRecord:
+    """Say what a run is, its compiled programs' memory too; who writes it down."""
+    facts = describe(run, programs)
+    logger.info("%s", lines(facts))
+    directory = as_path(run.arguments.save_directory)
+    return RunRecord(directory, run.about.config, facts)

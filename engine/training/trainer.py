@@ -29,7 +29,6 @@ from engine.training.compilation import (
     enough_memory,
     keep_programs,
 )
-from engine.training.describe import describe, lines
 from engine.training.evaluation import NotFinite, check_finite, evaluate
 from engine.training.events import Listener, Listeners, telling
 from engine.training.gradients import Params
@@ -40,7 +39,7 @@ from engine.training.optimizer import make_optimizer
 from engine.training.precompute import with_reference_values
 from engine.training.prepare import Prepared, loss_options, step_options
 from engine.training.progress import Progress
-from engine.training.records import RunRecord
+from engine.training.records import described
 from engine.training.reference import make_reference
 from engine.training.resume import (
     abstract_arrays,
@@ -88,25 +87,24 @@ class Trainer:
     ):
         keep_programs()
         self.run = run = with_reference_values(run, model, reference_model)
-        metrics = MetricsFile(as_path(run.arguments.save_directory))
-        own = own_listeners(run.arguments)
-        self._listeners = Listeners((metrics, *own, *listeners))
+        arguments = run.arguments
+        metrics = MetricsFile(as_path(arguments.save_directory))
+        self._listeners = Listeners((metrics, *own_listeners(arguments), *listeners))
         self._model_given = model
         self._reference = (
             Cached()
             if run.reads_values
-            else make_reference(model, reference_model, run.arguments)
+            else make_reference(model, reference_model, arguments)
         )
         self._starts_as_reference = starts_as_reference(run, model, reference_model)
         self._graphdef, _, self._frozen = split_model(model)
-        self._optimizer = make_optimizer(
-            run.arguments, model.config, run.mesh, run.plan.steps
-        )
+        steps = run.plan.steps
+        self._optimizer = make_optimizer(arguments, model.config, run.mesh, steps)
         self.state = init_state(model, self._optimizer)
         self.progress = Progress()
         self._checkpointing = Checkpointing(
-            run.arguments,
-            run.plan.steps,
+            arguments,
+            steps,
             metrics,
             progress=self.progress,
             arrays=lambda: changing(self.state, self._reference),
@@ -114,7 +112,7 @@ class Trainer:
         )
         whole = place(P(), model.mesh)
         self._numbers = jax.tree.map(
-            lambda x: jax.device_put(jnp.float32(x), whole), loss_options(run.arguments)
+            lambda x: jax.device_put(jnp.float32(x), whole), loss_options(arguments)
         )
         self._train_step: Compiled | None = None
         self._eval_step: Compiled | None = None
@@ -159,7 +157,11 @@ class Trainer:
                 "trainer of its model to go on"
             )
         if not self.progress.step:
-            self._restore()
+            found = self._checkpointing.restore(
+                changing(self._abstract_state, self._reference)
+            )
+            if found is not None:
+                self.state = take_back(found, self._reference)
         train_step, check = self._compile_for_training(), None
         if self._starts_as_reference and not self.progress.step:
             check = StartCheck(self.arguments, self.model.dtype)
@@ -200,20 +202,10 @@ class Trainer:
         self._saved = True
         return self.progress.latest
 
-    def _restore(self) -> None:
-        abstract = changing(self._abstract_state, self._reference)
-        found = self._checkpointing.restore(abstract)
-        if found is not None:
-            self.state = take_back(found, self._reference)
-
     def _described(self) -> Listener:
         """All listeners, of a run whose description is printed and will be kept."""
         programs = [x for x in (self._train_step, self._eval_step) if x is not None]
-        facts = describe(self.run, programs)
-        logger.info("%s", lines(facts))
-        directory = as_path(self.arguments.save_directory)
-        record = RunRecord(directory, self.run.about.config, facts)
-        return Listeners((self._listeners, record))
+        return Listeners((self._listeners, described(self.run, programs)))
 
     def _check_usable(self) -> None:
         if self._failure is not None:
