@@ -188,6 +188,8 @@ def _bytes(count: int) -> str:
 
 def _written(arguments: DPOConfig) -> str:
     what = ["metrics.jsonl", "run.json"]
+    if arguments.save_steps or arguments.save_interval_minutes:
+        what.append("checkpoints/")
     if arguments.use_tensorboard:
         what.append("tensorboard/")
     if arguments.use_wandb:
