@@ -20,7 +20,6 @@ from tests.json_lines import read_lines
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 FIRST = 1e-5  # of the first step, which no update has passed through
-pytestmark = pytest.mark.numerics
 
 
 def on_mesh(*sizes):
