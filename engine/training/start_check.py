@@ -101,20 +101,21 @@ def _losses(loss: Loss, options: LossOptions, ratio: Array) -> Float[Array, " n"
 def _loss(
     loss: Loss, options: LossOptions, chosen: Array, rejected: Array, length=1.0
 ) -> Array:
-    """Of two pairs whose log-ratios are these."""
+    """Of pairs whose log-ratios are these; `length` is also the nats a token has."""
+    nats = length**2
 
     def both(x: Any) -> Array:
         return jnp.broadcast_to(jnp.asarray(x, jnp.float32), (2,))
 
     logps = PairLogps(
-        chosen=both(chosen - length),
-        rejected=both(rejected - 2 * length),
-        ref_chosen=both(-length),
-        ref_rejected=both(-2 * length),
+        chosen=both(chosen - nats),
+        rejected=both(rejected - 2 * nats),
+        ref_chosen=both(-nats),
+        ref_rejected=both(-2 * nats),
         chosen_length=both(length),
         rejected_length=both(2 * length),
         weights=both(1.0),
-        whole_chosen=both(chosen - length),
+        whole_chosen=both(chosen - nats),
         mean_chosen_length=both(length),
         likelihood=both(1 / length),
     )
