@@ -30,8 +30,8 @@ class Reference(Protocol):
     use up; `specs` has a PartitionSpec for each.
     """
 
-    operands: Any
-    specs: Any
+    operands: Any = ()
+    specs: Any = ()
 
     def logps(
         self,
@@ -49,15 +49,14 @@ class Reference(Protocol):
         ...
 
     def update(self, params: Any, frozen: Any, step: int) -> None:
-        """Called after each optimizer step, with all of the policy's parameters."""
-        ...
+        """Called after each optimizer step, with all of the policy's parameters.
+
+        Does nothing, unless a reference follows the policy.
+        """
 
 
-class NoReference:
+class NoReference(Reference):
     """Counts the reference's log-probabilities as 0."""
-
-    operands: Any = ()
-    specs: Any = ()
 
     def logps(
         self,
@@ -72,15 +71,9 @@ class NoReference:
         del operands, frozen, microbatch, group, options
         return jnp.zeros_like(policy.chosen), jnp.zeros_like(policy.rejected)
 
-    def update(self, params: Any, frozen: Any, step: int) -> None:
-        """Nothing."""
 
-
-class Cached:
+class Cached(Reference):
     """Values that each batch brings: see `Pairs.ref_logps`."""
-
-    operands: Any = ()
-    specs: Any = ()
 
     def logps(
         self,
@@ -100,16 +93,13 @@ class Cached:
         )
         return chosen, rejected
 
-    def update(self, params: Any, frozen: Any, step: int) -> None:
-        """Nothing."""
-
 
 def reads_values(reference: Reference) -> bool:
     """Whether it reads values that the batch must bring."""
     return isinstance(reference, Cached)
 
 
-class FrozenModel:
+class FrozenModel(Reference):
     """A model that stays as it is; `decoder`'s arrays become the operands."""
 
     def __init__(self, decoder: Decoder):
@@ -131,11 +121,8 @@ class FrozenModel:
         found = score_completions(model, microbatch, group, options)
         return lax.stop_gradient(found.chosen), lax.stop_gradient(found.rejected)
 
-    def update(self, params: Any, frozen: Any, step: int) -> None:
-        """Nothing."""
 
-
-class SharedModel:
+class SharedModel(Reference):
     """A model of which the policy has arrays too, among those that it does not train.
 
     Those are in memory once, and an operand of the step once: the policy's.
@@ -171,9 +158,6 @@ class SharedModel:
         model = Decoder(config, arrays, mesh=mesh, dtype=dtype.name, remat=remat)
         found = score_completions(model, microbatch, group, options)
         return lax.stop_gradient(found.chosen), lax.stop_gradient(found.rejected)
-
-    def update(self, params: Any, frozen: Any, step: int) -> None:
-        """Nothing."""
 
 
 def _frozen_arrays(model: Decoder) -> dict[ParameterPath, jax.Array]:
