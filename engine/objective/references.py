@@ -15,7 +15,6 @@ from engine.models import Decoder, DecoderConfig, load_model
 from engine.objective.scoring import (
     GroupTokens,
     ScoringOptions,
-    SequenceLogps,
     score_completions,
 )
 from engine.parallel.batch import Batch
@@ -37,7 +36,6 @@ class Reference(Protocol):
         self,
         operands: Any,
         frozen: Any,
-        policy: SequenceLogps,
         microbatch: Batch,
         group: GroupTokens,
         options: ScoringOptions,
@@ -62,14 +60,14 @@ class NoReference(Reference):
         self,
         operands: Any,
         frozen: Any,
-        policy: SequenceLogps,
         microbatch: Batch,
         group: GroupTokens,
         options: ScoringOptions,
     ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
         """Zeros."""
-        del operands, frozen, microbatch, group, options
-        return jnp.zeros_like(policy.chosen), jnp.zeros_like(policy.rejected)
+        del operands, frozen, microbatch, options
+        zeros = jnp.zeros_like(group.pair_weights)
+        return zeros, zeros
 
 
 class Cached(Reference):
@@ -79,13 +77,12 @@ class Cached(Reference):
         self,
         operands: Any,
         frozen: Any,
-        policy: SequenceLogps,
         microbatch: Batch,
         group: GroupTokens,
         options: ScoringOptions,
     ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
         """The batch's, of the pairs of the fsdp group."""
-        del operands, frozen, policy, group, options
+        del operands, frozen, group, options
         values = microbatch.pairs.ref_logps
         assert values is not None, "the batch has no values of the reference"
         chosen, rejected = lax.all_gather(
@@ -110,13 +107,12 @@ class FrozenModel(Reference):
         self,
         operands: Any,
         frozen: Any,
-        policy: SequenceLogps,
         microbatch: Batch,
         group: GroupTokens,
         options: ScoringOptions,
     ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
         """The model's, without a gradient."""
-        del policy, frozen
+        del frozen
         model = nnx.merge(self._graphdef, operands)
         found = score_completions(model, microbatch, group, options)
         return lax.stop_gradient(found.chosen), lax.stop_gradient(found.rejected)
@@ -146,13 +142,11 @@ class SharedModel(Reference):
         self,
         operands: Any,
         frozen: Any,
-        policy: SequenceLogps,
         microbatch: Batch,
         group: GroupTokens,
         options: ScoringOptions,
     ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
         """The model's, without a gradient."""
-        del policy
         config, mesh, dtype, remat = self._decoder
         arrays = {path: x[...] for path, x in nnx.to_flat_state(frozen)} | operands
         model = Decoder(config, arrays, mesh=mesh, dtype=dtype.name, remat=remat)

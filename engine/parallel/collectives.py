@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
@@ -56,3 +57,24 @@ def global_norm(tree: Any, specs: Any) -> Float[Array, ""]:
         squares = jnp.sum(jnp.square(x.astype(jnp.float32)))
         total += lax.psum(squares, axes_of(spec)) if axes_of(spec) else squares
     return jnp.sqrt(total)
+
+
+def after[T](tree: T, earlier: Any, mesh: Mesh) -> T:
+    """`tree` as it is, but on several CPU devices not before `earlier` is computed.
+
+    For what has collectives and does not need a loop that has some, too. XLA begins
+    both in the same order on every CPU device, but does not wait for the loop to end,
+    and tells collectives apart by their devices alone. So one device's may meet another
+    one of the other device: wrong numbers in one step of a hundred, a crash, or a hang.
+    Other backends run collectives one by one in the order of the program.
+    """
+    if mesh.size == 1 or mesh.devices.flat[0].platform != "cpu":
+        return tree
+    # A sum over the mesh that is 0, and that the compiler does not know to be.
+    never = jnp.int32(0)
+    for x in jax.tree.leaves(earlier):
+        first = jnp.ravel(x)[0].astype(jnp.float32)
+        never += jnp.int32(jnp.isnan(first) & jnp.isfinite(first))
+    if axes := tuple(sorted(jax.typeof(never).manual_axis_type.varying)):
+        never = lax.psum(never, axes)
+    return jax.tree.map(lambda x: jnp.where(never == 0, x, jnp.zeros_like(x)), tree)

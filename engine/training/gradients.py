@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
 from dpo_kernels import TokenLogprobs
@@ -28,7 +29,12 @@ from engine.objective.scoring import (
     score_completions,
 )
 from engine.parallel.batch import Batch
-from engine.parallel.collectives import sum_over_batch, vary_over_batch, zeros_like
+from engine.parallel.collectives import (
+    after,
+    sum_over_batch,
+    vary_over_batch,
+    zeros_like,
+)
 from engine.parallel.sharding import BATCH, DATA
 from engine.training.metrics import (
     STATS,
@@ -58,6 +64,7 @@ class Objective:
     reference: Reference
     scoring: ScoringOptions
     graphdef: nnx.GraphDef  # of the policy
+    mesh: Mesh
 
     def score(
         self,
@@ -68,16 +75,23 @@ class Objective:
         mean_chosen_length: Float[Array, ""],
         dropout_key: Key[Array, ""] | None = None,
     ) -> Scored:
-        """Run both models; `ref` are the reference's operands."""
+        """Run both models; `ref` are the reference's operands.
+
+        The reference first: what the policy keeps for its gradient is not there yet.
+        """
         model = nnx.merge(self.graphdef, params, frozen)
         group = group_tokens(microbatch)
-        stats = (*STATS, *self.loss.stats)
+        microbatch = after(microbatch, group, self.mesh)
+        references = self.reference.logps(ref, frozen, microbatch, group, self.scoring)
         policy = score_completions(
-            model, microbatch, group, self.scoring, stats=stats, dropout_key=dropout_key
+            model,
+            after(microbatch, references, self.mesh),
+            group,
+            self.scoring,
+            stats=(*STATS, *self.loss.stats),
+            dropout_key=dropout_key,
         )
-        ref_chosen, ref_rejected = self.reference.logps(
-            ref, frozen, policy, microbatch, group, self.scoring
-        )
+        ref_chosen, ref_rejected = references
         logps = PairLogps(
             chosen=policy.chosen,
             rejected=policy.rejected,
@@ -115,6 +129,7 @@ class Objective:
 
         split = _whole_batch if self.loss.whole_batch else _pair_by_pair
         grads, sums = split(self.loss, score, params, batch, options)
+        grads, sums = after((grads, sums), grads, self.mesh)
         return sum_over_batch(grads, specs), over_data(sums)
 
     def evaluate(

@@ -29,6 +29,7 @@ from engine.objective.scoring import (
     score_completions,
 )
 from engine.parallel.batch import Batch, abstract_batch, batch_specs, put_batch
+from engine.parallel.collectives import after
 from engine.parallel.sharding import DATA, param_specs
 from engine.training.compilation import Compiled, Request, compile_all, enough_memory
 from engine.training.fingerprint import fingerprint
@@ -184,6 +185,7 @@ def make_scoring_step(decoder: Decoder, scoring: ScoringOptions):
 
         def logps(microbatch: Batch) -> Array:
             group = group_tokens(microbatch)
+            microbatch = after(microbatch, group, decoder.mesh)
             found = score_completions(model, microbatch, group, scoring)
             return jnp.stack([found.chosen, found.rejected])
 

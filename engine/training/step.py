@@ -192,6 +192,7 @@ def make_train_step(
         reference=reference,
         scoring=options.scoring,
         graphdef=graphdef,
+        mesh=model.mesh,
     )
 
     def step(state: TrainState, frozen: Params, ref: Any, batch: Batch, numbers: Any):
@@ -259,6 +260,7 @@ def _eval_step(
         reference=reference,
         scoring=options.scoring,
         graphdef=split_model(model)[0],
+        mesh=model.mesh,
     )
     specs, frozen_specs = split_specs(model)
     sharded = jax.shard_map(

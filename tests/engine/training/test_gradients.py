@@ -23,7 +23,7 @@ from engine.training.prepare import loss_options, step_options
 from engine.training.reference import make_reference
 from engine.training.schedules import learning_rate_schedule
 from engine.training.step import init_state, make_train_step, split_model
-from tests.engine.training.test_step import assert_same, make_pairs, model_on, run
+from tests.engine.training.step_runs import assert_same, make_pairs, model_on, run
 
 
 def centred(logps, options):

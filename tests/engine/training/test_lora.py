@@ -36,7 +36,7 @@ from engine.training.step import (
     split_model,
 )
 from tests.engine.tiny_models import one_device
-from tests.engine.training.test_step import BETA, Ran, assert_same, make_pairs, model_on
+from tests.engine.training.step_runs import BETA, Ran, assert_same, make_pairs, model_on
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 ADAPTER = Adapter(rank=3, alpha=6.0, modules=tuple(LINEARS))

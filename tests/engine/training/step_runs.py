@@ -1,0 +1,203 @@
+"""Runs of a small model's step on any mesh, which share what they compile."""
+
+import dataclasses
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from engine.config.dpo import DPOConfig
+from engine.data.batches import BatchPlan, Order, Padded
+from engine.data.tokenization import PairTokens, ragged_arange
+from engine.models import Decoder, init_model, parse_hf_config
+from engine.parallel.batch import put_batch
+from engine.parallel.sharding import make_mesh
+from engine.training.metrics import means
+from engine.training.optimizer import make_optimizer
+from engine.training.prepare import loss_options, step_options
+from engine.training.reference import make_reference
+from engine.training.schedules import learning_rate_schedule
+from engine.training.step import (
+    init_state,
+    make_train_step,
+    split_model,
+)
+from tests.engine.training.collective_order import unordered
+
+# An odd vocabulary, padded on every mesh; one kv head for every four devices' heads.
+CONFIG = parse_hf_config(
+    {
+        "model_type": "gemma2",
+        "vocab_size": 201,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 8,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
+        "initializer_range": 0.3,
+    }
+)
+BETA = 0.2
+# Rows of 24 tokens, 256 of a shard's scored: any 16 pairs fit, so runs share programs.
+SHAPE = (24, 256)
+EPS = float(np.finfo(np.float32).eps)
+
+
+def make_pairs(count: int, seed: int = 0) -> PairTokens:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(4, 23, 2 * count)
+    # Some completions are all but one token, some a single one.
+    starts = np.array([rng.integers(1, n) for n in lengths], np.int32)
+    return PairTokens(
+        tokens=rng.integers(0, 201, lengths.sum()).astype(np.int32),
+        scored=ragged_arange(0 * lengths, lengths) >= np.repeat(starts, lengths),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        completion_start=starts,
+        rows=np.arange(count),
+        weights=np.ones(count, np.float32),
+    )
+
+
+def model_on(sizes: tuple[int, int, int], seed: int = 0, **kwargs) -> Decoder:
+    mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+    kwargs = {"dtype": "float32"} | kwargs
+    return init_model(CONFIG, mesh=mesh, seed=seed, **kwargs)
+
+
+class Ran(NamedTuple):
+    lines: list[dict[str, float]]  # the metrics of each step
+    pairs: int  # of a step
+    params: dict  # the final ones, as the host sees them
+
+
+def plan_of(pairs, config, sizes) -> BatchPlan:
+    """Batches of one shape, whatever the pairs are."""
+    size, accumulation = config.total_batch_size, config.gradient_accumulation_steps
+    plan = BatchPlan(
+        Order(num_pairs=len(pairs), pairs_per_batch=size),
+        Padded(pairs, size, accumulation, sizes[0] * sizes[1]),
+    )
+    plan.shapes = (SHAPE,)
+    return plan
+
+
+def numbers_of(config: DPOConfig):
+    return jax.tree.map(jnp.float32, loss_options(config))
+
+
+@functools.cache
+def compiled(sizes, seeds, model_options, settings, steps):
+    """The compiled step and what it is called with, shared by runs of other numbers.
+
+    Its collectives are in order (`engine.parallel.collectives.after`).
+
+    Both are made from scratch for a call, since a run uses its arrays up.
+    """
+    config = DPOConfig(**dict(settings))
+
+    def make():
+        model = model_on(sizes, seeds[0], **dict(model_options))
+        given = None
+        if len(seeds) > 1:
+            given = model_on(sizes, seeds[1], **dict(model_options))
+        return model, make_reference(model, given, config)
+
+    model, reference = make()
+    optimizer = make_optimizer(config, model.config, model.mesh, steps)
+    schedule = learning_rate_schedule(config, steps)
+    jit: Any = make_train_step(
+        model, reference, optimizer, schedule, step_options(config)
+    )
+
+    @functools.cache
+    def executable():
+        """Of all steps: what each gives is of the shapes and shardings that it took."""
+        model, reference = make()
+        state, frozen = init_state(model, optimizer), split_model(model)[2]
+        batch, _ = next(plan_of(make_pairs(1), config, sizes).batches())
+        arguments = reference.operands, put_batch(batch, model.mesh), numbers_of(config)
+        found = jit.lower(state, frozen, *arguments).compile()
+        assert model.mesh.size == 1 or not unordered(found.as_text())
+        return found
+
+    return config, executable, optimizer, make
+
+
+def run(
+    sizes,
+    *,
+    pairs=None,
+    steps=3,  # of the schedule, which is compiled in
+    batches=None,  # after which to stop; None: of all pairs
+    seeds=(0, 1),
+    beta=BETA,
+    model_options=None,
+    **more,
+) -> Ran:
+    settings = {"total_batch_size": 16, "learning_rate": 1e-2, "beta": BETA} | more
+    config, executable, optimizer, make = compiled(
+        sizes,
+        seeds,
+        tuple((model_options or {}).items()),
+        tuple(settings.items()),
+        steps,
+    )
+    model, reference = make()
+    pairs = make_pairs(16 * steps) if pairs is None else pairs
+    plan = plan_of(pairs, config, sizes)
+    state, frozen = init_state(model, optimizer), split_model(model)[2]
+    numbers = numbers_of(dataclasses.replace(config, beta=beta))
+    lines, weights = [], []
+    for batch, _ in itertools.islice(plan.batches(), batches):
+        state, out = executable()(
+            state, frozen, reference.operands, put_batch(batch, model.mesh), numbers
+        )
+        assert out.finite
+        lines.append(means(out.sums) | {"grad_norm": float(out.grad_norm)})
+        weights.append(int(out.sums.weights["pairs"]))
+    params = jax.tree.map(np.asarray, jax.device_get(state.params))
+    return Ran(lines, weights[-1], params)
+
+
+def sum_error(line: dict[str, float]) -> float:
+    """How far a mean log-probability of a sequence may be off, in nats.
+
+    Each is a sum over tokens, in an order that depends on the mesh and the compiler:
+    some units in the last place of the sum.
+    """
+    return 4 * EPS * max(abs(line["logps/chosen"]), abs(line["logps/rejected"]))
+
+
+def assert_same(got: Ran, want: Ran, rtol=2e-5):
+    """To float32 rounding: of three steps, of which Adam's first divides g by |g|.
+
+    Rewards and margins are differences of sums of log-probabilities, and are as good as
+    those sums: their bound is made of the sums, not of the difference.
+    """
+    for line, wanted in zip(got.lines, want.lines, strict=True):
+        difference = 4 * BETA * sum_error(wanted)
+        for name, value in wanted.items():
+            atol = difference if name.startswith("rewards/") else 1e-6
+            if (
+                name.startswith("log_ratio/") or name == "centre"
+            ):  # of sums, in nats a token
+                atol = sum_error(wanted)
+            np.testing.assert_allclose(
+                line[name], value, rtol=rtol, atol=atol, err_msg=name
+            )
+    leaves = jax.tree.leaves(got.params), jax.tree.leaves(want.params)
+    for a, b in zip(*leaves, strict=True):
+        kept = tuple(slice(0, min(x, y)) for x, y in zip(a.shape, b.shape, strict=True))
+        np.testing.assert_allclose(a[kept], b[kept], rtol=1e-3, atol=2e-4)
