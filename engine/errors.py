@@ -5,6 +5,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 _LONGEST = 300  # characters of another library's words
 _OURS = tuple(
@@ -21,6 +22,11 @@ class InputError(ValueError):
     """
 
     exit_code = 2
+
+    def __init__(self, message: str):
+        # A key, a value or a path in it may hold line breaks and control characters,
+        # which would be another line, or steer the terminal.
+        super().__init__(printable(message))
 
 
 class Interrupted(KeyboardInterrupt):
@@ -73,6 +79,24 @@ def shortened(text: str) -> str:
     """On one line that is not too long."""
     text = " ".join(text.split())
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def shown(value: Any) -> str:
+    """`repr` for a message: on one line, not too long, whatever the value is."""
+    try:
+        return shortened(repr(value))
+    except (ValueError, RecursionError):  # thousands of digits or of levels
+        return f"<a {type(value).__name__} too large to print>"
+
+
+def printable(text: str) -> str:
+    """On one line, with escapes for what cannot be seen."""
+    text = " ".join(line.strip() for line in text.splitlines())
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def _is_our_assertion(error: BaseException) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from engine.config.aliases import other_name
-from engine.errors import InputError, shortened
+from engine.errors import InputError, shown
 
 COUNT_LIMIT = 2**31  # of what is counted: arrays and JAX's counters are 32 bits wide
 _INT64 = 2**63
@@ -93,14 +93,6 @@ def convert(value: Any, hint: Any, name: str) -> Any:
     raise InputError(
         f"{name}={shown(value)} must be {describe(hint)}{_near(value, hint)}"
     )
-
-
-def shown(value: Any) -> str:
-    """`repr` for a message: not too long, whatever the value is."""
-    try:
-        return shortened(repr(value))
-    except (ValueError, RecursionError):  # thousands of digits or of levels
-        return f"<a {type(value).__name__} too large to print>"
 
 
 def describe(hint: Any) -> str:

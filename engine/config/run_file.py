@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from engine.config.aliases import other_name
-from engine.config.fields import convert, did_you_mean, shown
-from engine.errors import InputError
+from engine.config.fields import convert, did_you_mean
+from engine.config.yaml_text import parse
+from engine.errors import InputError, shortened, shown
 from engine.paths import as_path
 
 
@@ -94,7 +93,7 @@ class _Builder:
         for name in data:
             if name not in hints:
                 near = self._nearest(name, hints, prefix)
-                message = f"unknown key {prefix}{name}{near}"
+                message = f"unknown key {_spelt(prefix, name)}{near}"
                 raise self.run_file.error(message, f"{prefix}{name}")
         for field in dataclasses.fields(cls):
             required = field.default is field.default_factory is dataclasses.MISSING
@@ -136,8 +135,18 @@ class _Builder:
                 return f"; did you mean {key!r}?"
         if hint := other_name(str(name)):
             return hint
+        if f"{prefix}{name}" in self.known:
+            parts = [f"`{part}:`" for part in str(name).split(".")]
+            return f"; sections are nested in a file: {', then '.join(parts)}"
         near = did_you_mean(str(name), siblings, prefix)
         return near or f"; known: {', '.join(siblings)}"
+
+
+def _spelt(prefix: str, name: Any) -> str:
+    """A dotted key; in quotes where it might be taken for more or less than a key."""
+    key = f"{prefix}{name}"
+    plain = key.isprintable() and not re.search(r"[\s;:,'\"]", key)
+    return shortened(key) if plain and name != "" else shown(key)
 
 
 def dataclass_in(hint: Any) -> tuple[type | None, bool]:
@@ -159,43 +168,6 @@ def dotted_keys(cls: type, prefix: str = "") -> Iterator[str]:
             yield from dotted_keys(nested, f"{prefix}{name}.{'0.' if is_list else ''}")
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with fewer surprises.
-
-    A key that is given twice in one mapping is an error, and numbers are decimal: what
-    YAML 1.1 reads as octal (010 is 8) or to the base of 60 (1:30 is 90) is a string.
-    """
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        problem=f"the key {key.value!r} is given twice",
-                        problem_mark=key.start_mark,
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-# By the first character of a plain word: its tag and what it must look like.
-_NUMBERS = {
-    "int": r"[-+]?(?:0|[1-9][0-9_]*)",
-    "float": r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?"
-    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-}
-_TAGS = tuple(f"tag:yaml.org,2002:{kind}" for kind in _NUMBERS)
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, form) for tag, form in resolvers if tag not in _TAGS]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _tag, _form in zip(_TAGS, _NUMBERS.values(), strict=True):
-    _Loader.add_implicit_resolver(
-        _tag, re.compile(rf"(?:{_form})$"), list("-+.0123456789")
-    )
-
-
 def _parse(path: str | Path) -> Any:
     try:
         text = as_path(path).read_text(encoding="utf-8")
@@ -206,27 +178,9 @@ def _parse(path: str | Path) -> Any:
         said = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else said
         raise InputError(f"{path}: cannot be read ({said}); give a YAML file") from None
     try:
-        return _load(text)
-    except ValueError as error:
+        return parse(text)
+    except InputError as error:
         raise InputError(f"{path}: not valid YAML: {error}") from None
-
-
-def _load(text: str) -> Any:
-    """Parses YAML.
-
-    Raises:
-        ValueError: with YAML's complaint and the place of it in one line.
-    """
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ValueError(f"{error.problem}{place}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
 
 
 def _override(tree: dict[str, Any], word: str, implied: set[str]) -> str:
@@ -243,8 +197,8 @@ def _override(tree: dict[str, Any], word: str, implied: set[str]) -> str:
             "such as trainer.beta=0.2"
         )
     try:
-        value = _load(text)
-    except ValueError as error:
+        value = parse(text)
+    except InputError as error:
         raise InputError(
             f"command line: {key}: {shown(text)} is not a YAML value ({error}); put it "
             "in quotes"

@@ -41,9 +41,14 @@ def read_id_pairs(
     ]
     mask = row.get(MASKS[2]) if form.may_have else None
     several = row[rejected]
-    if not (len(several) and isinstance(several[0], list | tuple | np.ndarray)):
+    if not (_is_list(several) and len(several) and _is_list(several[0])):
         several, mask = [several], mask if mask is None else [mask]
     masks = [None] * len(several) if mask is None else mask
+    if not _is_list(masks):
+        raise InputError(
+            f"{where}, field {MASKS[2]!r}, is {kind(masks)}; {rejected} has several "
+            "lists of token ids, and it must have a list of zeros and ones for each"
+        )
     if len(masks) != len(several):
         raise InputError(
             f"{where}, field {MASKS[2]!r}, has {len(masks)} entries, but {rejected} "
@@ -60,10 +65,17 @@ def read_id_pairs(
     ]
 
 
+def _is_list(value: Any) -> bool:
+    """Whether it is a sequence of values, and no text or bytes."""
+    if isinstance(value, str | bytes | bytearray):
+        return False
+    return isinstance(value, Sequence | np.ndarray)
+
+
 def _token_ids(value: Any, mask: Any, field: str, where: str) -> list[int]:
     """Ids without those that an attention mask of zeros calls padding."""
     place = f"{where}, field {field!r}"
-    if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
+    if not _is_list(value):
         raise InputError(f"{place}, is {kind(value)}; it must be a list of token ids")
     for number, token in enumerate(value):
         if isinstance(token, bool) or not isinstance(token, int | np.integer):
@@ -74,7 +86,11 @@ def _token_ids(value: Any, mask: Any, field: str, where: str) -> list[int]:
     ids = [int(token) for token in value]
     if mask is None:
         return ids
-    if len(mask) != len(ids) or any(real not in (0, 1) for real in mask):
+    numbers = int | float | np.number | np.bool_
+    bits = _is_list(mask) and all(
+        isinstance(real, numbers) and real in (0, 1) for real in mask
+    )
+    if not bits or len(mask) != len(ids):
         raise InputError(
             f"{place}, has {len(ids)} ids, whose attention mask must be as many zeros "
             "and ones; leave it out if nothing is padded"

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from engine.errors import InputError, library_errors, one_line
+from engine.errors import InputError, library_errors, one_line, shown
 
 _RULE = 'a message is {"role": "user" or another, "content": text}'
 _FROM_RULE = 'a message is {"from": "human" or another, "value": text}'
@@ -148,6 +148,6 @@ def kind(value: Any) -> str:
 
 
 def short(value: Any) -> str:
-    """`repr`, cut where it is long."""
-    text = repr(value)
+    """`shown`, cut where it is long."""
+    text = shown(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

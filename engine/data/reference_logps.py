@@ -10,12 +10,11 @@ import numpy as np
 from jaxtyping import Float32
 
 from engine.config.dpo import DPOConfig
-from engine.config.fields import shown
 from engine.data.columns import REFERENCE
 from engine.data.pair_tokens import PairTokens
 from engine.data.rows import PreferenceRows, Source
 from engine.data.stages import reading
-from engine.errors import InputError
+from engine.errors import InputError, shown
 
 
 def with_columns(pairs: PairTokens, rows: PreferenceRows) -> PairTokens:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
-from engine.errors import InputError, stage
+from engine.errors import InputError, shown, stage
 from engine.models.adapter import LINEARS, Adapter
 from engine.models.architecture import DecoderConfig
 from engine.models.checkpoint import (
@@ -19,7 +19,7 @@ from engine.models.checkpoint import (
 )
 from engine.models.reader import Reader
 from engine.models.tensors import check_shapes
-from engine.models.values import flag, integer, is_positive, shown
+from engine.models.values import flag, integer, is_positive
 
 logger = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engine.errors import InputError
+from engine.errors import InputError, shown
 from engine.models.architecture import FULL, SLIDING, DecoderConfig
 from engine.models.rope import parse_rope
-from engine.models.values import flag, integer, number, shown
+from engine.models.values import flag, integer, number
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from engine.errors import InputError
-from engine.models.values import is_positive, shown
+from engine.errors import InputError, shown
+from engine.models.values import is_positive
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +47,11 @@ def _number(values: Mapping[str, Any], key: str, default: float | None = None) -
     return float(value)
 
 
-def _parse_section(
-    values: Mapping[str, Any], theta: float | None, max_position: int
-) -> Rope:
-    """The rope that `values` describes; `theta` stands in where it names none."""
+def _parse_section(values: Mapping[str, Any], theta: Any, max_position: int) -> Rope:
+    """The rope that `values` describes; `theta` stands in where it names none.
+
+    theta: as it was read, whatever that is.
+    """
     rope_type = values.get("rope_type", values.get("type", "default"))
     if rope_type not in ROPE_TYPES:
         raise InputError(
@@ -108,7 +109,7 @@ def _without_theta(section: Mapping[str, Any]) -> dict[str, Any]:
 def _merge(
     old: Mapping[str, Any] | None,
     new: Mapping[str, Any] | None,
-    theta: float | None,
+    theta: Any,
     keeps_new_theta: bool,
 ) -> Mapping[str, Any]:
     """`rope_scaling` and `rope_parameters` as transformers reads a file that has both.

@@ -13,7 +13,7 @@ import tokenizers
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from engine.errors import InputError, library_errors, one_line
+from engine.errors import InputError, library_errors, one_line, shown
 from engine.models.checkpoint import (
     CONFIG,
     MORE_TEMPLATES,
@@ -23,7 +23,6 @@ from engine.models.checkpoint import (
     read_json,
     resolve_directory,
 )
-from engine.models.values import shown
 
 logger = logging.getLogger(__name__)
 

@@ -4,14 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-from engine.errors import InputError, shortened
+from engine.errors import InputError, shown
 
 MOST = 2**31 - 1  # of any size or count: arrays' indices have 32 bits
-
-
-def shown(value: Any) -> str:
-    """A value in a message, on one line that is not too long."""
-    return shortened(repr(value))
 
 
 def is_positive(value: Any) -> TypeGuard[float]:

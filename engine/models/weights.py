@@ -10,13 +10,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from engine.errors import InputError
+from engine.errors import InputError, shown
 from engine.models.checkpoint import resolve_directory
 from engine.models.decoder import Decoder
 from engine.models.init import placed_parameters, stored_dtype
 from engine.models.reader import Index, Reader
 from engine.models.tensors import compare_unread, open_checkpoint
-from engine.models.values import shown
 from engine.parallel.sharding import Parameter, make_mesh
 
 
