@@ -4,7 +4,9 @@ from engine.commands.inputs import prepare_run
 from engine.config.run import RunConfig
 from engine.data.doubts import warn
 from engine.data.pair_streams import PairStream
+from engine.training.continuation import check_continuation
 from engine.training.describe import describe, lines
+from engine.training.identity import flat
 
 
 def main(run: RunConfig) -> None:
@@ -15,6 +17,10 @@ def main(run: RunConfig) -> None:
     """
     prepared = prepare_run(run)
     facts = describe(prepared)
+    if (found := check_continuation(prepared, flat(run))) is not None:
+        facts["goes on"] = f"from {found.checkpoint}"
+        if found.changes:
+            facts["changed"] = "; ".join(found.changes)
     if isinstance(prepared.train, PairStream):
         _warn_of_head(prepared.train)
     print(lines(facts))

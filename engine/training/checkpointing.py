@@ -14,6 +14,7 @@ from engine.config.dpo import DPOConfig
 from engine.errors import InputError, Interrupted
 from engine.paths import as_path
 from engine.training.checkpoints import Store
+from engine.training.continuation import check_empty, check_not_over, of_another_run
 from engine.training.identity import check_same_run
 from engine.training.listeners import MetricsFile
 from engine.training.progress import Progress
@@ -77,24 +78,25 @@ class Checkpointing:
                 checkpoints, and none is good.
         """
         if not self._arguments.resume:
-            self._check_empty()
+            check_empty(self._directory)
             return None
         step, damaged = self._store.newest()
         if step is None:
             return None
         facts = self._store.facts(step)
-        where = f"{self._store.path(step)} is of another run"
+        where = of_another_run(self._store, step)
         then, now = Identity(**facts["identity"]), self.identity
         # As JSON has it: what is compared has been there.
         config = json.loads(json.dumps(now.config))
-        check_same_run(then.config, config, self._arguments, where)
+        for change in check_same_run(then.config, config, self._arguments, where):
+            logger.info("going on with another configuration: %s", change)
         if then.weights != now.weights:
             raise InputError(
                 f"{where}: the weights that are not trained, or the reference's, are "
                 f"not those that it began with (checksum {then.weights}, and now "
                 f"{now.weights}); bring them back, or give another save_directory"
             )
-        self._check_not_over(step)
+        check_not_over(self._store, step, self._total_steps)
         for bad in damaged:
             self._store.set_aside(bad)
         named = _named(abstract)
@@ -109,30 +111,6 @@ class Checkpointing:
         return jax.tree.unflatten(
             jax.tree.structure(abstract), [found[name] for name in named]
         )
-
-    def _check_empty(self) -> None:
-        there = self._directory.is_dir() and sorted(self._directory.iterdir())
-        if there:
-            raise InputError(
-                f"save_directory={str(self._directory)!r} has {there[0].name!r}, and "
-                "resume=False begins anew in an empty directory only; give another "
-                "save_directory, or set resume to true"
-            )
-
-    def _check_not_over(self, step: int) -> None:
-        total = self._total_steps
-        if step > total:
-            raise InputError(
-                f"{self._store.path(step)} is beyond the {total} steps of this run; "
-                "give more steps, or another save_directory"
-            )
-        if step == total and (self._store.finished() or 0) >= total:
-            raise InputError(
-                f"all {total} steps of the run in {self._directory} are done, and its "
-                "model is there; give another save_directory to train anew, or more "
-                "steps to go on (num_train_epochs, or max_training_steps; with a "
-                f"schedule that does not end with the run)"
-            )
 
     def is_due(self, step: int) -> bool:
         """Whether to save after this step."""

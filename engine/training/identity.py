@@ -63,8 +63,8 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
 
 def check_same_run(
     then: Mapping[str, Any], now: Mapping[str, Any], arguments: DPOConfig, where: str
-) -> None:
-    """Refuse to go on with a run of another kind; tell of changes that do no harm.
+) -> list[str]:
+    """The changes that do no harm, in words; refuses to go on with another kind of run.
 
     Raises:
         InputError: with the first key that does harm, and both values.
@@ -76,13 +76,14 @@ def check_same_run(
     harmless = _HARMLESS + (_LENGTH if _any_length(arguments) else ())
     harmful = [key for key in keys if not _is_within(key, harmless)]
     if harmful:
+        for key in keys if len(keys) > 1 else ():  # the error has room for one
+            logger.error("%s: %s", where, changes[key])
         others = f" (and {len(harmful) - 1} more)" if len(harmful) > 1 else ""
         raise InputError(
             f"{where}: {changes[harmful[0]]}{others}; a run goes on as it began: set "
             "it back, or give another save_directory"
         )
-    for key in keys:
-        logger.info("going on with another configuration: %s", changes[key])
+    return list(changes.values())
 
 
 def _is_within(key: str, sections: Sequence[str]) -> bool:

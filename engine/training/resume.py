@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from engine.data.pair_streams import PairStream
 from engine.models import Decoder
 from engine.objective.references import Reference, SyncedModel, shares_arrays
 from engine.training.checkpointing import Identity
+from engine.training.continuation import configuration
 from engine.training.gradients import Params
-from engine.training.identity import checksum_of_arrays, checksum_of_pairs, flat
+from engine.training.identity import checksum_of_arrays
 from engine.training.prepare import Prepared
 from engine.training.step import TrainState
 
@@ -48,11 +48,7 @@ def identity(
     fixed: list[Any] = [frozen]
     if not isinstance(reference, SyncedModel):
         fixed.append(reference.operands)
-    # Of a stream the first rows must do: the rest has not been read.
-    pairs = run.train.head[1] if isinstance(run.train, PairStream) else run.train
-    data = {"data": checksum_of_pairs(pairs)}
-    values = flat(run.arguments, "trainer") | dict(config) | data
-    return Identity(values, checksum_of_arrays(fixed))
+    return Identity(configuration(run, config), checksum_of_arrays(fixed))
 
 
 def starts_as_reference(
