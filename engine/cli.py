@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from engine import __version__
-from engine.commands import evaluate_options, inspect_options
+from engine.commands import evaluate_options, inspect_options, xla_flags
 from engine.errors import InputError, Interrupted, one_line, stage
 
 _DESCRIPTION = """\
@@ -81,8 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _refuse(message: str, code: int = _BAD_INPUT) -> int:
-    # A path or a value in the message may hold a line break of its own.
-    print(f"dpo: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"dpo: error: {message}", file=sys.stderr)
     return code
 
 
@@ -164,6 +163,8 @@ def _let_cpu_devices_wait():
 
 def _import_jax():
     """First of all libraries, as it reads its environment variables at the import."""
+    if "jax" not in sys.modules:  # else they have been read
+        xla_flags.check(os.environ.get("XLA_FLAGS", ""))
     _let_cpu_devices_wait()
     with stage("the working directory cannot be used", "change to one that is there"):
         os.getcwd()

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from engine.data.forms import PairRow
 from engine.data.messages import Messages, said
 from engine.data.pair_tokens import Doubt, PairTokens
 from engine.data.rows import Origins, PreferenceRows
-from engine.errors import shortened
+from engine.errors import InputError, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -98,14 +98,8 @@ class Doubts:
 
     def see_pairs(self, pairs: PairTokens):
         """Looks at the tokens of some pairs."""
-        start, end = pairs.offsets[:-1].reshape(-1, 2), pairs.offsets[1:].reshape(-1, 2)
-        length = end - start
-        for p in np.flatnonzero(length[:, 0] == length[:, 1]).tolist():
-            chosen, rejected = (
-                pairs.tokens[a:b] for a, b in zip(start[p], end[p], strict=True)
-            )
-            if np.array_equal(chosen, rejected):
-                self._add("equal sides", int(pairs.rows[p]))
+        for p in _equal_sides(pairs):
+            self._add("equal sides", int(pairs.rows[p]))
 
     def found(self) -> tuple[Doubt, ...]:
         """One of each kind that was seen."""
@@ -120,6 +114,21 @@ def report(doubts: tuple[Doubt, ...], rows: PreferenceRows):
     for doubt in doubts:
         ignored = rows.sources[int(rows.source_ids[doubt.first])].ignored
         warn(doubt, f"{len(rows)} rows", rows, ignored)
+
+
+def check_answers_differ(name: str, pairs: PairTokens):
+    """Refuses a data set of which nothing can be learned.
+
+    Raises:
+        InputError: naming the data set.
+    """
+    if any(doubt.kind == "equal sides" for doubt in pairs.doubts):
+        if len(list(_equal_sides(pairs))) == len(pairs):
+            raise InputError(
+                f"{name}: all of its {len(pairs)} pairs have the same tokens in chosen "
+                "and rejected (of what the limits of length leave), so that nothing "
+                "can be learned; give two different answers, or raise max_length"
+            )
 
 
 def warn(doubt: Doubt, of: str, rows: Origins, ignored: Sequence[str]):
@@ -163,6 +172,18 @@ def warn_beyond_positions(pairs: PairTokens, max_length: int | None, positions: 
         positions,
         found,
     )
+
+
+def _equal_sides(pairs: PairTokens) -> Iterator[int]:
+    """The numbers of the pairs whose answers have the same tokens."""
+    start, end = pairs.offsets[:-1].reshape(-1, 2), pairs.offsets[1:].reshape(-1, 2)
+    length = end - start
+    for p in np.flatnonzero(length[:, 0] == length[:, 1]).tolist():
+        chosen, rejected = (
+            pairs.tokens[a:b] for a, b in zip(start[p], end[p], strict=True)
+        )
+        if np.array_equal(chosen, rejected):
+            yield p
 
 
 def _written(side: str | Messages | None) -> Any:

@@ -12,6 +12,7 @@ from dpo_kernels.op.backends import load_backend
 from dpo_kernels.op.devices import Device
 from engine.config.dpo import DPOConfig
 from engine.config.lora import check_dropout
+from engine.data.doubts import check_answers_differ
 from engine.data.pairs import PairTokens
 from engine.data.reference_logps import check_values
 from engine.data.stream_plans import Plan
@@ -49,6 +50,8 @@ def check_models(
     adapter = model.adapter
     check_dropout(arguments, None if adapter is None else adapter.dropout)
     check_vocabulary(model, tokenizer, *sets.values())
+    for name, pairs in sets.items():
+        check_answers_differ(name, pairs)
 
 
 def check_vocabulary(
