@@ -28,8 +28,10 @@ def main(directories: Sequence[str], output: str | None = None) -> Path:
     runs = [read_run(directory) for directory in directories]
     path = as_path(output) if output else as_path(directories[0]) / PAGE_NAME
     part = path.with_name(f".{path.name}.part")
+    text = page(runs, defaults(RunConfig))
     with stage(f"{path} cannot be written", "give another place with --output"):
-        part.write_text(page(runs, defaults(RunConfig)), encoding="utf-8")
+        # Half a character, which a name or a text may hold, is no reason to have none.
+        part.write_text(text, encoding="utf-8", errors="replace")
         os.replace(part, path)
     print(f"wrote {path}")
     return path

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.errors import InputError, stage
+from engine.errors import InputError, shown, stage
 from engine.paths import as_path
 from engine.training.listeners import FILE_NAME
 from engine.training.records import RECORD_NAME
 
 EVAL = "eval_"
 GENERATIONS_NAME = "generations.jsonl"
+_LEAST, _MOST = 1e-46, 1e39  # beyond what float32 holds
 _LOSS = "loss"  # which every line of metrics has
 
 Points = list[tuple[float, float | None]]  # step and value; None: it was not finite
@@ -97,7 +98,7 @@ def _line(where: str, text: str) -> Mapping[str, Any]:
         raise InputError(f"{where} is no line of metrics, which has a `step`")
     for name, value in line.items():
         if value is not None and not _is_number(value):
-            raise InputError(f"{where}: {name}={value!r} must be a number or null")
+            raise InputError(f"{where}: {name}={shown(value)} must be a number or null")
     return line
 
 
@@ -106,11 +107,13 @@ def _generations(path: Path) -> list[Mapping[str, Any]]:
     if not path.is_file():
         return []
     with stage(f"{path} cannot be read", "remove it to do without"):
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): JSON strings may hold other line breaks.
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         found = [json.loads(line) for line in lines]
     for number, line in enumerate(found, start=1):
         texts = isinstance(line, dict) and (line.get("prompt"), line.get("text"))
-        if not (texts and all(isinstance(text, str) for text in texts)):
+        texts = texts and all(isinstance(text, str) for text in texts)
+        if not texts or not _is_number(line.get("step")):
             raise InputError(
                 f"{path}: line {number} must have `step`, `prompt` and `text`; remove "
                 "the file to do without"
@@ -119,7 +122,10 @@ def _generations(path: Path) -> list[Mapping[str, Any]]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is a number that training, in float32, can have written."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return value == 0 or _LEAST <= abs(value) <= _MOST
 
 
 def _record(path: Path, notes: list[str]) -> Mapping[str, Any]:
@@ -129,12 +135,15 @@ def _record(path: Path, notes: list[str]) -> Mapping[str, Any]:
     with stage(f"{path} cannot be read", "remove it to do without"):
         record = json.loads(path.read_text(encoding="utf-8"))
     parts = ("config", "facts")
-    if not isinstance(record, dict) or not all(
-        isinstance(record.get(part, {}), dict) for part in parts
+    sections = isinstance(record, dict) and [record.get(part, {}) for part in parts]
+    if not (
+        sections
+        and all(isinstance(section, dict) for section in sections)
+        and all(isinstance(text, str) for text in sections[1].values())
     ):
         raise InputError(
-            f"{path} is no record of a run, a JSON object with config and facts; "
-            "remove it to do without"
+            f"{path} is no record of a run, a JSON object with config and facts, "
+            "which are texts; remove it to do without"
         )
     return record
 
