@@ -191,3 +191,31 @@ def test_fuzz_files_of_csv(folder, data):
     found = one_line_or_success(lambda: consumed(csv_rows(str(path), "a.file")))
     if isinstance(found, str):
         assert found.startswith("a.file")
+
+
+PIECES = (
+    "{{|}}|{% for m in messages %}|{% endfor %}|{{ m['content'] }}|{{ m.role }}|"
+    "{% if m.role == 'user' %}|{% else %}|{% endif %}|{{ raise_exception('x') }}|"
+    "{{ 1/0 }}|{% generation %}|{% endgeneration %}|{{ messages[9].x.y }}|{{ none+1 }}"
+    "|{{ range(10 ** 9) }}|{{ messages | tojson }}|{% include 'x' %}|{{ eos_token }}"
+    "|{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}|{{ messages.__class__ }}|"
+    "{{ 'a' * 3 }}|{{ strftime_now('%d') }}|{% if add_generation_prompt %}|a:|{%|%}|{#"
+).split("|")
+CHATS = [row for row in ROWS if not isinstance(row.get("chosen", 0), int | str)]
+
+
+TEMPLATES = st.lists(st.sampled_from(PIECES) | TEXT, max_size=6).map("".join)
+
+
+@given(
+    TEMPLATES | TEMPLATES.map("{{% for m in messages %}}{}{{% endfor %}}".format),
+    st.sampled_from(CHATS),
+    st.sampled_from(["completion", "assistant", "last_turn"]),
+)
+@examples(100)
+def test_fuzz_chat_templates(template, row, score):
+    tokenizer = tiny_tokenizers.make(template=template)
+    rows = as_rows([row])
+    found = one_line_or_success(encode_pairs, rows, tokenizer, LIMITS, score)
+    if isinstance(found, str):
+        assert found.startswith(("the data set, row 0", "none of the "))
