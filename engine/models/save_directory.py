@@ -111,16 +111,16 @@ def _check_place(directory: Path, shown: str) -> None:
         raise InputError(
             f"{shown} cannot be made, as {str(parent)!r} is a file; {_WAY_OUT}"
         )
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(
-            f"{shown} cannot be written: no permission in {str(parent)!r}; {_WAY_OUT}"
-        )
     try:
         _try_to_write(parent)
     except OSError as error:
         raise InputError(
             f"{shown} cannot be written: {one_line(error)}; {_WAY_OUT}"
         ) from error
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{shown} cannot be written: no permission in {str(parent)!r}; {_WAY_OUT}"
+        )
 
 
 def _try_to_write(folder: Path) -> None:

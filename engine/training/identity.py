@@ -77,7 +77,8 @@ def check_same_run(
     harmful = [key for key in keys if not _is_within(key, harmless)]
     if harmful:
         for key in keys if len(keys) > 1 else ():  # the error has room for one
-            logger.error("%s: %s", where, changes[key])
+            note = "" if key in harmful else ", which does no harm"
+            logger.error("%s: %s%s", where, changes[key], note)
         others = f" (and {len(harmful) - 1} more)" if len(harmful) > 1 else ""
         raise InputError(
             f"{where}: {changes[harmful[0]]}{others}; a run goes on as it began: set "

@@ -91,7 +91,10 @@ def test_another_run_is_refused_before_any_weight(run, overrides, said):
 
 def test_every_difference_is_shown(run, caplog):
     path = leave_checkpoint()
-    _, said = run("validate", "trainer.beta=0.2", "trainer.seed=1")
+    _, said = run(
+        "validate", "trainer.beta=0.2", "trainer.seed=1", "trainer.log_steps=1"
+    )
+    assert "trainer.log_steps was 10 and is 1, which does no harm\n" in caplog.text
     assert f"{path} is of another run: trainer.seed was 42 and is 1\n" in caplog.text
     assert said.endswith(
         "was 0.1 and is 0.2 (and 1 more); a run goes on as it began:"
