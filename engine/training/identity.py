@@ -69,6 +69,8 @@ def check_same_run(
     Raises:
         InputError: with the first key that does harm, and both values.
     """
+    # An option that the program had not yet was as it is by default.
+    then = {**_defaults_of_new(then, arguments), **then}
     keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
     changes = {
         key: f"{key} was {_shown(then, key)} and is {_shown(now, key)}" for key in keys
@@ -85,6 +87,14 @@ def check_same_run(
             "it back, or give another save_directory"
         )
     return list(changes.values())
+
+
+def _defaults_of_new(then: Mapping[str, Any], arguments: DPOConfig) -> dict[str, Any]:
+    """Of the options of which a whole configuration of a run says nothing."""
+    fields = {f"trainer.{f.name}": f.default for f in dataclasses.fields(arguments)}
+    assert dataclasses.MISSING not in fields.values()
+    said = {".".join(key.split(".")[:2]) for key in then}
+    return {key: x for key, x in fields.items() if key not in said}
 
 
 def _is_within(key: str, sections: Sequence[str]) -> bool:

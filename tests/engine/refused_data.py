@@ -90,6 +90,13 @@ DATA = {
             '[2], "prompt_attention_mask": 7}\n',
         ),
     ),
+    "ids that are no list": Case(
+        "pairs.jsonl, row 0 (counting from 0), field 'rejected_ids', is False (a bool)",
+        write(
+            "pairs.jsonl",
+            '{"prompt_ids": [1], "chosen_ids": [1], "rejected_ids": false}\n',
+        ),
+    ),
     "answers that are all alike": Case(
         "train_dataset: all of its 2 pairs have the same tokens in chosen and rejected"
         "...nothing can be learned; give two different answers",

@@ -5,7 +5,7 @@ import json
 import pytest
 import tokenizers
 
-from engine.errors import InputError, stage
+from engine.errors import InputError, shown, stage
 
 
 def test_what_a_library_raises_is_one_line():
@@ -43,3 +43,19 @@ def test_dpo_traceback_shows_everything(monkeypatch):
     monkeypatch.setenv("DPO_TRACEBACK", "1")
     with pytest.raises(json.JSONDecodeError), stage("cannot read x.json"):
         json.loads("{")
+
+
+def test_a_message_is_one_line_that_can_be_seen():
+    """Whatever a file's name, a key or a value in it holds."""
+    name = "a\nb\x1b[31m \ud83d\u202e\u2028é 漢"
+    said = str(InputError(f"{name}: there is none"))
+    assert said == r"a b\x1b[31m \ud83d\u202e é 漢: there is none"
+
+
+def test_values_of_any_size_are_shown():
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert shown(deep) == "<a list too large to print>"
+    assert shown(10**5000) == "<a int too large to print>"
+    assert shown("x\n" * 200).endswith("...") and shown(7) == "7"

@@ -8,6 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.config.provenance import resolved
 from engine.config.run import RunConfig, load_run_config
 from engine.config.run_file import dotted_keys
 from tests.engine.fuzzing import JSON, TEXT, examples, mutated, one_line_or_success
@@ -78,6 +79,10 @@ def load(path: Path, text: str | bytes, words: list[str]) -> RunConfig | str:
     found = one_line_or_success(load_run_config, path, words)
     if isinstance(found, str):
         assert found.startswith((f"{path}: ", "command line: ")), found
+    else:  # what `dpo show` prints is a run file of the same run
+        shown = path.with_name("shown.yaml")
+        shown.write_text(resolved(path, words), encoding="utf-8")
+        assert load_run_config(shown) == found
     return found
 
 
@@ -86,14 +91,14 @@ def test_what_is_mutated_is_valid(path):
 
 
 @given(mutated(VALID))
-@examples(100)
+@examples(60)
 def test_fuzz_values_of_a_run_file(path, tree):
     found = load(path, yaml.safe_dump(tree, allow_unicode=True), [])
     assert isinstance(found, RunConfig | str)
 
 
 @given(KEYS.filter(lambda key: "." in key), JSON)
-@examples(100)
+@examples(60)
 def test_fuzz_the_key_that_is_wrong_is_named(path, key, value):
     tree = yaml.safe_load(yaml.safe_dump(VALID))
     *above, last = ["config", *key.split(".")]
@@ -116,6 +121,6 @@ def test_fuzz_text_of_a_run_file(path, text):
 
 
 @given(WORDS)
-@examples(100)
+@examples(60)
 def test_fuzz_overrides(path, words):
     load(path, yaml.safe_dump(VALID), words)

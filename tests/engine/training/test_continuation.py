@@ -133,6 +133,19 @@ def test_damage_that_needs_no_reading_is_seen(run, caplog):
         assert code == 2 and "has no checkpoint that is whole" in said
 
 
+def test_an_option_that_is_new_was_as_it_is_by_default(run, monkeypatch):
+    old = configuration
+
+    def without_seed(*given):
+        return {k: x for k, x in old(*given).items() if k != "trainer.seed"}
+
+    monkeypatch.setitem(globals(), "configuration", without_seed)
+    leave_checkpoint()
+    assert run("validate")[0] == 0
+    code, said = run("validate", "trainer.seed=1")
+    assert code == 2 and "trainer.seed was 42 and is 1; a run goes on" in said
+
+
 def test_values_that_the_reference_is_to_give_are_not_compared(run):
     leave_checkpoint(2, "trainer.precompute_ref_log_probs=true")
     code, said = run("validate", "trainer.precompute_ref_log_probs=true")
