@@ -103,14 +103,16 @@ def test_fuzz_the_forms_of_a_row(row):
 
 
 @given(
-    st.lists(ANY_ROW, min_size=1, max_size=3),
+    # Behind rows that are right, so that more than the first of all is looked at.
+    st.tuples(st.lists(st.sampled_from(ROWS), max_size=3), ANY_ROW),
     st.sampled_from(list(TOKENIZERS)),
     st.sampled_from(["completion", "assistant", "last_turn"]),
 )
 @examples(150)
 def test_fuzz_rows_given_from_python(rows, tokenizer, score):
     def work():
-        found = as_rows(rows)
+        before, last = rows
+        found = as_rows([*before, last])
         pairs = encode_pairs(found, TOKENIZERS[tokenizer], LIMITS, score)
         return with_columns(pairs, found)
 
