@@ -19,7 +19,7 @@ from engine.models.checkpoint import (
 )
 from engine.models.reader import Reader
 from engine.models.tensors import check_shapes
-from engine.models.values import flag, integer, is_positive
+from engine.models.values import A_NUMBER, flag, integer, is_positive
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def _parsed(values: Mapping[str, Any], config: DecoderConfig) -> Adapter:
             )
     alpha = values.get("lora_alpha", 8)
     if not is_positive(alpha):
-        raise InputError(f"lora_alpha={shown(alpha)} must be a finite number above 0")
+        raise InputError(f"lora_alpha={shown(alpha)} must be {A_NUMBER}")
     base = values.get("base_model_name_or_path")
     return Adapter(
         rank=integer(values, "r", 8),

@@ -10,11 +10,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from engine.errors import InputError, shown
-from engine.models.values import is_positive
+from engine.models.values import A_NUMBER, is_positive
 
 logger = logging.getLogger(__name__)
 
 ROPE_TYPES = ("default", "linear", "llama3")
+_LEAST_STEP = 1e-3  # between llama3's two factors, of the higher one
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor")
 _KNOWN_KEYS = {
     "rope_type",
@@ -41,9 +42,7 @@ class Rope:
 def _number(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
     value = values.get(key, default)
     if not is_positive(value):
-        raise InputError(
-            f"config.json: rope {key}={shown(value)} must be a finite number above 0"
-        )
+        raise InputError(f"config.json: rope {key}={shown(value)} must be {A_NUMBER}")
     return float(value)
 
 
@@ -75,7 +74,7 @@ def _parse_section(values: Mapping[str, Any], theta: Any, max_position: int) -> 
     if rope_type == "linear":
         return Rope(rope_type=rope_type, theta=theta, factor=_number(values, "factor"))
     factor, low, high = (_number(values, key) for key in _LLAMA3_KEYS)
-    if low >= high:
+    if high - low < _LEAST_STEP * high:
         raise InputError(
             f"config.json: llama3 rope needs low_freq_factor < high_freq_factor, "
             f"got {low} and {high}"

@@ -1,20 +1,22 @@
 """Values of a `config.json`, each checked to be of its kind."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from engine.errors import InputError, shown
 
+# Of any number: whatever is computed of a few of them is within float32 as well.
+LEAST_NUMBER, MOST_NUMBER = 1e-12, 1e15
+A_NUMBER = f"a finite number above 0, from {LEAST_NUMBER:g} to {MOST_NUMBER:g}"
 MOST = 2**31 - 1  # of any size or count: arrays' indices have 32 bits
 
 
 def is_positive(value: Any) -> TypeGuard[float]:
-    """A finite number above 0, as JSON has them; true and false are none."""
+    """A number that a model can have, as JSON has them; true and false are none."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     try:
-        return 0 < float(value) < math.inf
+        return LEAST_NUMBER <= float(value) <= MOST_NUMBER
     except OverflowError:  # JSON's integers have no end
         return False
 
@@ -46,9 +48,7 @@ def number(values: Mapping[str, Any], key: str, default: float | None) -> float 
     if value is None:
         return None
     if not is_positive(value):
-        raise InputError(
-            f"config.json: {key}={shown(value)} must be a finite number above 0"
-        )
+        raise InputError(f"config.json: {key}={shown(value)} must be {A_NUMBER}")
     return float(value)
 
 

@@ -96,7 +96,8 @@ class Checkpointing:
                 f"not those that it began with (checksum {then.weights}, and now "
                 f"{now.weights}); bring them back, or give another save_directory"
             )
-        check_not_over(self._store, step, self._total_steps)
+        finished = self._store.finished() or 0
+        check_not_over(self._store, step, self._total_steps, finished)
         for bad in damaged:
             self._store.set_aside(bad)
         named = _named(abstract)

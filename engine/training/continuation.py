@@ -63,7 +63,7 @@ def check_continuation(run: Prepared, config: Mapping[str, Any]) -> Continuation
         )
     where = of_another_run(store, step)
     changes = check_same_run(then, now, run.arguments, where)
-    check_not_over(store, step, run.plan.steps)
+    check_not_over(store, step, run.plan.steps, store.finished() or 0)
     return Continuation(store.path(step), changes)
 
 
@@ -87,9 +87,11 @@ def check_empty(directory: Path) -> None:
         )
 
 
-def check_not_over(store: Store, step: int, total: int) -> None:
+def check_not_over(store: Store, step: int, total: int, finished: int) -> None:
     """Refuse a run that has fewer steps than are done, or whose steps are all done.
 
+    Args:
+        finished: after how many steps its model was saved; 0: it was not.
     Raises:
         InputError: saying what to do.
     """
@@ -98,7 +100,7 @@ def check_not_over(store: Store, step: int, total: int) -> None:
             f"{store.path(step)} is beyond the {total} steps of this run; "
             "give more steps, or another save_directory"
         )
-    if step == total and (store.finished() or 0) >= total:
+    if step == total and finished >= total:
         raise InputError(
             f"all {total} steps of the run in {store.directory.parent} are done, and "
             "its model is there; give another save_directory to train anew, or more "

@@ -125,6 +125,15 @@ MODELS = {
         "model: config.json: hidden_size='x' must be an integer above 0",
         edit(CONFIG_JSON, hidden_size="x"),
     ),
+    "a number beyond float32": Case(
+        "model: config.json: rms_norm_eps=1e+300 must be a finite number above 0, from "
+        "1e-12 to 1e+15",
+        edit(CONFIG_JSON, rms_norm_eps=1e300),
+    ),
+    "a base of rope beyond float32": Case(
+        "model: config.json: rope rope_theta=1e+300 must be a finite number above 0",
+        edit(CONFIG_JSON, rope_parameters={"rope_theta": 1e300}),
+    ),
     "a broken config.json": Case(f"{CONFIG_JSON}: not JSON (", write(CONFIG_JSON, "{")),
     "no config.json": Case(f"{CONFIG_JSON}: missing", remove(CONFIG_JSON)),
     "a hub that cannot be reached": Case(
