@@ -6,7 +6,7 @@
 
 import copy
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -82,6 +82,7 @@ class Padded:
         accumulation: A, microbatches in a batch.
         shards: N, devices over which the pairs of a microbatch are split.
         option: what a user calls `pairs_per_batch`.
+        own: the shards that are built here; None: all.
     Raises:
         InputError: batches that cannot be split so.
     """
@@ -93,11 +94,14 @@ class Padded:
         accumulation: int,
         shards: int,
         option: str = "pairs_per_batch",
+        own: Sequence[int] | None = None,
     ):
         self._pairs = pairs
         self.grid = grid_of(pairs_per_batch, accumulation, shards, option)
+        self._own = own
         self._lengths = pairs.lengths.reshape(-1, 2).max(axis=1)  # the longer side's
-        self._scored = pairs.num_scored.reshape(-1, 2).sum(axis=1)
+        self._num_scored = pairs.num_scored
+        self._scored = self._num_scored.reshape(-1, 2).sum(axis=1)
 
     def needs(
         self, members: Int64[np.ndarray, "batches pairs"]
@@ -139,8 +143,8 @@ class Padded:
         self, members: Int64[np.ndarray, " pairs"], shape: Shape
     ) -> tuple[Batch, int]:
         """The batch of these pairs, and its number of tokens: see `assemble`."""
-        A, N, P = self.grid
-        return assemble(self._pairs, members.reshape(A, N, P), shape)
+        members = members.reshape(self.grid)
+        return assemble(self._pairs, members, shape, self._own, self._num_scored)
 
 
 def grid_of(
@@ -230,30 +234,43 @@ class BatchPlan:
 
 
 def assemble(
-    pairs: PairTokens, members: Int64[np.ndarray, "A N P"], shape: Shape
+    pairs: PairTokens,
+    members: Int64[np.ndarray, "A N P"],
+    shape: Shape,
+    own: Sequence[int] | None = None,
+    num_scored: Int64[np.ndarray, " sequences"] | None = None,
 ) -> tuple[Batch, int]:
     """The batch of the pairs `members` (-1: a padding pair), and its number of tokens.
 
     `shape` is (S, T): at least each sequence's length, and the scored tokens of each
     shard's microbatch.
+
+    Args:
+        own: the shards of which tokens are read; None: all.
+        num_scored: `pairs.num_scored`, where it is known.
     """
     (A, N, P), (S, T) = members.shape, shape
+    num_scored = pairs.num_scored if num_scored is None else num_scored
     real = members >= 0
     # A shard's sequences: the chosen ones, then the rejected ones.
     sequence_ANQ = np.concatenate([2 * members, 2 * members + 1], axis=2)
     real_ANQ = np.concatenate([real, real], axis=2)
     start = np.where(real_ANQ, pairs.offsets[sequence_ANQ], 0)
     size = np.where(real_ANQ, pairs.offsets[sequence_ANQ + 1], 0) - start
+    count_ANQ = np.where(real_ANQ, num_scored[sequence_ANQ], 0)
+    num_tokens = int(size.sum())
     assert size.max() <= S
+    assert count_ANQ.sum(axis=2).max() <= T
+    count = count_ANQ
+    if own is not None:
+        start, size, count = (x[:, list(own)] for x in (start, size, count))
+        N = len(own)
 
     tokens = np.zeros(A * N * 2 * P * S, np.int32)
     source = ragged_arange(start.ravel(), size.ravel())
     at = ragged_arange(np.arange(size.size) * S, size.ravel())
     tokens[at] = pairs.tokens[source]
     scored = pairs.scored[source]
-    owner = np.repeat(np.arange(size.size), size.ravel())[scored]
-    count = np.bincount(owner, minlength=size.size).reshape(size.shape)
-    assert count.sum(axis=2).max() <= T
 
     # Filled from the left, sequence after sequence: where each one's tokens go.
     shard = np.arange(A * N).reshape(A, N, 1)
@@ -263,20 +280,21 @@ def assemble(
     # A token is scored from the state before it, which a shard counts from its own.
     positions[place] = (at[scored] - 1) % (2 * P * S)
     targets[place] = pairs.tokens[source[scored]]
+    built = ScoredTokens(
+        positions=positions.reshape(A, N, T),
+        targets=targets.reshape(A, N, T),
+        counts=count.astype(np.int32),
+    )
+    check_distinct(built)
     batch = Batch(
         rows=ModelRows(tokens=tokens.reshape(A, N * 2 * P, S)),
-        scored=ScoredTokens(
-            positions=positions.reshape(A, N, T),
-            targets=targets.reshape(A, N, T),
-            counts=count.astype(np.int32),
-        ),
+        scored=built._replace(counts=count_ANQ.astype(np.int32)),
         pairs=Pairs(
             weights=np.where(real, pairs.weights[members], np.float32(0)),
             ref_logps=pairs.ref_logps_of(members),
         ),
     )
-    check_distinct(batch.scored)
-    return batch, int(size.sum())
+    return batch, num_tokens
 
 
 def check_distinct(scored: ScoredTokens) -> None:

@@ -30,7 +30,7 @@ from engine.objective.scoring import (
 )
 from engine.parallel.batch import Batch, abstract_batch, batch_specs, put_batch
 from engine.parallel.collectives import after
-from engine.parallel.sharding import DATA, param_specs
+from engine.parallel.sharding import DATA, param_specs, place
 from engine.training.compilation import Compiled, Request, compile_all, enough_memory
 from engine.training.fingerprint import fingerprint
 from engine.training.prepare import Prepared, step_options
@@ -197,7 +197,8 @@ def make_scoring_step(decoder: Decoder, scoring: ScoringOptions):
         in_specs=(param_specs(decoder.config, decoder.mesh), batch_specs()),
         out_specs=P(None, None, DATA),
     )
-    return jax.jit(sharded, compiler_options=COMPILER_OPTIONS)
+    whole = place(P(), decoder.mesh)  # for every process to read
+    return jax.jit(sharded, out_shardings=whole, compiler_options=COMPILER_OPTIONS)
 
 
 def _score(
