@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from engine.data.batches import assemble
+from engine.data.assembly import assemble
 from engine.data.pair_streams import Pair, PairStream, joined
 from engine.data.shapes import Shape, stream_shapes
 from engine.errors import InputError
