@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from engine.errors import InputError, Interrupted, stage
 from engine.parallel.meeting import Place, check_place, meet
@@ -103,6 +105,14 @@ def first_goes_first() -> Iterator[None]:
     yield
     if is_first():
         gather(None)
+
+
+def of_first(array: np.ndarray) -> np.ndarray:
+    """Process 0's array, bit for bit; every process calls this with one of its size."""
+    if count() == 1:
+        return array
+    bits = multihost_utils.broadcast_one_to_all(array.view(np.uint8))
+    return np.array(bits).view(array.dtype)
 
 
 def check_same(facts: dict[str, Any], what: str) -> None:

@@ -28,6 +28,7 @@ from engine.objective.scoring import (
     group_tokens,
     score_completions,
 )
+from engine.parallel import processes
 from engine.parallel.batch import Batch, abstract_batch, batch_specs, put_batch
 from engine.parallel.collectives import after
 from engine.parallel.sharding import DATA, param_specs, place
@@ -225,7 +226,7 @@ def _score(
         total=num_batches,
         desc="reference",
         unit="batch",
-        disable=None if run.arguments.progress_bar else True,
+        disable=None if run.arguments.progress_bar and processes.is_first() else True,
     )
     with bar, enough_memory():
         for part in parts:
