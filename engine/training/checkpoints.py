@@ -233,10 +233,18 @@ class Store:
     def load(
         self, step: int, abstract: Mapping[str, jax.ShapeDtypeStruct]
     ) -> dict[str, jax.Array]:
-        """The arrays, with these shapes, dtypes and shardings."""
+        """The arrays, with these shapes, dtypes and shardings.
+
+        The vocabulary's rows may be more or fewer than were saved: how many zeros pad
+        them is the mesh's matter.
+        """
         path = self.path(step)
         with stage(f"{path}: the checkpoint cannot be loaded", "see save_directory"):
-            return _checkpoint_library().load(path / _ARRAYS, dict(abstract))
+            library = _checkpoint_library()
+            options = library.options.ArrayOptions
+            padding = options.Loading(enable_padding_and_truncation=True)
+            with library.Context(array_options=options(loading=padding)):
+                return library.load(path / _ARRAYS, dict(abstract))
 
     def mark_finished(self, step: int) -> None:
         """Note that the run's model has been saved, after so many steps."""
