@@ -10,7 +10,6 @@ import contextlib
 import os
 import sys
 import threading
-import time
 from typing import Any
 
 from engine.errors import InputError
@@ -108,8 +107,7 @@ class Peers:
                     line.send(message)
 
     def _live(self) -> None:
-        while True:
-            time.sleep(_ALIVE)
+        while not self._leaving.wait(_ALIVE):
             self._tell_all({"alive": True})
 
     def _listen(self, process: int, line: Line) -> None:
