@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from engine import __version__
 from engine.commands import evaluate_options, inspect_options, process_options
 from engine.errors import InputError, Interrupted, one_line, stage
+from engine.parallel.launch import Launch
 
 _DESCRIPTION = """\
 Preference-tune (DPO) language models in JAX, on CPU, GPU and TPU.
@@ -148,10 +149,10 @@ def _dispatch(argv: list[str]) -> int:
     options = ()
     if arguments.command in _OPTIONS:
         options = (_OPTIONS[arguments.command].read_options(arguments),)
-    place = None
+    launch = None
     if arguments.command in process_options.COMMANDS:
-        place = process_options.read_options(arguments)
-    _run(arguments.command, path, overrides, place, *options)
+        launch = process_options.read_options(arguments)
+    _run(arguments.command, path, overrides, launch, *options)
     return 0
 
 
@@ -181,7 +182,7 @@ def _run(
     name: str,
     path: str,
     overrides: list[str],
-    place: process_options.ProcessOptions | None,
+    launch: Launch | None,
     *options: Any,
 ):
     _import_jax()
@@ -201,10 +202,10 @@ def _run(
     gc.freeze()
     gc.enable()
     with contextlib.ExitStack() as stack:
-        if place is not None:
-            from engine.parallel.processes import Launch, joined
+        if launch is not None:
+            from engine.parallel.processes import joined
 
-            stack.enter_context(joined(Launch(*place)))
+            stack.enter_context(joined(launch))
         for command in commands:
             command.main(run_config, *options)
 

@@ -39,9 +39,8 @@ class RunData:
 def read_data(run: RunConfig, first_rows: int = 0) -> RunData:
     """Read tokenizer and data.
 
-    Of several processes the first one does first, and keeps the tokens: where the
-    others share its cache they map that file into memory, of which they read their own
-    rows.
+    Of several processes the first one does so first, and keeps the tokens: where the
+    others share its cache they map that file into memory.
 
     Args:
         first_rows: how many rows of a training set that is streamed to hold.

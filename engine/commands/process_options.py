@@ -1,21 +1,11 @@
 """The options of commands that compute, of a run in several processes."""
 
 import argparse
-from typing import NamedTuple
 
 from engine.errors import InputError
+from engine.parallel.launch import TIMEOUT, Launch
 
-TIMEOUT = 300.0  # seconds, in which all processes must have come
 COMMANDS = ("train", "precompute", "evaluate", "run")
-
-
-class ProcessOptions(NamedTuple):
-    """Where this process is among the others; None: as the environment says."""
-
-    coordinator: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
-    timeout: float = TIMEOUT
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_options(arguments: argparse.Namespace) -> ProcessOptions:
+def read_options(arguments: argparse.Namespace) -> Launch:
     """The options of a parsed command line.
 
     Raises:
@@ -45,7 +35,7 @@ def read_options(arguments: argparse.Namespace) -> ProcessOptions:
     """
     number, process = arguments.num_processes, arguments.process_id
     seconds = arguments.initialization_timeout
-    return ProcessOptions(
+    return Launch(
         coordinator=arguments.coordinator,
         num_processes=_whole("--num-processes", number, least=1),
         process_id=_whole("--process-id", process, least=0),

@@ -11,37 +11,24 @@ import logging
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from engine.errors import InputError, Interrupted, stage
+from engine.parallel.launch import Launch, find_place
 from engine.parallel.meeting import Place, check_place, meet
 from engine.parallel.peers import Peers, ProcessGone
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT = 300.0  # seconds, in which all processes must have come
 _HEARTBEAT = 100  # seconds without one, after which JAX takes a process for dead
 # Seconds in which the end of another process is known, after a collective has failed.
 _KNOWN_SOON = 5.0
-
-
-class Launch(NamedTuple):
-    """Where a process finds the others; what is None is looked for by JAX.
-
-    Cloud TPUs, SLURM, Open MPI and Kubernetes say it in the environment.
-    """
-
-    coordinator: str | None = None  # HOST:PORT of process 0
-    num_processes: int | None = None  # 1: one process, whatever the environment says
-    process_id: int | None = None
-    timeout: float = TIMEOUT
 
 
 _peers: Peers | None = None
@@ -150,9 +137,7 @@ def joined(launch: Launch) -> Iterator[None]:
         raise
     except BaseException as error:
         gone = _reason(error)
-        shown = error if gone is None else gone
-        code = shown.exit_code if isinstance(shown, InputError) else 1
-        _leave(code, str(shown) or type(shown).__name__)
+        _leave_with(error if gone is None else gone)
         if gone is None or gone is error:
             raise
         raise gone from error
@@ -168,7 +153,7 @@ def join(launch: Launch = Launch()) -> None:  # noqa: B008, it is immutable
         InputError: a process that did not come in time, with its number or its address.
     """
     global _peers
-    found = _found(launch)
+    found = find_place(launch)
     if found is None:
         return
     place, device_ids = found
@@ -189,47 +174,8 @@ def join(launch: Launch = Launch()) -> None:  # noqa: B008, it is immutable
             heartbeat_timeout_seconds=_HEARTBEAT,
         )
     _peers = Peers(place, lines)
+    atexit.register(_leave_at_exit)
     _log_as_one_of_several(place)
-
-
-def _found(launch: Launch) -> tuple[Place, list[int] | None] | None:
-    """Where this process is, and which devices are its own, if it is one of several."""
-    if launch.num_processes == 1:
-        return None
-    given = (
-        launch.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
-        launch.num_processes,
-        launch.process_id,
-    )
-    # JAX's own detection has no other name; `jax.distributed.initialize` would end this
-    # process where nobody answers.
-    from jax._src.clusters import ClusterEnv
-
-    with (
-        warnings.catch_warnings(action="ignore"),  # of what is not installed for it
-        stage("the processes of this run cannot be found in the environment", _BY_HAND),
-    ):
-        address, processes, process, ids = (
-            ClusterEnv.auto_detect_unset_distributed_params(
-                *given, None, None, int(launch.timeout)
-            )
-        )
-    if processes == 1:
-        return None
-    if address is None or processes is None or process is None:
-        if launch.coordinator is launch.num_processes is launch.process_id is None:
-            return None
-        raise InputError(
-            "the environment (SLURM, Open MPI, Kubernetes, Cloud TPU) does not say "
-            f"where this process is; {_BY_HAND}"
-        )
-    return Place(process, processes, address), None if ids is None else list(ids)
-
-
-_BY_HAND = (
-    "give all of --coordinator HOST:PORT --num-processes N --process-id I, or "
-    "--num-processes 1"
-)
 
 
 def _reason(error: BaseException) -> ProcessGone | None:
@@ -237,9 +183,29 @@ def _reason(error: BaseException) -> ProcessGone | None:
     assert _peers is not None
     if isinstance(error, InputError) and error.__cause__ is None:
         return None  # our own words
-    if isinstance(error, InputError | jax.errors.JaxRuntimeError):
+    failed = jax.errors.JaxRuntimeError
+    if isinstance(error, failed) or isinstance(error.__cause__, failed):
         return _peers.expect_failure(_KNOWN_SOON)
     return _peers.failure
+
+
+def _leave_with(error: BaseException) -> None:
+    code = {KeyboardInterrupt: 130, BrokenPipeError: 141}.get(type(error), 1)
+    if isinstance(error, InputError):
+        code = error.exit_code
+    _leave(code, " ".join(str(error).split()) or type(error).__name__)
+
+
+def _leave_at_exit() -> None:
+    """Of a program that has called `join`, and ends."""
+    if _peers is None:
+        return
+    error = getattr(sys, "last_exc", None)  # that nobody has caught
+    if error is None:
+        _leave(0, "")
+        return
+    _leave_with(error)
+    _end(1)
 
 
 def _leave(code: int, words: str) -> ProcessGone | None:

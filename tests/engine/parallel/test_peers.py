@@ -4,14 +4,16 @@ import json
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import pytest
 
+from engine.cli import main
 from engine.errors import InputError
 from engine.parallel import meeting, peers, processes
+from engine.parallel.launch import Launch, find_place
 from engine.parallel.meeting import Place, meet
 from engine.parallel.peers import Peers, ProcessGone
-from engine.parallel.processes import Launch
 
 
 def free_address():
@@ -19,7 +21,7 @@ def free_address():
         return f"127.0.0.1:{server.getsockname()[1]}"
 
 
-def outcomes(places, seconds=20.0):
+def outcomes(places, seconds=20.0) -> list[Any]:
     """What `meet` returns, or its words, for each of these at once."""
 
     def one(place):
@@ -72,8 +74,8 @@ def test_an_error_of_one_is_known_to_all_who_wait(three, who):
             one.gather("x", 1)
         return str(caught.value), caught.value.exit_code
 
-    calls = [lambda x=x: wait(x) for x in others]
-    calls.append(lambda: three[who].leave(3, "step 7: the loss is nan"))
+    calls = [partial(wait, x) for x in others]
+    calls.append(partial(three[who].leave, 3, "step 7: the loss is nan"))
     said = f"process {who} of 3 has ended: step 7: the loss is nan", 3
     assert at_once(calls)[:2] == [said, said]
 
@@ -130,7 +132,7 @@ def test_a_coordinator_that_does_not_answer_is_named():
 )
 def test_who_comes_as_somebody_else_ends_all(hello, said):
     address = free_address()
-    caller = Place(*hello, address)
+    caller = Place(hello[0], hello[1], address)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(outcomes, [Place(0, 2, address)])
         second = pool.submit(meeting._call, caller, 20.0)
@@ -207,12 +209,41 @@ SLURM = {
 def test_where_a_process_is(monkeypatch, environment, launch, found):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert processes._found(launch) == found
+    assert find_place(launch) == found
 
 
 def test_options_that_say_too_little(monkeypatch):
     with pytest.raises(InputError, match="give all of --coordinator HOST:PORT"):
-        processes._found(Launch(num_processes=2))
+        find_place(Launch(num_processes=2))
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "a:1")
+    with pytest.raises(InputError, match="does not say where this process is"):
+        find_place(Launch())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--num-processes two", "--num-processes: 'two' is no whole number"),
+        ("--num-processes 0", "--num-processes: 0 is too few; give 1 or more"),
+        ("--process-id -1", "--process-id: '-1' is no whole number"),
+        ("--num-processes 2 --process-id 0", "does not say where this process is"),
+        (
+            "--num-processes 2 --process-id 2 --coordinator a:1",
+            "--process-id 2: 2 processes are numbered from 0 to 1",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "precompute", "evaluate", "run"])
+def test_options_of_the_command_line(tmp_path, capsys, command, words, said):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "config:\n  model: {name_or_path: m}\n"
+        "  mixture: {informs: [{data_files: a.jsonl}]}\nactions: [train]\n"
+    )
+    argv = [command, str(path), *words.split(), "trainer.beta=0.2"]
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and said in err
 
 
 def test_of_one_process_everything_is_as_without_it():

@@ -114,10 +114,8 @@ def test_a_signal_to_one_process_stops_all_at_one_checkpoint(folder, runs):
     run = runs["stopped"]
     assert run["codes"] == [143, 143]
     assert "SIGTERM: finishing this step and saving" in run["said"][1]
-    found = {
-        re.search(r"stopped after step (\d+) of 18; the same command goes on", said)[1]
-        for said in run["said"]
-    }
+    ending = r"stopped after step (\d+) of 18; the same command goes on"
+    found = {step for said in run["said"] for step in re.findall(ending, said)}
     (step,) = map(int, found)
     store = Store(folder / "stopped", None)
     assert store.newest() == (step, [])
