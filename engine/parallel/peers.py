@@ -45,6 +45,7 @@ class Peers:
         self._sending = threading.Lock()
         self._given: dict[str, dict[int, Any]] = {}
         self._gathered: dict[str, list[Any]] = {}
+        self._notes: dict[str, str] = {}
         self._ended: set[int] = set()  # who has said so
         self._leaving = threading.Event()
         self.failure: ProcessGone | None = None
@@ -67,6 +68,14 @@ class Peers:
                 return self._gathered.pop(label)
         assert self.failure is not None
         raise self.failure
+
+    def note(self, label: str, words: str) -> None:
+        """Let all know something, without waiting for them."""
+        self._say({"note": label, "words": words})
+
+    def noted(self, label: str) -> str | None:
+        """What some process has let all know."""
+        return self._notes.get(label)
 
     def leave(self, code: int, words: str) -> ProcessGone | None:
         """Tell the others of the end, and wait for theirs; of one that did not come.
@@ -140,6 +149,10 @@ class Peers:
             self._collect(message["label"], message["process"], message["value"])
         elif "label" in message:
             self._has_gathered(message["label"], message["values"])
+        elif "note" in message:
+            self._notes[message["note"]] = message["words"]
+            if first:
+                self._tell_all(message)
         elif "gone" in message:
             self._fail(message["gone"], ProcessGone.exit_code)
         elif "code" in message:
@@ -180,7 +193,8 @@ class Peers:
                 return
             self.failure = error
             self._changed.notify_all()
-        threading.Thread(target=self._give_up, args=(at_once,), daemon=True).start()
+        if not self._leaving.is_set():
+            threading.Thread(target=self._give_up, args=(at_once,), daemon=True).start()
 
     def _give_up(self, at_once: bool) -> None:
         """End the process, should it not come to an end by itself.

@@ -63,6 +63,17 @@ def gather(value: Any, label: str | None = None) -> list[Any]:
     return _peers.gather(label or f"call {next(_labels)}", value)
 
 
+def note(label: str, words: str) -> None:
+    """Let all know something, without waiting for them."""
+    if _peers is not None:
+        _peers.note(label, words)
+
+
+def noted(label: str) -> str | None:
+    """What some process has let all know."""
+    return None if _peers is None else _peers.noted(label)
+
+
 def first_decides[Value](decide: Callable[[], Value]) -> Value:
     """What process 0 finds, as JSON has it; every process calls this.
 

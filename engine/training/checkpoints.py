@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import jax
 from engine.errors import InputError, library_errors, one_line, stage
 from engine.parallel import processes
 from engine.training.manifest import MANIFEST, Damaged, check, manifest
+from engine.training.together import together, wait_for
 
 logger = logging.getLogger(__name__)
 
@@ -105,11 +106,12 @@ class Store:
     def _finish(
         self, step: int, staging: Path, copied: Any, facts: Any, label: str
     ) -> None:
-        with _together(f"{label}, arrays"), self._writes(step):
+        arrays = f"{label}, arrays"
+        with together(arrays), self._writes(step):
             if isinstance(copied, InputError):
                 raise copied
-            copied.result()
-        with _together(label):
+            wait_for(copied, arrays)
+        with together(label):
             if processes.is_first():
                 self._seal(step, staging, facts)
 
@@ -260,23 +262,6 @@ class Store:
             return None
         with stage(f"{path} cannot be read", "remove it to save the model again"):
             return int(json.loads(path.read_text(encoding="utf-8"))["step"])
-
-
-@contextlib.contextmanager
-def _together(label: str) -> Iterator[None]:
-    """What every process does, and fails in for all where it fails in one.
-
-    Raises:
-        InputError: the process's own, or else the first one's.
-    """
-    try:
-        yield
-    except InputError as error:
-        processes.gather(str(error), label)
-        raise
-    failed = [words for words in processes.gather(None, label) if words is not None]
-    if failed:
-        raise InputError(failed[0])
 
 
 def _checkpoint_library() -> Any:

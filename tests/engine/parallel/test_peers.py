@@ -60,6 +60,13 @@ def test_everyone_gathers_what_everyone_gives_in_order(three):
         assert at_once(calls) == [[[label, i] for i in range(3)]] * 3
 
 
+def test_a_note_of_one_comes_to_all(three):
+    three[2].note("save 3", "no space")
+    at_once([partial(x.gather, "after it", 0) for x in three])
+    assert [x.noted("save 3") for x in three] == ["no space"] * 3
+    assert three[0].noted("save 4") is None
+
+
 def test_all_leave_together(three):
     assert at_once([lambda x=x: x.leave(0, "") for x in three]) == [None] * 3
 
