@@ -13,8 +13,7 @@ import pytest
 from datasets import IterableDataset
 
 from engine.config.dpo import DPOConfig
-from engine.data.assembly import assemble
-from engine.data.batches import BatchPlan, Order, Padded
+from engine.data.batches import BatchPlan, Order, Padded, assemble
 from engine.data.pair_streams import Pair, PairStream, joined
 from engine.data.pair_tokens import Limits, PairTokens
 from engine.data.pairs import tokenize_pairs
