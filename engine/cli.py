@@ -1,6 +1,7 @@
 """The command line: `dpo train`, `precompute`, `validate`, `export`, ..."""
 
 import argparse
+import contextlib
 import errno
 import gc
 import importlib
@@ -11,8 +12,14 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from engine import __version__
-from engine.commands import evaluate_options, inspect_options, xla_flags
+from engine.commands import (
+    evaluate_options,
+    inspect_options,
+    process_options,
+    xla_flags,
+)
 from engine.errors import InputError, Interrupted, one_line, stage
+from engine.parallel.launch import Launch
 
 _DESCRIPTION = """\
 Preference-tune (DPO) language models in JAX, on CPU, GPU and TPU.
@@ -36,6 +43,7 @@ _COMMANDS = {
 }
 # Of commands that have options of their own.
 _OPTIONS = {"inspect": inspect_options, "evaluate": evaluate_options}
+_WITH_OPTIONS = (*_OPTIONS, *process_options.COMMANDS)
 _PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds"
 _BAD_INPUT = 2
 _INTERRUPTED = 130
@@ -109,7 +117,7 @@ def _dispatch(argv: list[str]) -> int:
         argv = ["run", *argv]
     parser = _parser()
     try:
-        if argv and argv[0] in _OPTIONS:  # which may stand between overrides
+        if argv and argv[0] in _WITH_OPTIONS:  # which may stand between overrides
             arguments = _options_parser(argv[0]).parse_intermixed_args(argv[1:])
         else:
             arguments = parser.parse_args(argv)
@@ -145,7 +153,10 @@ def _dispatch(argv: list[str]) -> int:
     options = ()
     if arguments.command in _OPTIONS:
         options = (_OPTIONS[arguments.command].read_options(arguments),)
-    _run(arguments.command, path, overrides, *options)
+    launch = None
+    if arguments.command in process_options.COMMANDS:
+        launch = process_options.read_options(arguments)
+    _run(arguments.command, path, overrides, launch, *options)
     return 0
 
 
@@ -173,7 +184,13 @@ def _import_jax():
         importlib.import_module("jax")
 
 
-def _run(name: str, path: str, overrides: list[str], *options: Any):
+def _run(
+    name: str,
+    path: str,
+    overrides: list[str],
+    launch: Launch | None,
+    *options: Any,
+):
     _import_jax()
     from engine.config.run import load_run_config
 
@@ -190,8 +207,13 @@ def _run(name: str, path: str, overrides: list[str], *options: Any):
     commands = [importlib.import_module(f"engine.commands.{x}") for x in actions]
     gc.freeze()
     gc.enable()
-    for command in commands:
-        command.main(run_config, *options)
+    with contextlib.ExitStack() as stack:
+        if launch is not None:
+            from engine.parallel.processes import joined
+
+            stack.enter_context(joined(launch))
+        for command in commands:
+            command.main(run_config, *options)
 
 
 def _export(arguments: argparse.Namespace):
@@ -240,6 +262,10 @@ def _add_report(commands: Any):
     )
 
 
+def _about(name: str) -> str:
+    return f"{_COMMANDS[name][0].upper()}{_COMMANDS[name][1:]}."
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="dpo",
@@ -253,7 +279,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
             help=text,
-            description=f"{text[0].upper()}{text[1:]}.",
+            description=_about(name),
             usage=f"dpo {name} RUN.yaml [KEY=VALUE ...]",
             allow_abbrev=False,
         )
@@ -280,10 +306,13 @@ def _options_parser(name: str) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=f"dpo {name}",
         usage=f"dpo {name} RUN.yaml [OPTIONS] [KEY=VALUE ...]",
-        description=_OPTIONS[name].DESCRIPTION,
+        description=_OPTIONS[name].DESCRIPTION if name in _OPTIONS else _about(name),
         allow_abbrev=False,
     )
     parser.set_defaults(command=name)
-    _OPTIONS[name].add_options(parser)
+    if name in _OPTIONS:
+        _OPTIONS[name].add_options(parser)
+    if name in process_options.COMMANDS:
+        process_options.add_options(parser)
     _add_run_file(parser)
     return parser

@@ -20,11 +20,13 @@ from engine.models import check_checkpoint, resolve_directory
 from engine.models.checkpoint import ADAPTER_CONFIG, CONFIG
 from engine.models.tokenizer import load_tokenizer
 from engine.objective.references import Cached
+from engine.parallel import processes
 from engine.parallel.sharding import make_mesh
 from engine.paths import as_path
 from engine.training.checks import check_models, check_op
 from engine.training.compilation import keep_programs
 from engine.training.evaluator import Evaluator
+from engine.training.identity import checksum_of_pairs, flat
 from engine.training.intervals import CONFIDENCE, Estimate
 from engine.training.lora import with_lora
 from engine.training.prepare import EVAL, plan_evaluation, prepare_pairs
@@ -47,13 +49,16 @@ def main(run: RunConfig, options: EvaluateOptions) -> None:
     keep_programs()
     mesh = make_mesh(run.sharding.data, run.sharding.fsdp, run.sharding.tensor)
     # The tokens are those that training made.
-    tokenizer = load_tokenizer(run.model.tokenizer or run.model.name_or_path)
     mixtures = {EVAL: run.eval_mixture} | ({"": run.mixture} if options.train else {})
-    pairs = {
-        prefix: prepare_pairs(run.trainer, load_mixture(mixture), tokenizer)
-        for prefix, mixture in mixtures.items()
-        if mixture is not None
-    }
+    with processes.first_goes_first():
+        tokenizer = load_tokenizer(run.model.tokenizer or run.model.name_or_path)
+        pairs = {
+            prefix: prepare_pairs(run.trainer, load_mixture(mixture), tokenizer)
+            for prefix, mixture in mixtures.items()
+            if mixture is not None
+        }
+    facts = {name: checksum_of_pairs(x) for name, x in pairs.items()}
+    processes.check_same(flat(run) | facts, "the processes differ")
     has_values = all(x.ref_logps is not None for x in pairs.values())
     run = trained(run, source, with_reference=not has_values)
     model = check_checkpoint(resolve_directory(run.model.name_or_path))
@@ -76,10 +81,12 @@ def main(run: RunConfig, options: EvaluateOptions) -> None:
     scores = Cached() if has_values else make_reference(decoder, given, run.trainer)
     evaluator = Evaluator(run.trainer, decoder, scores, plans.values())
     words = _reference_words(run, has_values)
+    estimated = {prefix: evaluator.estimate(plan) for prefix, plan in plans.items()}
+    if not processes.is_first():
+        return
     print(f"model      {source}\nreference  {words}")
     found = {}
-    for prefix, plan in plans.items():
-        estimates = evaluator.estimate(plan)
+    for prefix, estimates in estimated.items():
         name = prefix.rstrip("_") or "train"
         found[name] = {
             "pairs": len(pairs[prefix]),

@@ -17,6 +17,7 @@ from engine.models import (
     resolve_directory,
 )
 from engine.models.tokenizer import load_tokenizer
+from engine.parallel import processes
 from engine.parallel.sharding import make_mesh
 from engine.training.about import About, reference_words
 from engine.training.compilation import keep_programs
@@ -38,11 +39,19 @@ class RunData:
 def read_data(run: RunConfig, first_rows: int = 0) -> RunData:
     """Read tokenizer and data.
 
+    Of several processes the first one does so first, and keeps the tokens: where the
+    others share its cache they map that file into memory.
+
     Args:
         first_rows: how many rows of a training set that is streamed to hold.
     Raises:
         InputError: a tokenizer or rows that training would refuse.
     """
+    with processes.first_goes_first():
+        return _read_data(run, first_rows)
+
+
+def _read_data(run: RunConfig, first_rows: int) -> RunData:
     tokenizer = load_tokenizer(run.model.tokenizer or run.model.name_or_path)
     rows, stream = {}, None
     if run.mixture.streaming:

@@ -6,6 +6,7 @@ from engine.commands.inputs import prepare_run
 from engine.commands.train import load_models
 from engine.config.run import RunConfig
 from engine.errors import InputError
+from engine.parallel import processes
 from engine.training.precompute import with_reference_values
 
 
@@ -25,6 +26,8 @@ def main(run: RunConfig) -> None:
         )
     model, reference = load_models(run, prepared.model, prepared.mesh)
     done = with_reference_values(prepared, model, reference)
+    if not processes.is_first():
+        return
     for name, (pairs, _) in done.sets.items():
         assert pairs.ref_logps is not None
         chosen, rejected = pairs.ref_logps.mean(axis=0)

@@ -5,6 +5,7 @@ from jax.sharding import Mesh
 from engine.commands.inputs import prepare_run
 from engine.config.run import RunConfig
 from engine.models import Decoder, DecoderConfig, load_model
+from engine.parallel import processes
 from engine.training.continuation import check_continuation
 from engine.training.identity import flat
 from engine.training.lora import lora_policy, reference_decoder
@@ -53,7 +54,11 @@ def main(run: RunConfig) -> None:
     """Train as a run file says; everything is checked before a weight is loaded."""
     prepared = prepare_run(run)
     config = flat(run)
-    check_continuation(prepared, config)
+
+    def check() -> None:
+        check_continuation(prepared, config)
+
+    processes.first_decides(check)
     model, reference = load_models(run, prepared.model, prepared.mesh)
     # The trainer takes the arrays over: `model` is empty from the first step on.
     Trainer(prepared, model, reference, config=config).train()

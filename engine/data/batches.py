@@ -6,13 +6,14 @@
 
 import copy
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int64
 
+from engine.data.assembly import assemble
 from engine.data.shapes import (
     LENGTH_UNIT,
     MAX_CANDIDATES,
@@ -21,9 +22,9 @@ from engine.data.shapes import (
     choose_buckets,
     round_up,
 )
-from engine.data.tokenization import PairTokens, ragged_arange
+from engine.data.tokenization import PairTokens
 from engine.errors import InputError
-from engine.parallel.batch import Batch, ModelRows, Pairs, ScoredTokens
+from engine.parallel.batch import Batch
 
 # Of more epochs than that not every batch is looked at: one shape fits what may come.
 _MOST_EPOCHS = 100
@@ -82,6 +83,7 @@ class Padded:
         accumulation: A, microbatches in a batch.
         shards: N, devices over which the pairs of a microbatch are split.
         option: what a user calls `pairs_per_batch`.
+        own: the shards that are built here; None: all.
     Raises:
         InputError: batches that cannot be split so.
     """
@@ -93,11 +95,14 @@ class Padded:
         accumulation: int,
         shards: int,
         option: str = "pairs_per_batch",
+        own: Sequence[int] | None = None,
     ):
         self._pairs = pairs
         self.grid = grid_of(pairs_per_batch, accumulation, shards, option)
+        self._own = own
         self._lengths = pairs.lengths.reshape(-1, 2).max(axis=1)  # the longer side's
-        self._scored = pairs.num_scored.reshape(-1, 2).sum(axis=1)
+        self._num_scored = pairs.num_scored
+        self._scored = self._num_scored.reshape(-1, 2).sum(axis=1)
 
     def needs(
         self, members: Int64[np.ndarray, "batches pairs"]
@@ -139,8 +144,8 @@ class Padded:
         self, members: Int64[np.ndarray, " pairs"], shape: Shape
     ) -> tuple[Batch, int]:
         """The batch of these pairs, and its number of tokens: see `assemble`."""
-        A, N, P = self.grid
-        return assemble(self._pairs, members.reshape(A, N, P), shape)
+        members = members.reshape(self.grid)
+        return assemble(self._pairs, members, shape, self._own, self._num_scored)
 
 
 def grid_of(
@@ -227,64 +232,6 @@ class BatchPlan:
         longest, most = self.layout.needs(members[None])
         shape = next((s, t) for s, t in self.shapes if longest[0] <= s and most[0] <= t)
         return self.layout.build(members, shape)
-
-
-def assemble(
-    pairs: PairTokens, members: Int64[np.ndarray, "A N P"], shape: Shape
-) -> tuple[Batch, int]:
-    """The batch of the pairs `members` (-1: a padding pair), and its number of tokens.
-
-    `shape` is (S, T): at least each sequence's length, and the scored tokens of each
-    shard's microbatch.
-    """
-    (A, N, P), (S, T) = members.shape, shape
-    real = members >= 0
-    # A shard's sequences: the chosen ones, then the rejected ones.
-    sequence_ANQ = np.concatenate([2 * members, 2 * members + 1], axis=2)
-    real_ANQ = np.concatenate([real, real], axis=2)
-    start = np.where(real_ANQ, pairs.offsets[sequence_ANQ], 0)
-    size = np.where(real_ANQ, pairs.offsets[sequence_ANQ + 1], 0) - start
-    assert size.max() <= S
-
-    tokens = np.zeros(A * N * 2 * P * S, np.int32)
-    source = ragged_arange(start.ravel(), size.ravel())
-    at = ragged_arange(np.arange(size.size) * S, size.ravel())
-    tokens[at] = pairs.tokens[source]
-    scored = pairs.scored[source]
-    owner = np.repeat(np.arange(size.size), size.ravel())[scored]
-    count = np.bincount(owner, minlength=size.size).reshape(size.shape)
-    assert count.sum(axis=2).max() <= T
-
-    # Filled from the left, sequence after sequence: where each one's tokens go.
-    shard = np.arange(A * N).reshape(A, N, 1)
-    place = np.cumsum(count, axis=2) - count + shard * T
-    place = ragged_arange(place.ravel(), count.ravel())
-    positions, targets = np.zeros((2, A * N * T), np.int32)
-    # A token is scored from the state before it, which a shard counts from its own.
-    positions[place] = (at[scored] - 1) % (2 * P * S)
-    targets[place] = pairs.tokens[source[scored]]
-    batch = Batch(
-        rows=ModelRows(tokens=tokens.reshape(A, N * 2 * P, S)),
-        scored=ScoredTokens(
-            positions=positions.reshape(A, N, T),
-            targets=targets.reshape(A, N, T),
-            counts=count.astype(np.int32),
-        ),
-        pairs=Pairs(
-            weights=np.where(real, pairs.weights[members], np.float32(0)),
-            ref_logps=pairs.ref_logps_of(members),
-        ),
-    )
-    check_distinct(batch.scored)
-    return batch, int(size.sum())
-
-
-def check_distinct(scored: ScoredTokens) -> None:
-    """That no hidden state is scored twice: its gradient would come from one only."""
-    steps = np.diff(scored.positions, axis=2)
-    count = scored.counts.sum(axis=2, keepdims=True)
-    used = np.arange(1, scored.positions.shape[2]) < count
-    assert (steps[used] > 0).all(), "a hidden state is scored twice"
 
 
 def prefetch[T](items: Iterator[T], depth: int = 2) -> Generator[T]:

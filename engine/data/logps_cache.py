@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float32, Int64
 
 from engine.data.cache import default_cache_dir
 from engine.errors import one_line
+from engine.parallel import processes
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,10 @@ class Belongs(NamedTuple):
 
 
 class StoredLogps:
-    """Values of each pair, chosen and rejected; NaN where they are not known yet."""
+    """Values of each pair, chosen and rejected; NaN where they are not known yet.
+
+    Of several processes the first one reads, for all, and writes.
+    """
 
     def __init__(self, belongs: Belongs, num_pairs: int):
         self._belongs = belongs
@@ -43,7 +47,9 @@ class StoredLogps:
         self.values = np.full((num_pairs, 2), np.nan, np.float32)
         self._new: list[int] = []
         self._written = time.perf_counter()
-        self._read()
+        if processes.is_first():
+            self._read()
+        self.values = processes.of_first(self.values)
         # Under which other references the data is known: to say so, not to use it.
         try:
             others = [x for x in root.iterdir() if x != self.folder]
@@ -76,6 +82,8 @@ class StoredLogps:
         """Writes all values in one file, and removes the pieces."""
         assert not self.missing.any()
         self._new = []
+        if not processes.is_first():
+            return
         pieces = self._pieces()
         whole = self._write(np.arange(len(self.values)))
         for piece in pieces if whole else ():
@@ -123,6 +131,8 @@ class StoredLogps:
 
     def _write(self, pairs: Int64[np.ndarray, " n"]) -> bool:
         """Whether the folder took a file of these pairs."""
+        if not processes.is_first():
+            return True
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(

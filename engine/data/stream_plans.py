@@ -2,12 +2,12 @@
 
 import contextlib
 import itertools
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from engine.data.batches import assemble
+from engine.data.assembly import assemble
 from engine.data.pair_streams import Pair, PairStream, joined
 from engine.data.shapes import Shape, stream_shapes
 from engine.errors import InputError
@@ -51,6 +51,7 @@ class StreamPlan:
     Args:
         grid: see `Plan`.
         shuffle: draw pairs from the stream's buffer, by `seed`.
+        own: the shards that are built here; None: all.
     """
 
     def __init__(
@@ -62,8 +63,10 @@ class StreamPlan:
         shuffle: bool,
         seed: int,
         drop_last: bool = False,
+        own: Sequence[int] | None = None,
     ):
         self.stream = stream
+        self._own = own
         self.steps = steps
         self.grid = grid
         self.shapes = stream_shapes(stream.limits, grid[2])
@@ -132,4 +135,4 @@ class StreamPlan:
         members[: len(group)] = np.arange(len(group))
         longest = max(pair.longest for pair in group)
         shape = next(shape for shape in self.shapes if longest <= shape[0])
-        return assemble(joined(group), members.reshape(self.grid), shape)
+        return assemble(joined(group), members.reshape(self.grid), shape, self._own)

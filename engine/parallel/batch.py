@@ -6,15 +6,16 @@ are scored, and in which sequence (`ScoredTokens`), and which sequences make a p
 (`Pairs`). Only the first depends on how sequences are laid out in rows.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float32, Int32
 
-from engine.parallel.sharding import BATCH, place
+from engine.parallel.sharding import BATCH, DATA, FSDP, place
 
 
 class ModelRows(NamedTuple):
@@ -45,7 +46,11 @@ class Pairs(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One optimizer step's pairs. The host's arrays are numpy's."""
+    """One optimizer step's pairs. The host's arrays are numpy's.
+
+    Of those that grow with the tokens (`tokens`, `positions`, `targets`) the host has
+    only the shards that are its process's own, in their order.
+    """
 
     rows: ModelRows
     scored: ScoredTokens
@@ -71,11 +76,61 @@ def batch_specs(with_ref_logps: bool = False) -> Batch:
     )
 
 
+def own_shards(mesh: Mesh) -> tuple[int, ...]:
+    """Which of the batch's shards devices of this process hold."""
+    number = mesh.shape[DATA] * mesh.shape[FSDP]
+    sharding = NamedSharding(mesh, P(BATCH))
+    held: Any = sharding.addressable_devices_indices_map((number,))
+    return tuple(sorted({index[0].start or 0 for index in held.values()}))
+
+
+def put_whole(x: Any, mesh: Mesh) -> jax.Array:
+    """A number or an array that every process has, whole on each device."""
+    array = np.asarray(x)
+    return jax.make_array_from_callback(
+        array.shape, place(P(), mesh), lambda index: array[index]
+    )
+
+
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """The host's arrays on the devices."""
+    """The host's arrays on the devices, each of which takes its own shard."""
     specs = batch_specs(batch.pairs.ref_logps is not None)
     shardings = jax.tree.map(lambda spec: place(spec, mesh), specs)
-    return jax.device_put(batch, shardings)
+    own, number = own_shards(mesh), mesh.shape[DATA] * mesh.shape[FSDP]
+    if len(own) == number and shardings.rows.tokens.is_fully_addressable:
+        return jax.device_put(batch, shardings)
+
+    def put(x: Any, sharding: NamedSharding, shards: Sequence[int]) -> jax.Array:
+        """An array that has these shards along axis 1."""
+        size = x.shape[1] // len(shards)
+
+        def piece(index: Any) -> np.ndarray:
+            if number == 1:  # and nothing is sharded
+                return x[index]
+            place = shards.index((index[1].start or 0) // size)
+            return x[:, place * size : (place + 1) * size]
+
+        shape = (x.shape[0], number * size, *x.shape[2:])
+        return jax.make_array_from_callback(shape, sharding, piece)
+
+    everyones = range(number)
+
+    def whole(x: Any, sharding: Any) -> jax.Array | None:
+        return None if x is None else put(x, sharding, everyones)
+
+    rows, scored, pairs = shardings
+    return Batch(
+        rows=ModelRows(tokens=put(batch.rows.tokens, rows.tokens, own)),
+        scored=ScoredTokens(
+            positions=put(batch.scored.positions, scored.positions, own),
+            targets=put(batch.scored.targets, scored.targets, own),
+            counts=put(batch.scored.counts, scored.counts, everyones),
+        ),
+        pairs=Pairs(
+            weights=put(batch.pairs.weights, pairs.weights, everyones),
+            ref_logps=whole(batch.pairs.ref_logps, pairs.ref_logps),
+        ),
+    )
 
 
 def abstract_batch(

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from flax import nnx
 from flax.traverse_util import unflatten_dict
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from engine.errors import InputError, stage
@@ -213,6 +213,14 @@ def place(spec: P, mesh: Mesh) -> NamedSharding:
     while entries and entries[-1] is None:
         entries.pop()
     return NamedSharding(mesh, P(*entries))
+
+
+def whole(array: jax.Array) -> Sharding:
+    """That of a result which every process can read, on the devices of an array."""
+    sharding = array.sharding
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, P())
+    return sharding
 
 
 def param_specs(config: ModelShape, mesh: Mesh) -> nnx.State[str, Any]:

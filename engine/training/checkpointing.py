@@ -3,15 +3,19 @@
 import dataclasses
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from engine import __version__
 from engine.config.dpo import DPOConfig
-from engine.errors import InputError, Interrupted
+from engine.errors import InputError, Interrupted, stage
+from engine.parallel import processes
+from engine.parallel.agreement import Agreement, Asked
 from engine.paths import as_path
 from engine.training.checkpoints import Store
 from engine.training.continuation import check_empty, check_not_over, of_another_run
@@ -59,6 +63,8 @@ class Checkpointing:
         self._store = Store(self._directory, arguments.save_total_limit)
         self._saves = arguments.save_steps is not None
         self._saved_at = time.monotonic()
+        self._agree: Agreement | None = None
+        self._asked = Asked()
         self.stop = Stop()
 
     @property
@@ -77,13 +83,10 @@ class Checkpointing:
             InputError: it is another run's, or this run is over; or there are
                 checkpoints, and none is good.
         """
-        if not self._arguments.resume:
-            check_empty(self._directory)
+        found = processes.first_decides(self._look)
+        if found is None:
             return None
-        step, damaged = self._store.newest()
-        if step is None:
-            return None
-        facts = self._store.facts(step)
+        step, damaged, finished, facts = found
         where = of_another_run(self._store, step)
         then, now = Identity(**facts["identity"]), self.identity
         # As JSON has it: what is compared has been there.
@@ -96,22 +99,67 @@ class Checkpointing:
                 f"not those that it began with (checksum {then.weights}, and now "
                 f"{now.weights}); bring them back, or give another save_directory"
             )
-        finished = self._store.finished() or 0
         check_not_over(self._store, step, self._total_steps, finished)
-        for bad in damaged:
-            self._store.set_aside(bad)
+        if processes.is_first():
+            for bad in damaged:
+                self._store.set_aside(bad)
+            self._metrics.cut(facts["metrics_bytes"])
         named = _named(abstract)
         # First: what was loaded for nothing would lie beside what is loaded now.
         for array in _named(self._arrays()).values():
             array.delete()
-        found = self._store.load(step, named)
+        loaded = self._store.load(step, named)
         self._progress.restore(facts["progress"])
-        self._metrics.cut(facts["metrics_bytes"])
         self._saves = True
         logger.info("going on from the checkpoint of step %d", step)
         return jax.tree.unflatten(
-            jax.tree.structure(abstract), [found[name] for name in named]
+            jax.tree.structure(abstract), [loaded[name] for name in named]
         )
+
+    def _look(self) -> tuple[int, list[int], int, Any] | None:
+        """The newest good checkpoint's step, damaged ones, where it ended, and facts.
+
+        Raises:
+            InputError: there are some, and none is good; or any, and they are not to be
+                used.
+        """
+        if not self._arguments.resume:
+            check_empty(self._directory)
+            return None
+        step, damaged = self._store.newest()
+        if step is None:
+            return None
+        return step, damaged, self._store.finished() or 0, self._store.facts(step)
+
+    def begin(self, mesh: Mesh) -> None:
+        """Before the first step: all processes save at the same ones.
+
+        Raises:
+            InputError: they write to different disks.
+        """
+        if processes.count() > 1:
+            self._check_shared()
+            self._agree = Agreement(mesh)
+
+    def _check_shared(self) -> None:
+        path = self._directory / f".seen-by-all-{os.getpid()}"
+
+        def write() -> str:
+            with stage(f"{path} cannot be written", "see save_directory"):
+                self._directory.mkdir(parents=True, exist_ok=True)
+                path.touch()
+            return path.name
+
+        name = processes.first_decides(write)
+        seen = processes.gather((self._directory / name).exists())
+        if processes.is_first():
+            path.unlink()
+        if not all(seen):
+            raise InputError(
+                f"save_directory={str(self._directory)!r}: process "
+                f"{seen.index(False)} does not see there what process 0 writes; give a "
+                "directory that all processes share"
+            )
 
     def is_due(self, step: int) -> bool:
         """Whether to save after this step."""
@@ -120,10 +168,13 @@ class Checkpointing:
             self._arguments.save_interval_minutes,
         )
         since = time.monotonic() - self._saved_at
-        return (
-            self.stop.number is not None
+        late = minutes is not None and since >= 60 * minutes and processes.is_first()
+        asked = Asked(stop=self.stop.number or 0, save=int(late))
+        self._asked = self._agree(asked) if self._agree is not None else asked
+        return bool(
+            self._asked.stop
+            or self._asked.save
             or (every is not None and step % every == 0)
-            or (minutes is not None and since >= 60 * minutes)
             or (step == self._total_steps and self._saves)
         )
 
@@ -138,13 +189,18 @@ class Checkpointing:
             "version": __version__,
             "identity": self.identity._asdict(),
             "progress": dataclasses.asdict(self._progress),
-            "metrics_bytes": self._metrics.size(),
+            "metrics_bytes": self._metrics.size() if processes.is_first() else 0,
         }
         arrays = _named(self._arrays())
         self._store.save(step, arrays, facts)
         self._saves, self._saved_at = True, time.monotonic()
-        if self.stop.number is not None:
-            raise Interrupted(self.stop.number, self._how_to_go_on(step))
+        stop = self._asked.stop
+        if self._agree is not None:
+            self._agree.forget()
+        else:  # it may have come since
+            stop = self.stop.number or 0
+        if stop:
+            raise Interrupted(stop, self._how_to_go_on(step))
 
     def _how_to_go_on(self, step: int) -> str:
         done = f"stopped after step {step} of {self._total_steps}"
@@ -167,7 +223,7 @@ class Checkpointing:
 
     def finished(self) -> None:
         """The run's model is saved."""
-        if self._store.close() and self._store.steps():
+        if self._store.close() and processes.is_first() and self._store.steps():
             self._store.mark_finished(self._total_steps)
 
     def close(self) -> None:

@@ -3,16 +3,19 @@
 `DIR/checkpoints/step-00000042/` has `arrays/`, which orbax writes, `run.json`, what the
 run knows beside its arrays, and `manifest.json`: size and checksum of every other file.
 A directory of that name is whole. While it is written it has another one.
+
+Of several processes all call `save`, `wait`, `close` and `load`, in the same order:
+each has its own parts of the arrays, and process 0 does the rest.
 """
 
 import contextlib
 import errno
+import itertools
 import json
 import logging
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,19 +24,17 @@ from typing import Any
 import jax
 
 from engine.errors import InputError, library_errors, one_line, stage
+from engine.parallel import processes
+from engine.training.manifest import MANIFEST, Damaged, check, manifest
+from engine.training.together import together, wait_for
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 FINISHED = "finished.json"
-_ARRAYS, _RUN, _MANIFEST = "arrays", "run.json", "manifest.json"
+_ARRAYS, _RUN = "arrays", "run.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _OURS = re.compile(r"\.step-\d{8,}\.(part|old)")  # left by who was killed
-_BLOCK = 2**22
-
-
-class Damaged(Exception):
-    """A checkpoint that is not what was written, in words."""
 
 
 class Store:
@@ -48,6 +49,7 @@ class Store:
         self._limit = limit
         self._pool: ThreadPoolExecutor | None = None
         self._writing: tuple[int, Future[None]] | None = None
+        self._number = itertools.count()  # of a save
 
     def path(self, step: int) -> Path:
         """The directory of a step's checkpoint."""
@@ -67,35 +69,57 @@ class Store:
         leaves the older checkpoints as they are.
         """
         fine = self.wait()
-        if self.path(step).exists():  # the run came this far before
-            return fine
         staging = self.directory / f".step-{step:08d}.part"
-        try:
+
+        def prepared() -> bool:
+            if self.path(step).exists():  # the run came this far before
+                return False
             with self._writes(step):
                 self._clear()
                 staging.mkdir(parents=True)
+            return True
+
+        try:
+            if not processes.first_decides(prepared):
+                return fine
+        except InputError as error:
+            self._give_up(staging, error)
+            return False
+        copied: Any
+        try:
+            with self._writes(step):
                 copied = _checkpoint_library().save_async(
                     staging / _ARRAYS, dict(arrays)
                 )
         except InputError as error:
-            self._give_up(staging, error)
-            return False
+            if processes.count() == 1:
+                self._give_up(staging, error)
+                return False
+            copied = error  # which `_finish` tells the others
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
-        future = self._pool.submit(self._finish, step, staging, copied, facts)
+        label = f"checkpoint {step}, save {next(self._number)}"
+        future = self._pool.submit(self._finish, step, staging, copied, facts, label)
         self._writing = step, future
         return fine
 
-    def _finish(self, step: int, staging: Path, copied: Any, facts: Any) -> None:
+    def _finish(
+        self, step: int, staging: Path, copied: Any, facts: Any, label: str
+    ) -> None:
+        arrays = f"{label}, arrays"
+        with together(arrays), self._writes(step):
+            if isinstance(copied, InputError):
+                raise copied
+            wait_for(copied, arrays)
+        with together(label):
+            if processes.is_first():
+                self._seal(step, staging, facts)
+
+    def _seal(self, step: int, staging: Path, facts: Any) -> None:
+        """What was written is whole: give it its name."""
         with self._writes(step):
-            copied.result()
             _write(staging / _RUN, json.dumps(facts))
-            files = sorted(path for path in staging.rglob("*") if path.is_file())
-            listed = {
-                path.relative_to(staging).as_posix(): _measure(path) for path in files
-            }
-            text = json.dumps({"files": listed})
-            _write(staging / _MANIFEST, f"{text}\n{zlib.crc32(text.encode()):08x}\n")
+            _write(staging / MANIFEST, manifest(staging))
             _flush(staging)
             os.rename(staging, self.path(step))
             _flush(self.directory)
@@ -132,7 +156,7 @@ class Store:
     def close(self) -> bool:
         """Wait, and end the thread."""
         fine = self.wait()
-        if not fine:  # what else was being written of it
+        if not fine and processes.is_first():  # what else was being written of it
             self._clear()
         if self._pool is not None:
             self._pool.shutdown()
@@ -140,6 +164,8 @@ class Store:
         return fine
 
     def _give_up(self, staging: Path, error: InputError) -> None:
+        if not processes.is_first():
+            return
         shutil.rmtree(staging, ignore_errors=True)
         older = self.steps()
         kept = f"that of step {older[-1]} is kept" if older else "there is none yet"
@@ -202,19 +228,7 @@ class Store:
         Raises:
             Damaged: naming the file.
         """
-        path = self.path(step)
-        for name, (size, checksum) in _read_manifest(path / _MANIFEST).items():
-            file = path / name
-            try:
-                found = file.stat().st_size
-                if found != size:
-                    raise Damaged(f"{name} has {found} bytes, and had {size}")
-                if (contents or name == _RUN) and _checksum(file) != checksum:
-                    raise Damaged(f"{name} has other contents than were written")
-            except FileNotFoundError:
-                raise Damaged(f"{name} is missing") from None
-            except OSError as error:
-                raise Damaged(f"{name} cannot be read ({error.strerror})") from error
+        check(self.path(step), None if contents else {_RUN})
 
     def facts(self, step: int) -> Any:
         """What was saved beside the arrays, of a checkpoint that is whole."""
@@ -223,10 +237,18 @@ class Store:
     def load(
         self, step: int, abstract: Mapping[str, jax.ShapeDtypeStruct]
     ) -> dict[str, jax.Array]:
-        """The arrays, with these shapes, dtypes and shardings."""
+        """The arrays, with these shapes, dtypes and shardings.
+
+        The vocabulary's rows may be more or fewer than were saved: how many zeros pad
+        them is the mesh's matter.
+        """
         path = self.path(step)
         with stage(f"{path}: the checkpoint cannot be loaded", "see save_directory"):
-            return _checkpoint_library().load(path / _ARRAYS, dict(abstract))
+            library = _checkpoint_library()
+            options = library.options.ArrayOptions
+            padding = options.Loading(enable_padding_and_truncation=True)
+            with library.Context(array_options=options(loading=padding)):
+                return library.load(path / _ARRAYS, dict(abstract))
 
     def mark_finished(self, step: int) -> None:
         """Note that the run's model has been saved, after so many steps."""
@@ -270,31 +292,3 @@ def _flush(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _checksum(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            value = zlib.crc32(block, value)
-    return value
-
-
-def _measure(path: Path) -> tuple[int, int]:
-    return path.stat().st_size, _checksum(path)
-
-
-def _read_manifest(path: Path) -> dict[str, tuple[int, int]]:
-    try:
-        text, checksum, end = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise Damaged(f"{path.name} is missing") from None
-    except OSError as error:
-        raise Damaged(f"{path.name} cannot be read ({error.strerror})") from error
-    except ValueError:  # other lines, or no text at all
-        raise Damaged(f"{path.name} has other contents than were written") from None
-    if end or checksum != f"{zlib.crc32(text.encode()):08x}":
-        raise Damaged(f"{path.name} has other contents than were written")
-    return {
-        name: (size, crc) for name, (size, crc) in json.loads(text)["files"].items()
-    }

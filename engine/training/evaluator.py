@@ -3,15 +3,13 @@
 from collections.abc import Iterable
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
+import numpy as np
 
 from engine.config.dpo import DPOConfig
 from engine.data.batches import BatchPlan
 from engine.models import Decoder
 from engine.objective.references import Reference, reads_values
-from engine.parallel.batch import Batch, abstract_batch
-from engine.parallel.sharding import place
+from engine.parallel.batch import Batch, abstract_batch, put_whole
 from engine.training.compilation import Request, compile_all, enough_memory
 from engine.training.evaluation import estimate
 from engine.training.intervals import Estimate
@@ -32,9 +30,8 @@ class Evaluator:
     ):
         self._mesh = model.mesh
         _, params, frozen = split_model(model)
-        whole = place(P(), model.mesh)
         numbers = jax.tree.map(
-            lambda x: jax.device_put(jnp.float32(x), whole), loss_options(arguments)
+            lambda x: put_whole(np.float32(x), model.mesh), loss_options(arguments)
         )
         self._first = params, frozen, reference.operands
         self._numbers = numbers

@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, UInt32
 
 from engine.models import Decoder
+from engine.parallel.sharding import whole
 
 _LANES = 4  # of 32 bits
 
@@ -36,7 +37,9 @@ def fingerprint(decoder: Decoder) -> bytes:
             for path, x in nnx.to_flat_state(params)
         }
 
-    found = jax.device_get(jax.jit(all_lanes)(nnx.state(decoder)))
+    state = nnx.state(decoder)
+    everywhere = whole(jax.tree.leaves(state)[0])
+    found = jax.device_get(jax.jit(all_lanes, out_shardings=everywhere)(state))
     # Two parameters that change places are another model.
     return b"".join(
         name.encode() + np.asarray(found[name]).tobytes() for name in sorted(found)

@@ -14,6 +14,7 @@ from jaxtyping import Array, UInt32
 from engine.config.dpo import DPOConfig
 from engine.data.pairs import PairTokens
 from engine.errors import InputError
+from engine.parallel.sharding import whole
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ def checksum_of_arrays(tree: Any) -> str:
     leaves = jax.tree.leaves(tree)
     if not leaves:
         return "none"
-    sums = jax.device_get(jax.jit(_sums)(leaves))
+    sums = jax.device_get(jax.jit(_sums, out_shardings=whole(leaves[0]))(leaves))
     return f"{zlib.crc32(np.asarray(sums, np.uint32).tobytes()):08x}"
 
 

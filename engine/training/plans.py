@@ -7,6 +7,7 @@ from engine.data.batches import BatchPlan, Order, Padded, grid_of
 from engine.data.pair_streams import PairStream
 from engine.data.pair_tokens import PairTokens
 from engine.data.stream_plans import StreamPlan
+from engine.parallel.batch import own_shards
 from engine.parallel.sharding import DATA, FSDP
 
 _MOST_ROWS = 64  # that a message names
@@ -31,6 +32,7 @@ def plan_stream(config: DPOConfig, stream: PairStream, mesh: Mesh) -> StreamPlan
         shuffle=config.shuffle_train_dataset,
         seed=config.seed,
         drop_last=config.drop_last,
+        own=own_shards(mesh),
     )
 
 
@@ -51,6 +53,7 @@ def plan_training(config: DPOConfig, pairs: PairTokens, mesh: Mesh) -> BatchPlan
         config.gradient_accumulation_steps,
         _shards(mesh),
         "total_batch_size",
+        own_shards(mesh),
     )
     order = Order(
         num_pairs=len(pairs),
@@ -70,7 +73,8 @@ def plan_evaluation(config: DPOConfig, pairs: PairTokens, mesh: Mesh) -> BatchPl
     size = config.pairs_per_eval_batch
     order = Order(num_pairs=len(pairs), pairs_per_batch=size)
     option = "eval_batch_size" if config.eval_batch_size else "the evaluation's batch"
-    return BatchPlan(order, Padded(pairs, size, 1, _shards(mesh), option))
+    layout = Padded(pairs, size, 1, _shards(mesh), option, own_shards(mesh))
+    return BatchPlan(order, layout)
 
 
 def rows_of_batch(pairs: PairTokens, plan: BatchPlan, batch: int) -> str:

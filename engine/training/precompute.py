@@ -28,9 +28,10 @@ from engine.objective.scoring import (
     group_tokens,
     score_completions,
 )
+from engine.parallel import processes
 from engine.parallel.batch import Batch, abstract_batch, batch_specs, put_batch
 from engine.parallel.collectives import after
-from engine.parallel.sharding import DATA, param_specs
+from engine.parallel.sharding import DATA, param_specs, place
 from engine.training.compilation import Compiled, Request, compile_all, enough_memory
 from engine.training.fingerprint import fingerprint
 from engine.training.prepare import Prepared, step_options
@@ -197,7 +198,8 @@ def make_scoring_step(decoder: Decoder, scoring: ScoringOptions):
         in_specs=(param_specs(decoder.config, decoder.mesh), batch_specs()),
         out_specs=P(None, None, DATA),
     )
-    return jax.jit(sharded, compiler_options=COMPILER_OPTIONS)
+    whole = place(P(), decoder.mesh)  # for every process to read
+    return jax.jit(sharded, out_shardings=whole, compiler_options=COMPILER_OPTIONS)
 
 
 def _score(
@@ -224,7 +226,7 @@ def _score(
         total=num_batches,
         desc="reference",
         unit="batch",
-        disable=None if run.arguments.progress_bar else True,
+        disable=None if run.arguments.progress_bar and processes.is_first() else True,
     )
     with bar, enough_memory():
         for part in parts:

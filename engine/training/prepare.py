@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
+from engine import __version__
 from engine.config.dpo import DPOConfig
 from engine.data.batches import BatchPlan
 from engine.data.pair_streams import PairStream
@@ -29,8 +31,10 @@ from engine.errors import InputError
 from engine.models import DecoderConfig, max_positions
 from engine.objective.interface import LossOptions
 from engine.objective.scoring import ScoringOptions
+from engine.parallel import processes
 from engine.training.about import About
 from engine.training.checks import check_models, check_op
+from engine.training.identity import checksum_of_pairs, flat
 from engine.training.plans import (
     plan_evaluation,
     plan_stream,
@@ -156,6 +160,7 @@ def prepare(
             check_op(arguments, model, of, some, mesh)
     if isinstance(train, PairTokens):
         warn_beyond_positions(train, arguments.max_length, positions)
+    _check_processes(arguments, about, train, evaluations)
     return Prepared(
         arguments=arguments,
         mesh=mesh,
@@ -167,6 +172,27 @@ def prepare(
         eval_plans=eval_plans,
         about=about,
     )
+
+
+def _check_processes(
+    arguments: DPOConfig,
+    about: About,
+    train: PairTokens | PairStream,
+    evaluations: Mapping[str, PairTokens],
+) -> None:
+    """Refuse processes that would not compute the same.
+
+    Raises:
+        InputError: with the first thing that differs.
+    """
+    if processes.count() == 1:
+        return
+    pairs = train.head[1] if isinstance(train, PairStream) else train
+    sets = {"train_dataset": pairs} | {f"{x}dataset": y for x, y in evaluations.items()}
+    versions = {"dpo-engine": __version__, "jax": jax.__version__}
+    facts = flat(arguments, "trainer") | flat(about.config) | versions
+    facts |= {name: checksum_of_pairs(pairs) for name, pairs in sets.items()}
+    processes.check_same(facts, "the processes of this run differ")
 
 
 def _held_sets(

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from engine.models import Decoder
 from engine.objective.references import Reference, SyncedModel, shares_arrays
+from engine.parallel.sharding import whole
 from engine.training.checkpointing import Identity
 from engine.training.continuation import configuration
 from engine.training.gradients import Params
@@ -65,7 +66,7 @@ def starts_as_reference(
         return reference is None
     own_base = reference.config.adapter is None and shares_arrays(reference, policy)
     return own_base and not any(
-        np.any(jax.device_get(x.get_value()))
+        jax.jit(jnp.any, out_shardings=whole(x.get_value()))(x.get_value())
         for path, x in policy.variables().items()
         if str(path[-1]).endswith("_lora_b")
     )

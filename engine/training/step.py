@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
@@ -16,7 +17,7 @@ from engine.models.dropout import step_key
 from engine.objective.losses import Loss
 from engine.objective.references import Reference, reads_values
 from engine.objective.scoring import ScoringOptions
-from engine.parallel.batch import Batch, batch_specs
+from engine.parallel.batch import Batch, batch_specs, put_whole
 from engine.parallel.collectives import global_norm
 from engine.parallel.sharding import DATA, param_specs, place
 from engine.training.gradients import Objective, Params
@@ -136,7 +137,7 @@ def init_state(model: Decoder, optimizer: optax.GradientTransformation) -> Train
         lambda params: optimizer.init(float32_copy(params)),
         out_shardings=shardings.opt_state,
     )
-    step = jax.device_put(jnp.int32(0), shardings.step)
+    step = put_whole(np.int32(0), model.mesh)
     return TrainState(step=step, params=params, opt_state=init(params))
 
 
@@ -275,4 +276,6 @@ def _eval_step(
         ),
         out_specs=P(DATA) if each_pair else P(),
     )
-    return jax.jit(sharded, compiler_options=COMPILER_OPTIONS)
+    # What each pair gives is for every process to read.
+    out = place(P(), model.mesh) if each_pair else None
+    return jax.jit(sharded, out_shardings=out, compiler_options=COMPILER_OPTIONS)

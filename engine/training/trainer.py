@@ -8,17 +8,16 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 from engine.config.dpo import DPOConfig
 from engine.data.stream_plans import Plan
 from engine.errors import InputError
 from engine.models import Decoder, save_pretrained
 from engine.objective.references import Cached
-from engine.parallel.batch import Batch, abstract_batch
-from engine.parallel.sharding import place
+from engine.parallel import processes
+from engine.parallel.batch import Batch, abstract_batch, put_whole
 from engine.paths import as_path
 from engine.training.checkpointing import Checkpointing
 from engine.training.compilation import (
@@ -89,7 +88,8 @@ class Trainer:
         self.run = run = with_reference_values(run, model, reference_model)
         arguments = run.arguments
         metrics = MetricsFile(as_path(arguments.save_directory))
-        self._listeners = Listeners((metrics, *own_listeners(arguments), *listeners))
+        own = (metrics, *own_listeners(arguments)) if processes.is_first() else ()
+        self._listeners = Listeners((*own, *listeners))
         self._model_given = model
         self._reference = (
             Cached()
@@ -110,9 +110,8 @@ class Trainer:
             arrays=lambda: changing(self.state, self._reference),
             identity=lambda: identity(run, config, self._frozen, self._reference),
         )
-        whole = place(P(), model.mesh)
         self._numbers = jax.tree.map(
-            lambda x: jax.device_put(jnp.float32(x), whole), loss_options(arguments)
+            lambda x: put_whole(np.float32(x), model.mesh), loss_options(arguments)
         )
         self._train_step: Compiled | None = None
         self._eval_step: Compiled | None = None
@@ -162,6 +161,7 @@ class Trainer:
             )
             if found is not None:
                 self.state = take_back(found, self._reference)
+        self._checkpointing.begin(self.run.mesh)
         train_step, check = self._compile_for_training(), None
         if self._starts_as_reference and not self.progress.step:
             check = StartCheck(self.arguments, self.model.dtype)
@@ -205,7 +205,8 @@ class Trainer:
     def _described(self) -> Listener:
         """All listeners, of a run whose description is printed and will be kept."""
         programs = [x for x in (self._train_step, self._eval_step) if x is not None]
-        return Listeners((self._listeners, described(self.run, programs)))
+        kept = [described(self.run, programs)] if processes.is_first() else []
+        return Listeners((self._listeners, *kept))
 
     def _check_usable(self) -> None:
         if self._failure is not None:

@@ -5,12 +5,11 @@ import jax
 import numpy as np
 import pytest
 
+from engine.data.assembly import assemble, check_distinct
 from engine.data.batches import (
     BatchPlan,
     Order,
     Padded,
-    assemble,
-    check_distinct,
     prefetch,
 )
 from engine.data.shapes import choose_buckets
