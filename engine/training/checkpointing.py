@@ -13,7 +13,8 @@ from engine import __version__
 from engine.config.dpo import DPOConfig
 from engine.errors import InputError, Interrupted
 from engine.paths import as_path
-from engine.training.checkpoints import Store
+from engine.training.best import Best, BestModel
+from engine.training.checkpoints import Damaged, Store
 from engine.training.continuation import check_empty, check_not_over, of_another_run
 from engine.training.identity import check_same_run
 from engine.training.listeners import MetricsFile
@@ -36,6 +37,7 @@ class Checkpointing:
     Args:
         arrays: all that changes, as it is now.
         identity: of this run. It is asked once, if at all.
+        best: how evaluations are compared; the best one's step is saved.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Checkpointing:
         progress: Progress,
         arrays: Callable[[], Any],
         identity: Callable[[], Identity],
+        best: BestModel | None = None,
     ):
         self._arguments = arguments
         self._total_steps = total_steps
@@ -56,7 +59,10 @@ class Checkpointing:
         self._make_identity = identity
         self._identity: Identity | None = None
         self._directory = as_path(arguments.save_directory)
-        self._store = Store(self._directory, arguments.save_total_limit)
+        self._best = best
+        self._store = Store(
+            self._directory, arguments.save_total_limit, is_best=_was_best
+        )
         self._saves = arguments.save_steps is not None
         self._saved_at = time.monotonic()
         self.stop = Stop()
@@ -98,20 +104,27 @@ class Checkpointing:
             )
         finished = self._store.finished() or 0
         check_not_over(self._store, step, self._total_steps, finished)
+        self._check_not_stopped(step, facts)
         for bad in damaged:
             self._store.set_aside(bad)
-        named = _named(abstract)
-        # First: what was loaded for nothing would lie beside what is loaded now.
-        for array in _named(self._arrays()).values():
-            array.delete()
-        found = self._store.load(step, named)
+        found = self._load(step, abstract)
         self._progress.restore(facts["progress"])
         self._metrics.cut(facts["metrics_bytes"])
         self._saves = True
         logger.info("going on from the checkpoint of step %d", step)
-        return jax.tree.unflatten(
-            jax.tree.structure(abstract), [found[name] for name in named]
-        )
+        return found
+
+    def _check_not_stopped(self, step: int, facts: Any) -> None:
+        best = Best(**facts["progress"].get("best", {}))
+        if self._best is None or not self._best.is_over(best):
+            return
+        if (self._store.finished() or 0) >= step:
+            raise InputError(
+                f"the run in {self._directory} has stopped after step {step} "
+                f"({self._best.why_over(best)}), and its model is there; give another "
+                "save_directory to train anew, or a larger early_stopping_patience to "
+                "go on"
+            )
 
     def is_due(self, step: int) -> bool:
         """Whether to save after this step."""
@@ -119,12 +132,14 @@ class Checkpointing:
             self._arguments.save_steps,
             self._arguments.save_interval_minutes,
         )
-        since = time.monotonic() - self._saved_at
+        since, best = time.monotonic() - self._saved_at, self._progress.best
+        over = self._best is not None and self._best.is_over(best)
         return (
             self.stop.number is not None
+            or (self._best is not None and best.step == step)
             or (every is not None and step % every == 0)
             or (minutes is not None and since >= 60 * minutes)
-            or (step == self._total_steps and self._saves)
+            or ((over or step == self._total_steps) and self._saves)
         )
 
     def save(self) -> None:
@@ -154,6 +169,44 @@ class Checkpointing:
         ending = f"from step {older[-1]}" if older else "from the beginning"
         return f"{done}, which could not be saved; the same command goes on {ending}"
 
+    def load_best(self, abstract: Any) -> Any | None:
+        """The arrays of the best evaluation, or None where those that are there do.
+
+        They do where they are the best ones, and where those cannot be had.
+        """
+        assert self._best is not None
+        best, last = self._progress.best, self._progress.step
+        words = self._best.words(best)
+        if best.step in (0, last):
+            logger.info("%s: the model is that of the last step, %d", words, last)
+            return None
+        self._store.close()
+        try:
+            self._store.check(best.step)
+        except Damaged as error:
+            logger.error(
+                "%s, and %s cannot be loaded (%s): the model is that of the last step, "
+                "%d",
+                words,
+                self._store.path(best.step),
+                error,
+                last,
+            )
+            return None
+        found = self._load(best.step, abstract)
+        logger.info("%s: the model is that one, not the last step's, %d", words, last)
+        return found
+
+    def _load(self, step: int, abstract: Any) -> Any:
+        named = _named(abstract)
+        # First: what was loaded for nothing would lie beside what is loaded now.
+        for array in _named(self._arrays()).values():
+            array.delete()
+        found = self._store.load(step, named)
+        return jax.tree.unflatten(
+            jax.tree.structure(abstract), [found[name] for name in named]
+        )
+
     def newest(self) -> str:
         """Where a run that fails can be taken up, in words."""
         self._store.close()
@@ -168,11 +221,16 @@ class Checkpointing:
     def finished(self) -> None:
         """The run's model is saved."""
         if self._store.close() and self._store.steps():
-            self._store.mark_finished(self._total_steps)
+            self._store.mark_finished(self._progress.step)
 
     def close(self) -> None:
         """Wait for what is being written."""
         self._store.close()
+
+
+def _was_best(step: int, facts: Any) -> bool:
+    """Whether a checkpoint is that of the best evaluation until then."""
+    return facts["progress"].get("best", {}).get("step") == step
 
 
 def _named(tree: Any) -> dict[str, Any]:

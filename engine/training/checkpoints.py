@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,18 @@ class Store:
 
     Args:
         limit: how many are kept; None: all.
+        is_best: of a step and its facts; the newest of which it is true stays.
     """
 
-    def __init__(self, directory: Path, limit: int | None):
+    def __init__(
+        self,
+        directory: Path,
+        limit: int | None,
+        is_best: Callable[[int, Any], bool] = lambda step, facts: False,
+    ):
         self.directory = directory.absolute() / FOLDER  # as orbax wants it
         self._limit = limit
+        self._is_best = is_best
         self._pool: ThreadPoolExecutor | None = None
         self._writing: tuple[int, Future[None]] | None = None
 
@@ -100,9 +107,22 @@ class Store:
             os.rename(staging, self.path(step))
             _flush(self.directory)
         logger.info("saved a checkpoint of step %d in %s", step, self.path(step))
-        if self._limit is not None:
-            for old in self.steps()[: -self._limit]:
-                self._remove(old)
+        for old in self._too_many():
+            self._remove(old)
+
+    def _too_many(self) -> list[int]:
+        """What goes: the oldest, but neither the newest nor the best one."""
+        steps = self.steps()
+        if self._limit is None or len(steps) <= self._limit:
+            return []
+        kept = {steps[-1], next(filter(self._looks_best, steps[::-1]), steps[-1])}
+        others = [step for step in steps if step not in kept]
+        return others[: len(steps) - max(self._limit, len(kept))]
+
+    def _looks_best(self, step: int) -> bool:
+        with contextlib.suppress(OSError, ValueError):  # one that is damaged does not
+            return self._is_best(step, self.facts(step))
+        return False
 
     def _writes(self, step: int) -> contextlib.AbstractContextManager[None]:
         def explain(error: BaseException) -> str:

@@ -44,6 +44,9 @@ def describe(run: Prepared, programs: Iterable[Compiled] = ()) -> dict[str, str]
     for prefix, pairs in run.evaluations.items():
         name = prefix.rstrip("_").removeprefix("eval").lstrip("_")
         facts[f"evaluation {name}".rstrip()] = f"{_pairs(pairs)}; {_when(arguments)}"
+    if run.best_model is not None:
+        saved = "; the model that is saved" * arguments.load_best_model_at_end
+        facts["best"] = f"{run.best_model.rule()}{saved}"
     if memory := _memory(programs):
         facts["memory"] = memory
     facts["writes to"] = _written(arguments)
@@ -156,7 +159,9 @@ def _batches(arguments: DPOConfig, plan: Plan) -> str:
 
 def _when(arguments: DPOConfig) -> str:
     every = arguments.eval_steps
-    return "at the end" if every is None else f"every {every} steps and at the end"
+    first = "before the first step, " if arguments.eval_on_start else ""
+    often = "" if every is None else f"every {every} steps and "
+    return f"{first}{often}at the end"
 
 
 def _memory(programs: Iterable[Compiled]) -> str:
@@ -188,7 +193,8 @@ def _bytes(count: int) -> str:
 
 def _written(arguments: DPOConfig) -> str:
     what = ["metrics.jsonl", "run.json"]
-    if arguments.save_steps or arguments.save_interval_minutes:
+    saves = arguments.save_steps or arguments.save_interval_minutes
+    if saves or arguments.comparing:
         what.append("checkpoints/")
     if arguments.use_tensorboard:
         what.append("tensorboard/")

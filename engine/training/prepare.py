@@ -30,7 +30,9 @@ from engine.models import DecoderConfig, max_positions
 from engine.objective.interface import LossOptions
 from engine.objective.scoring import ScoringOptions
 from engine.training.about import About
+from engine.training.best import BestModel, best_model
 from engine.training.checks import check_models, check_op
+from engine.training.metrics import metric_names
 from engine.training.plans import (
     plan_evaluation,
     plan_stream,
@@ -66,6 +68,7 @@ class Prepared:
     evaluations: dict[str, PairTokens]  # by the prefix of their metrics' names
     eval_plans: dict[str, BatchPlan]
     about: About
+    best_model: BestModel | None = None  # how evaluations are compared
 
     @property
     def sets(self) -> dict[str, tuple[PairTokens, BatchPlan]]:
@@ -137,16 +140,17 @@ def prepare(
     positions = max_positions(model)
     if isinstance(train, PairStream):
         train = checked(train, model.vocab_size, positions)
-    if arguments.eval_steps is not None and not evaluations:
+    if not evaluations and (option := arguments.without_effect_alone()):
         raise InputError(
-            f"eval_steps={arguments.eval_steps} has no effect without an eval_dataset; "
-            "remove it or give some data to evaluate"
+            f"{option} has no effect without an eval_dataset; remove it or give some "
+            "data to evaluate"
         )
     if isinstance(train, PairStream):
         plan = plan_stream(arguments, train, mesh)
     else:
         plan = plan_training(arguments, train, mesh)
     check_schedule(arguments, plan.steps)
+    best = _best_model(arguments, tuple(evaluations), plan.steps)
     eval_plans = {
         prefix: plan_evaluation(arguments, pairs, mesh)
         for prefix, pairs in evaluations.items()
@@ -166,7 +170,28 @@ def prepare(
         evaluations=dict(evaluations),
         eval_plans=eval_plans,
         about=about,
+        best_model=best,
     )
+
+
+def _best_model(
+    arguments: DPOConfig, prefixes: tuple[str, ...], steps: int
+) -> BestModel | None:
+    """How evaluations are compared.
+
+    Raises:
+        InputError: a metric that there is not; or one evaluation only.
+    """
+    names = metric_names(arguments.loss, loss_options(arguments))
+    found = best_model(arguments, prefixes, names)
+    every = arguments.eval_steps
+    if found is not None and every is not None and every >= steps:
+        raise InputError(
+            f"{arguments.comparing} compares the evaluations of a run, and with "
+            f"eval_steps={every} there is one, at the end of its {steps} steps; lower "
+            "eval_steps"
+        )
+    return found
 
 
 def _held_sets(

@@ -97,6 +97,7 @@ class Trainer:
             identity=lambda: identity(
                 run, config, self._programs.frozen, self._reference
             ),
+            best=run.best_model,
         )
         self._failure: NotFinite | None = None
         self._saved = False
@@ -169,6 +170,7 @@ class Trainer:
             check_first=check,
             rows=self.run.rows_of_step,
             saving=self._checkpointing,
+            best=self.run.best_model,
         )
         with telling(self._described(), self.run.plan.steps, self.progress.step):
             try:
@@ -181,10 +183,20 @@ class Trainer:
             finally:
                 nnx.update(self._model_given, self.state.params)
                 self._checkpointing.close()
+            if self.arguments.load_best_model_at_end:
+                self._take_best()
             self.save_model(self.arguments.save_directory)
         self._checkpointing.finished()
         self._saved = True
         return self.progress.latest
+
+    def _take_best(self) -> None:
+        """Become the model that was the best, if it is another one."""
+        abstract = changing(self._programs.abstract_state, self._reference)
+        found = self._checkpointing.load_best(abstract)
+        if found is not None:
+            self.state = take_back(found, self._reference)
+            nnx.update(self._model_given, self.state.params)
 
     def _described(self) -> Listener:
         """All listeners, of a run whose description is printed and will be kept."""
