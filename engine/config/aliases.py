@@ -153,6 +153,16 @@ ALIASES = {
         "trainer.use_wandb", "true or false; so is trainer.use_tensorboard"
     ),
     "disable_tqdm": Alias("trainer.progress_bar", "the opposite"),
+    "generate_during_eval": Alias(
+        "trainer.generation_num_prompts", "how many held-out prompts are answered"
+    ),
+    "generation_prompts": Alias(
+        "trainer.generation_num_prompts", "the first held-out ones are taken"
+    ),
+    "generation_interval": Alias("trainer.eval_steps", "at each evaluation"),
+    "generation_seed": Alias("trainer.seed"),
+    "generation_do_sample": Alias("trainer.generation_temperature", "0: greedy"),
+    "max_new_tokens": Alias("trainer.generation_max_new_tokens"),
     "eval_strategy": Alias("trainer.eval_steps", "without it: once, at the end"),
     "evaluation_strategy": Alias("trainer.eval_steps", "without it: once, at the end"),
     "evaluation_steps": Alias("trainer.eval_steps"),

@@ -8,14 +8,20 @@ from engine.errors import InputError
 
 # Those that are nothing without held-out pairs. (What compares evaluations asks for
 # eval_steps.)
-_OF_HELD_OUT_PAIRS = ("eval_steps", "eval_batch_size", "eval_on_start")
+_OF_HELD_OUT_PAIRS = (
+    "eval_steps",
+    "eval_batch_size",
+    "eval_on_start",
+    "generation_num_prompts",
+)
+_MOST_PROMPTS = 1024  # which are continued all at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Options of evaluations during training, and of the best model by one of them.
+    """Options of evaluations: when, the best model by one of them, texts at each.
 
-    Names and meanings are those of transformers.
+    Names are those of transformers, and of EasyDeL for what is generated.
     """
 
     eval_on_start: bool = False  # evaluate before the first step too
@@ -29,6 +35,13 @@ class EvaluationConfig:
     # Evaluations in a row without a better one after which the run ends.
     early_stopping_patience: int | None = None
     early_stopping_threshold: float = 0.0  # by how much a better one must be better
+
+    # Held-out prompts of each evaluation set that policy and reference answer at each
+    # evaluation, in generations.jsonl. 0: none. There is no cache of keys and values: a
+    # token costs a pass forward over all of them.
+    generation_num_prompts: int = 0
+    generation_max_new_tokens: int = 64  # of an answer
+    generation_temperature: float = 0.0  # 0: the likeliest token each time
 
     @property
     def comparing(self) -> str | None:
@@ -61,6 +74,12 @@ class EvaluationConfig:
         if self.metric_for_best_model is None:
             reason = "without metric_for_best_model"
             check_unused(self, reason, "greater_is_better")
+        check_within(self, 0, _MOST_PROMPTS + 1, "generation_num_prompts")
+        check_count(self, "generation_max_new_tokens")
+        check_within(self, 0, float("inf"), "generation_temperature")
+        if not self.generation_num_prompts:
+            names = "generation_max_new_tokens", "generation_temperature"
+            check_unused(self, "without generation_num_prompts", *names)
         if self.comparing and eval_steps is None:
             raise InputError(
                 f"{self.comparing} compares the evaluations of a run, and without "

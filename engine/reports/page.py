@@ -137,13 +137,23 @@ def _generations(runs: Sequence[Run]) -> Iterator[str]:
     for prompt in prompts:
         yield f"<blockquote><p><b>{escape(prompt)}</b></p>"
         for run in runs:
-            for line in run.generations:
-                if line["prompt"] == prompt:
-                    name = "" if len(runs) == 1 else f"{run.name}, "
-                    said = f"{name}step {line.get('step')}"
-                    yield f'<p><span class="soft">{escape(said)}:</span> '
-                    yield f"{escape(line['text'])}</p>"
+            name = "" if len(runs) == 1 else f"{run.name}, "
+            lines = [line for line in run.generations if line["prompt"] == prompt]
+            for said, text in _answers(lines):
+                yield f'<p><span class="soft">{escape(name + said)}:</span> '
+                yield f"{escape(text)}</p>"
         yield "</blockquote>"
+
+
+def _answers(lines: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Whose answer to a prompt and which; a reference's once where it is the same."""
+    before = None
+    for line in lines:
+        step, reference = f"step {line.get('step')}", line.get("reference")
+        if isinstance(reference, str) and reference != before:
+            yield "reference" if before is None else f"reference, {step}", reference
+            before = reference
+        yield step, line["text"]
 
 
 def _facts(runs: Sequence[Run]) -> Iterator[str]:

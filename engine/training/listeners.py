@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,7 +16,8 @@ from tqdm import tqdm
 from engine.config.dpo import DPOConfig
 from engine.errors import InputError, stage
 from engine.paths import as_path
-from engine.training.events import Listener, Record, Step
+from engine.training.events import Generation, Listener, Record, Step
+from engine.training.generations import GenerationsFile, excerpt
 from engine.training.tensorboard import TensorBoard
 from engine.training.watch import FallingChosen
 
@@ -140,6 +141,15 @@ class Terminal(Listener):
         elif record.kind == "eval":
             self._bar.write(text)
 
+    def generated(self, step: int, generations: Sequence[Generation]) -> None:
+        """One of them above the bar; the others are in the file."""
+        assert self._bar is not None
+        text = f"step {step}: {excerpt(generations)}"
+        if self._bar.disable:
+            logger.info("%s", text)
+        else:
+            self._bar.write(text)
+
     def ended(self, error: BaseException | None) -> None:
         """Close the bar; it stays on the screen."""
         if self._bar is not None:
@@ -190,6 +200,7 @@ class WandB(Listener):
 
 def own_listeners(arguments: DPOConfig) -> Iterator[Listener]:
     """Those that every run tells after its `MetricsFile`, in their order."""
+    yield GenerationsFile(as_path(arguments.save_directory))
     yield Terminal(arguments.model_name, arguments.progress_bar)
     if not arguments.without_reference and "apo_down" not in arguments.losses:
         yield FallingChosen()

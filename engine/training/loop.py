@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -16,7 +16,7 @@ from engine.errors import Interrupted
 from engine.parallel.batch import Batch, put_batch
 from engine.training.best import BestModel
 from engine.training.evaluation import NotFinite, what_is_not_finite
-from engine.training.events import Listener, Record, Step
+from engine.training.events import Generation, Listener, Record, Step
 from engine.training.progress import MetricsWindow, Progress
 from engine.training.step import StepOut
 
@@ -59,6 +59,7 @@ class Loop:
         rows: which rows of the data a step's pairs are, in words.
         saving: asked after every step, when its evaluation is written.
         best: how evaluations are compared, and when the run stops for that.
+        generate: what is written to held-out prompts now, asked at each evaluation.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Loop:
         rows: Callable[[int], str],
         saving: Saving,
         best: BestModel | None = None,
+        generate: Callable[[], Sequence[Generation]] | None = None,
     ):
         self._arguments = arguments
         self._plan = plan
@@ -87,6 +89,7 @@ class Loop:
         self._rows = rows
         self._saving = saving
         self._best = best
+        self._generate = generate
 
     def run(self) -> None:
         """Every step that is left.
@@ -198,6 +201,8 @@ class Loop:
         for prefix, compute in self._evaluations.items():
             line = self._place(step) | dict(compute())
             self._tell("eval", prefix, step, line)
+        if self._generate is not None:
+            self._listener.generated(step, self._generate())
         if self._best is not None and step:
             self._best.hear(self._progress.best, step, self._progress.latest)
             if self._is_over():

@@ -14,7 +14,7 @@ from engine.config.dpo import DPOConfig
 from engine.data.stream_plans import Plan
 from engine.errors import InputError
 from engine.models import Decoder, save_pretrained
-from engine.objective.references import Cached
+from engine.objective.references import Cached, SyncedModel
 from engine.parallel.batch import Batch
 from engine.paths import as_path
 from engine.training.checkpointing import Checkpointing
@@ -23,7 +23,8 @@ from engine.training.compilation import (
     keep_programs,
 )
 from engine.training.evaluation import NotFinite, check_finite, evaluate
-from engine.training.events import Listener, Listeners, telling
+from engine.training.events import Generation, Listener, Listeners, telling
+from engine.training.generations import ask
 from engine.training.listeners import MetricsFile, own_listeners
 from engine.training.loop import Loop
 from engine.training.metrics import Sums
@@ -72,6 +73,8 @@ class Trainer:
         config: Mapping[str, Any] = MappingProxyType({}),
     ):
         keep_programs()
+        # Before the reference's weights may be freed.
+        self._answers = ask(run, model, reference_model)
         self.run = run = with_reference_values(run, model, reference_model)
         arguments = run.arguments
         metrics = MetricsFile(as_path(arguments.save_directory))
@@ -82,6 +85,8 @@ class Trainer:
             if run.reads_values
             else make_reference(model, reference_model, arguments)
         )
+        if self._answers is not None and isinstance(self._reference, SyncedModel):
+            self._answers.compile(self._reference.decoder)
         self._starts_as_reference = starts_as_reference(run, model, reference_model)
         steps = run.plan.steps
         optimizer = make_optimizer(arguments, model.config, run.mesh, steps)
@@ -171,6 +176,7 @@ class Trainer:
             rows=self.run.rows_of_step,
             saving=self._checkpointing,
             best=self.run.best_model,
+            generate=self._generate if self._answers is not None else None,
         )
         with telling(self._described(), self.run.plan.steps, self.progress.step):
             try:
@@ -189,6 +195,12 @@ class Trainer:
         self._checkpointing.finished()
         self._saved = True
         return self.progress.latest
+
+    def _generate(self) -> list[Generation]:
+        assert self._answers is not None
+        reference = self._reference
+        synced = reference.decoder if isinstance(reference, SyncedModel) else None
+        return self._answers(self.model, synced)
 
     def _take_best(self) -> None:
         """Become the model that was the best, if it is another one."""
