@@ -89,6 +89,9 @@ def _first_table(runs: Sequence[Run]) -> Iterator[str]:
             rows.append((label, [_course(points) for points in found]))
     rates = [_median(run.points("perf/tokens_per_second")) for run in runs]
     rows.append(("tokens/s, the median", rates))
+    peaks = [_most(run.points("memory/peak_bytes")) for run in runs]
+    if any(peaks):
+        rows.append(("most memory of a device", peaks))
     names = [run.name for run in runs] if len(runs) > 1 else [_COURSE]
     yield from _table(["", *names], rows, first="soft")
 
@@ -105,6 +108,11 @@ def _course(points: Sequence[tuple[float, float | None]]) -> str:
 def _median(points: Sequence[tuple[float, float | None]]) -> str:
     values = sorted(value for _, value in points if value is not None)
     return f"{values[len(values) // 2]:,.0f}" if values else ""
+
+
+def _most(points: Sequence[tuple[float, float | None]]) -> str:
+    values = [value for _, value in points if value is not None]
+    return f"{max(values) / 2**30:.2f} GiB" if values else ""
 
 
 def _number(value: float | None) -> str:

@@ -17,6 +17,7 @@ from engine.parallel.batch import Batch, put_batch
 from engine.training.best import BestModel
 from engine.training.evaluation import NotFinite, what_is_not_finite
 from engine.training.events import Generation, Listener, Record, Step
+from engine.training.memory import memory_metrics
 from engine.training.progress import MetricsWindow, Progress
 from engine.training.step import StepOut
 
@@ -195,7 +196,8 @@ class Loop:
         }
         if self._arguments.on_nonfinite == "skip":
             line["skipped_steps"] = self._progress.skipped
-        self._tell("train", "", done.step, line | self._window.close())
+        line |= self._window.close() | memory_metrics(self._mesh)
+        self._tell("train", "", done.step, line)
 
     def _evaluate(self, step: int) -> None:
         for prefix, compute in self._evaluations.items():
