@@ -78,7 +78,8 @@ class Trainer:
         self.run = run = with_reference_values(run, model, reference_model)
         arguments = run.arguments
         metrics = MetricsFile(as_path(arguments.save_directory))
-        self._listeners = Listeners((metrics, *own_listeners(arguments), *listeners))
+        own = own_listeners(arguments, run.about.config)
+        self._listeners = Listeners((metrics, *own, *listeners))
         self._model_given = model
         self._reference = (
             Cached()
