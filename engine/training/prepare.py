@@ -96,6 +96,11 @@ class Prepared:
         return self.arguments.precompute_ref_log_probs or self.has_values
 
     @property
+    def brings_values(self) -> bool:
+        """Whether the training set has the reference's log-probabilities with it."""
+        return isinstance(self.train, PairTokens) and self.train.ref_logps is not None
+
+    @property
     def has_values(self) -> bool:
         """Whether the data brings them all, so that no reference is needed."""
         if isinstance(self.train, PairStream):

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -42,7 +42,7 @@ from engine.training.resume import (
     take_back,
 )
 from engine.training.signals import finishing_steps
-from engine.training.start_check import StartCheck
+from engine.training.start_check import ReferenceCheck, StartCheck
 from engine.training.step import (
     StepOut,
     init_state,
@@ -74,6 +74,7 @@ class Trainer:
     ):
         keep_programs()
         # Before the reference's weights may be freed.
+        self._starts_as_reference = starts_as_reference(run, model, reference_model)
         self._answers = ask(run, model, reference_model)
         self.run = run = with_reference_values(run, model, reference_model)
         arguments = run.arguments
@@ -88,7 +89,6 @@ class Trainer:
         )
         if self._answers is not None and isinstance(self._reference, SyncedModel):
             self._answers.compile(self._reference.decoder)
-        self._starts_as_reference = starts_as_reference(run, model, reference_model)
         steps = run.plan.steps
         optimizer = make_optimizer(arguments, model.config, run.mesh, steps)
         self._programs = Programs(run, model, self._reference, optimizer)
@@ -154,8 +154,8 @@ class Trainer:
                 self.state = take_back(found, self._reference)
         programs, check = self._programs, None
         programs.compile(training=True)
-        if self._starts_as_reference and not self.progress.step:
-            check = StartCheck(self.arguments, self.model.dtype)
+        if not self.progress.step and not self.arguments.without_reference:
+            check = self._start_check()
 
         def dispatch(batch: Batch, step: int) -> StepOut:
             self.state, out = programs.train(self.state, batch)
@@ -196,6 +196,12 @@ class Trainer:
         self._checkpointing.finished()
         self._saved = True
         return self.progress.latest
+
+    def _start_check(self) -> Callable[[StepOut], None]:
+        arguments, dtype = self.arguments, self.model.dtype
+        if self._starts_as_reference:
+            return StartCheck(arguments, dtype)
+        return ReferenceCheck(self.run.model.vocab_size, dtype)
 
     def _generate(self) -> list[Generation]:
         assert self._answers is not None
