@@ -15,7 +15,6 @@ class Alias(NamedTuple):
 
 
 _BATCH = "pairs of one optimizer step over all devices and accumulation steps, not per "
-_NEVER = "the model of the last step is saved, in save_directory"
 _DTYPE = "bfloat16 or float32"
 _NO_CODE = "no code is run on rows; write the file as it is to be read"
 _NOT_QUANTISED = "parameters are bfloat16 or float32, see model.param_dtype"
@@ -154,6 +153,16 @@ ALIASES = {
         "trainer.use_wandb", "true or false; so is trainer.use_tensorboard"
     ),
     "disable_tqdm": Alias("trainer.progress_bar", "the opposite"),
+    "generate_during_eval": Alias(
+        "trainer.generation_num_prompts", "how many held-out prompts are answered"
+    ),
+    "generation_prompts": Alias(
+        "trainer.generation_num_prompts", "the first held-out ones are taken"
+    ),
+    "generation_interval": Alias("trainer.eval_steps", "at each evaluation"),
+    "generation_seed": Alias("trainer.seed"),
+    "generation_do_sample": Alias("trainer.generation_temperature", "0: greedy"),
+    "max_new_tokens": Alias("trainer.generation_max_new_tokens"),
     "eval_strategy": Alias("trainer.eval_steps", "without it: once, at the end"),
     "evaluation_strategy": Alias("trainer.eval_steps", "without it: once, at the end"),
     "evaluation_steps": Alias("trainer.eval_steps"),
@@ -161,7 +170,13 @@ ALIASES = {
         "trainer.eval_batch_size", "pairs over all devices, not per device"
     ),
     "save_strategy": Alias("trainer.save_steps", "or save_interval_minutes"),
-    "load_best_model_at_end": Alias(None, _NEVER),
+    "early_stopping": Alias(
+        "trainer.early_stopping_patience", "evaluations without a better one"
+    ),
+    "patience": Alias("trainer.early_stopping_patience"),
+    "best_metric": Alias("trainer.metric_for_best_model"),
+    "monitor": Alias("trainer.metric_for_best_model"),
+    "save_best_only": Alias("trainer.load_best_model_at_end"),
     "resume_from_checkpoint": Alias("trainer.resume", "true or false"),
     "push_to_hub": Alias(None, "nothing is uploaded; the model is in save_directory"),
     "hub_model_id": Alias(None, "nothing is uploaded; the model is in save_directory"),

@@ -22,7 +22,9 @@ class CheckpointConfig:
 
     save_steps: int | None = None  # optimizer steps between two checkpoints
     save_interval_minutes: float | None = 30.0  # between two; None: by steps alone
-    save_total_limit: int | None = 2  # the newest that are kept; None: every one
+    # The newest that are kept, and the best by metric_for_best_model, if that is given,
+    # for one of them; None: every one.
+    save_total_limit: int | None = 2
     # Go on from the newest checkpoint. False: begin anew, in an empty directory.
     resume: bool = True
 

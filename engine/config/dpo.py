@@ -6,6 +6,7 @@ from typing import Literal
 
 from dpo_kernels.op.backends import BACKENDS
 from engine.config.checkpoint import CheckpointConfig
+from engine.config.evaluation import EvaluationConfig
 from engine.config.fields import (
     check_choice,
     check_count,
@@ -27,8 +28,8 @@ _WORKSPACE_LIMIT = 2**40  # bytes: more than any device has
 
 @refuses_unknown
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig(CheckpointConfig, OptimizerConfig, LossConfig):
-    """Options of `DPOTrainer`; the bases have those of checkpoints, optimizer, loss.
+class DPOConfig(EvaluationConfig, CheckpointConfig, OptimizerConfig, LossConfig):
+    """Options of `DPOTrainer`; the bases have those of the groups below.
 
     They are named as in EasyDeL's run files, which this program reads, and as in TRL
     where EasyDeL has no such option.
@@ -129,6 +130,7 @@ class DPOConfig(CheckpointConfig, OptimizerConfig, LossConfig):
         check_float32(self)
         self._check_optimizer()
         self._check_checkpoints()
+        self._check_evaluation(self.eval_steps)
         check_within(self, 0, 2**32, "seed")
         if not 0 < self.ref_model_mixup_alpha <= 1:
             raise InputError(

@@ -186,15 +186,11 @@ class RunConfig:
                 "pairs of a data set that is held; remove it (num_rows bounds a source)"
             )
         if self.eval_mixture is None:
-            for name, value in (
-                ("eval_steps", self.trainer.eval_steps),
-                ("eval_batch_size", self.trainer.eval_batch_size),
-            ):
-                if value is not None:
-                    raise InputError(
-                        f"trainer.{name}={value} has no effect without eval_mixture; "
-                        "remove it or give some data to evaluate"
-                    )
+            if option := self.trainer.without_effect_alone():
+                raise InputError(
+                    f"trainer.{option} has no effect without eval_mixture; remove it "
+                    "or give some data to evaluate"
+                )
 
 
 def load_run_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

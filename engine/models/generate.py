@@ -1,8 +1,8 @@
-"""Full logits and greedy decoding: for tests and the demo, not for training."""
+"""Full logits, and texts that a model goes on with: to look at, not for training."""
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,11 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from engine.errors import InputError
 from engine.models.decoder import Decoder
-from engine.parallel.sharding import BATCH, DATA, FSDP, VOCAB, param_specs
+from engine.parallel.sharding import BATCH, DATA, FSDP, VOCAB, param_specs, place
 
 _LENGTH_STEP = 64  # buffers are a multiple of this long, so that few are compiled
 
@@ -54,29 +54,56 @@ def _full_logits(graphdef, state, tokens):
     return _forward(graphdef, state, tokens, None)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _greedy(graphdef, state, tokens, lengths, limits, eos_id):
-    """Appends the likeliest token to each row until `eos_id` or its limit."""
+class _Buffers(NamedTuple):
+    """Rows of tokens that are continued."""
+
+    tokens: Int[Array | np.ndarray, "R S"]
+    lengths: Int[Array | np.ndarray, " R"]
+    limits: Int[Array | np.ndarray, " R"]  # what a row may grow to
+    ends: Int[Array | np.ndarray, " n"]  # a token of these ends a row; -1: none
+    temperature: Float[Array | np.ndarray, ""]
+    seed: UInt32[Array | np.ndarray, ""]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _continue(
+    graphdef: Any, state: Any, buffers: _Buffers, drawn: bool
+) -> tuple[Array, Array]:
+    """Appends a token at a time to each row, until one that ends it or its limit.
+
+    The likeliest token, or one that is drawn: by the row and by how many came before
+    it, so that two models that agree draw the same.
+    """
+    tokens, lengths, limits, ends, temperature, seed = buffers
+    rows = jnp.arange(tokens.shape[0])
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
+
+    def choose(logits: Array, count: Array) -> Array:
+        if drawn:
+            keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, count)
+            noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+            logits = logits / temperature + noise
+        return jnp.argmax(logits, axis=-1).astype(tokens.dtype)
 
     def going(carry):
-        _, lengths, done = carry
+        _, lengths, done, _ = carry
         return jnp.any(~done & (lengths < limits))
 
     def step(carry):
-        tokens, lengths, done = carry
-        rows = jnp.arange(tokens.shape[0])
-        logits = _forward(graphdef, state, tokens, lengths - 1)
-        chosen = jnp.argmax(logits, axis=-1).astype(tokens.dtype)
+        tokens, lengths, done, count = carry
+        chosen = choose(_forward(graphdef, state, tokens, lengths - 1), count)
         active = ~done & (lengths < limits)
         at = jnp.minimum(lengths, tokens.shape[1] - 1)
         chosen = jnp.where(active, chosen, tokens[rows, at])
         tokens = tokens.at[rows, at].set(chosen)
-        done = done | (active & (chosen == eos_id))
-        return tokens, lengths + active.astype(lengths.dtype), done
+        done = done | (active & jnp.isin(chosen, ends))
+        return tokens, lengths + active.astype(lengths.dtype), done, count + 1
 
     done = jnp.zeros(lengths.shape, bool)
-    tokens, lengths, _ = lax.while_loop(going, step, (tokens, lengths, done))
-    return tokens, lengths
+    carry = tokens, lengths, done, jnp.int32(0)
+    tokens, lengths, _, _ = lax.while_loop(going, step, carry)
+    whole = place(P(), nnx.merge(graphdef, state).mesh)  # for every process to read
+    return lax.with_sharding_constraint((tokens, lengths), whole)
 
 
 def _row_multiple(model: Decoder) -> int:
@@ -94,6 +121,89 @@ def full_logits(model: Decoder, tokens: Int[Array, "R S"]) -> Float[Array, "R S 
     return _full_logits(graphdef, state, padded)[:rows]
 
 
+class Generator:
+    """Continues some prompts: every call with the same ones, in programs made ahead.
+
+    Every token runs the whole buffer (there is no cache of keys and values): a call
+    costs as many passes forward as it makes tokens, over all prompts at once.
+
+    Args:
+        ends: a token of these ends a continuation, and is its last.
+        temperature: 0: the likeliest token each time.
+        seed: of what is drawn otherwise.
+    """
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        ends: Collection[int],
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ):
+        if not prompt_ids or min(map(len, prompt_ids)) == 0:
+            raise InputError("generation needs at least one prompt, and no empty ones")
+        self._prompts = [list(map(int, prompt)) for prompt in prompt_ids]
+        self._max_new_tokens = max_new_tokens
+        self._ends = sorted(ends) or [-1]
+        self._temperature, self._seed = temperature, seed
+        self._programs: dict[Any, jax.stages.Compiled] = {}
+
+    def __call__(self, model: Decoder) -> list[list[int]]:
+        """The continuation of each prompt, without it."""
+        found = self.compile(model)(nnx.split(model)[1], self._buffers(model))
+        out, ends = map(np.asarray, found)
+        return [
+            out[row, len(prompt) : ends[row]].tolist()
+            for row, prompt in enumerate(self._prompts)
+        ]
+
+    def compile(self, model: Decoder) -> jax.stages.Compiled:
+        """The program for models like this one."""
+        graphdef, state = nnx.split(model)
+        kind = graphdef, *((x.shape, x.dtype) for x in jax.tree.leaves(state))
+        if kind not in self._programs:
+            drawn = self._temperature > 0
+            self._programs[kind] = _continue.lower(
+                graphdef, _abstract(model, state), self._buffers(model), drawn
+            ).compile()
+        return self._programs[kind]
+
+    def _buffers(self, model: Decoder) -> _Buffers:
+        starts = [len(prompt) for prompt in self._prompts]
+        length = max(starts) + self._max_new_tokens
+        length = -(-length // _LENGTH_STEP) * _LENGTH_STEP
+        rows = len(starts) + -len(starts) % _row_multiple(model)
+        tokens = np.zeros((rows, length), np.int32)
+        lengths = np.ones(rows, np.int32)
+        limits = np.ones(rows, np.int32)  # what only fills the mesh has nothing to add
+        for row, prompt in enumerate(self._prompts):
+            tokens[row, : starts[row]] = prompt
+            lengths[row] = starts[row]
+            limits[row] = starts[row] + self._max_new_tokens
+        return _Buffers(
+            tokens,
+            lengths,
+            limits,
+            ends=np.asarray(self._ends, np.int32),
+            temperature=np.asarray(self._temperature, np.float32),
+            seed=np.asarray(self._seed, np.uint32),
+        )
+
+
+def _abstract(model: Decoder, state: Any) -> Any:
+    """A model's state where training leaves it."""
+    specs = param_specs(model.config, model.mesh)
+    return jax.tree.map(
+        lambda x, spec: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=place(spec, model.mesh)
+        ),
+        state,
+        specs,
+    )
+
+
 def greedy_generate(
     model: Decoder,
     prompt_ids: Sequence[Sequence[int]],
@@ -102,22 +212,7 @@ def greedy_generate(
 ) -> list[list[int]]:
     """The likeliest continuation of each prompt, without it; an `eos_id` ends it.
 
-    Every step runs the whole buffer (no cache): for small models and short texts.
+    For small models and short texts: see `Generator`.
     """
-    if not prompt_ids or min(map(len, prompt_ids)) == 0:
-        raise InputError("generation needs at least one prompt, and no empty ones")
-    starts = [len(prompt) for prompt in prompt_ids]
-    length = max(starts) + max_new_tokens
-    length = -(-length // _LENGTH_STEP) * _LENGTH_STEP
-    rows = len(starts) + -len(starts) % _row_multiple(model)
-    tokens = np.zeros((rows, length), np.int32)
-    lengths = np.ones(rows, np.int32)
-    limits = np.ones(rows, np.int32)  # rows that only fill the mesh have nothing to add
-    for row, prompt in enumerate(prompt_ids):
-        tokens[row, : starts[row]] = prompt
-        lengths[row] = starts[row]
-        limits[row] = starts[row] + max_new_tokens
-    graphdef, state = nnx.split(model)
-    eos = np.int32(-1 if eos_id is None else eos_id)
-    out, ends = map(np.asarray, _greedy(graphdef, state, tokens, lengths, limits, eos))
-    return [out[row, start : ends[row]].tolist() for row, start in enumerate(starts)]
+    ends = () if eos_id is None else (eos_id,)
+    return Generator(prompt_ids, max_new_tokens, ends)(model)

@@ -103,6 +103,11 @@ class FrozenModel(Reference):
         self._graphdef, self.operands = nnx.split(decoder)
         self.specs = param_specs(decoder.config, decoder.mesh)
 
+    @property
+    def decoder(self) -> Decoder:
+        """The model as it is now."""
+        return nnx.merge(self._graphdef, self.operands)
+
     def logps(
         self,
         operands: Any,

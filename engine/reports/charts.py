@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from engine.reports.curves import Chart, Series, thinned
-from engine.reports.runs import Run
+from engine.reports.runs import Points, Run
 
 COLOURS = 8  # of the page's palette
 
@@ -41,6 +41,7 @@ _PLANS = (
     _Plan("Learning rate", "of each update", ("learning_rate",)),
     _Plan("Throughput", "tokens a second", ("perf/tokens_per_second",)),
     _Plan("Step time", "seconds a step", ("perf/step_seconds",)),
+    _Plan("Memory", "GiB, the most of a device so far", ("memory/peak_bytes",)),
     _Plan("Entropy", "nats a scored token", ("entropy",)),
     _Plan("Token accuracy", "chosen tokens that are top-1", ("mean_token_accuracy",)),
     _Plan("Mean logits", "of scored tokens", _sides("logits")),
@@ -59,6 +60,13 @@ def charts(runs: Sequence[Run]) -> Iterator[Chart]:
                 limits=plan.limits,
                 line=plan.line,
             )
+
+
+def _scaled(points: Points, plan: _Plan) -> Points:
+    """In the plan's unit: bytes are told in GiB."""
+    if not plan.unit.startswith("GiB"):
+        return points
+    return [(x, None if y is None else y / 2**30) for x, y in points]
 
 
 def set_name(prefix: str) -> str:
@@ -83,7 +91,7 @@ def _series(plan: _Plan, run: Run, place: int, runs: Sequence[Run]) -> Iterator[
             yield Series(
                 label=label,
                 colour=colour % COLOURS,
-                points=thinned(points),
+                points=thinned(_scaled(points, plan)),
                 marked=bool(prefix),
                 dashed=not alone and j > 0,
             )

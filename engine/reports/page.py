@@ -89,6 +89,9 @@ def _first_table(runs: Sequence[Run]) -> Iterator[str]:
             rows.append((label, [_course(points) for points in found]))
     rates = [_median(run.points("perf/tokens_per_second")) for run in runs]
     rows.append(("tokens/s, the median", rates))
+    peaks = [_most(run.points("memory/peak_bytes")) for run in runs]
+    if any(peaks):
+        rows.append(("most memory of a device", peaks))
     names = [run.name for run in runs] if len(runs) > 1 else [_COURSE]
     yield from _table(["", *names], rows, first="soft")
 
@@ -105,6 +108,11 @@ def _course(points: Sequence[tuple[float, float | None]]) -> str:
 def _median(points: Sequence[tuple[float, float | None]]) -> str:
     values = sorted(value for _, value in points if value is not None)
     return f"{values[len(values) // 2]:,.0f}" if values else ""
+
+
+def _most(points: Sequence[tuple[float, float | None]]) -> str:
+    values = [value for _, value in points if value is not None]
+    return f"{max(values) / 2**30:.2f} GiB" if values else ""
 
 
 def _number(value: float | None) -> str:
@@ -137,13 +145,23 @@ def _generations(runs: Sequence[Run]) -> Iterator[str]:
     for prompt in prompts:
         yield f"<blockquote><p><b>{escape(prompt)}</b></p>"
         for run in runs:
-            for line in run.generations:
-                if line["prompt"] == prompt:
-                    name = "" if len(runs) == 1 else f"{run.name}, "
-                    said = f"{name}step {line.get('step')}"
-                    yield f'<p><span class="soft">{escape(said)}:</span> '
-                    yield f"{escape(line['text'])}</p>"
+            name = "" if len(runs) == 1 else f"{run.name}, "
+            lines = [line for line in run.generations if line["prompt"] == prompt]
+            for said, text in _answers(lines):
+                yield f'<p><span class="soft">{escape(name + said)}:</span> '
+                yield f"{escape(text)}</p>"
         yield "</blockquote>"
+
+
+def _answers(lines: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Whose answer to a prompt and which; a reference's once where it is the same."""
+    before = None
+    for line in lines:
+        step, reference = f"step {line.get('step')}", line.get("reference")
+        if isinstance(reference, str) and reference != before:
+            yield "reference" if before is None else f"reference, {step}", reference
+            before = reference
+        yield step, line["text"]
 
 
 def _facts(runs: Sequence[Run]) -> Iterator[str]:

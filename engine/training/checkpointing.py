@@ -17,8 +17,14 @@ from engine.errors import InputError, Interrupted, stage
 from engine.parallel import processes
 from engine.parallel.agreement import Agreement, Asked
 from engine.paths import as_path
+from engine.training.best import BestModel
 from engine.training.checkpoints import Store
-from engine.training.continuation import check_empty, check_not_over, of_another_run
+from engine.training.continuation import (
+    check_empty,
+    check_not_over,
+    check_not_stopped,
+    of_another_run,
+)
 from engine.training.identity import check_same_run
 from engine.training.listeners import MetricsFile
 from engine.training.progress import Progress
@@ -40,6 +46,7 @@ class Checkpointing:
     Args:
         arrays: all that changes, as it is now.
         identity: of this run. It is asked once, if at all.
+        best: how evaluations are compared; the best one's step is saved.
     """
 
     def __init__(
@@ -51,6 +58,7 @@ class Checkpointing:
         progress: Progress,
         arrays: Callable[[], Any],
         identity: Callable[[], Identity],
+        best: BestModel | None = None,
     ):
         self._arguments = arguments
         self._total_steps = total_steps
@@ -60,7 +68,10 @@ class Checkpointing:
         self._make_identity = identity
         self._identity: Identity | None = None
         self._directory = as_path(arguments.save_directory)
-        self._store = Store(self._directory, arguments.save_total_limit)
+        self._best = best
+        self._store = Store(
+            self._directory, arguments.save_total_limit, is_best=_was_best
+        )
         self._saves = arguments.save_steps is not None
         self._saved_at = time.monotonic()
         self._agree: Agreement | None = None
@@ -100,21 +111,16 @@ class Checkpointing:
                 f"{now.weights}); bring them back, or give another save_directory"
             )
         check_not_over(self._store, step, self._total_steps, finished)
+        check_not_stopped(self._store, step, self._best, facts, finished)
         if processes.is_first():
             for bad in damaged:
                 self._store.set_aside(bad)
             self._metrics.cut(facts["metrics_bytes"])
-        named = _named(abstract)
-        # First: what was loaded for nothing would lie beside what is loaded now.
-        for array in _named(self._arrays()).values():
-            array.delete()
-        loaded = self._store.load(step, named)
+        found = self._load(step, abstract)
         self._progress.restore(facts["progress"])
         self._saves = True
         logger.info("going on from the checkpoint of step %d", step)
-        return jax.tree.unflatten(
-            jax.tree.structure(abstract), [loaded[name] for name in named]
-        )
+        return found
 
     def _look(self) -> tuple[int, list[int], int, Any] | None:
         """The newest good checkpoint's step, damaged ones, where it ended, and facts.
@@ -167,15 +173,17 @@ class Checkpointing:
             self._arguments.save_steps,
             self._arguments.save_interval_minutes,
         )
-        since = time.monotonic() - self._saved_at
+        since, best = time.monotonic() - self._saved_at, self._progress.best
         late = minutes is not None and since >= 60 * minutes and processes.is_first()
         asked = Asked(stop=self.stop.number or 0, save=int(late))
         self._asked = self._agree(asked) if self._agree is not None else asked
+        over = self._best is not None and self._best.is_over(best)
         return bool(
             self._asked.stop
             or self._asked.save
+            or (self._best is not None and best.step == step)
             or (every is not None and step % every == 0)
-            or (step == self._total_steps and self._saves)
+            or ((over or step == self._total_steps) and self._saves)
         )
 
     def save(self) -> None:
@@ -210,6 +218,43 @@ class Checkpointing:
         ending = f"from step {older[-1]}" if older else "from the beginning"
         return f"{done}, which could not be saved; the same command goes on {ending}"
 
+    def load_best(self, abstract: Any) -> Any | None:
+        """The arrays of the best evaluation, or None where those that are there do.
+
+        They do where they are the best ones, and where those cannot be had.
+        """
+        assert self._best is not None
+        best, last = self._progress.best, self._progress.step
+        words = self._best.words(best)
+        if best.step in (0, last):
+            logger.info("%s: the model is that of the last step, %d", words, last)
+            return None
+        self._store.close()
+        damage = processes.first_decides(lambda: self._store.damage(best.step))
+        if damage is not None:
+            logger.error(
+                "%s, and %s cannot be loaded (%s): the model is that of the last step, "
+                "%d",
+                words,
+                self._store.path(best.step),
+                damage,
+                last,
+            )
+            return None
+        found = self._load(best.step, abstract)
+        logger.info("%s: the model is that one, not the last step's, %d", words, last)
+        return found
+
+    def _load(self, step: int, abstract: Any) -> Any:
+        named = _named(abstract)
+        # First: what was loaded for nothing would lie beside what is loaded now.
+        for array in _named(self._arrays()).values():
+            array.delete()
+        found = self._store.load(step, named)
+        return jax.tree.unflatten(
+            jax.tree.structure(abstract), [found[name] for name in named]
+        )
+
     def newest(self) -> str:
         """Where a run that fails can be taken up, in words."""
         self._store.close()
@@ -224,11 +269,16 @@ class Checkpointing:
     def finished(self) -> None:
         """The run's model is saved."""
         if self._store.close() and processes.is_first() and self._store.steps():
-            self._store.mark_finished(self._total_steps)
+            self._store.mark_finished(self._progress.step)
 
     def close(self) -> None:
         """Wait for what is being written."""
         self._store.close()
+
+
+def _was_best(step: int, facts: Any) -> bool:
+    """Whether a checkpoint is that of the best evaluation until then."""
+    return facts["progress"].get("best", {}).get("step") == step
 
 
 def _named(tree: Any) -> dict[str, Any]:

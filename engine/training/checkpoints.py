@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,18 @@ class Store:
 
     Args:
         limit: how many are kept; None: all.
+        is_best: of a step and its facts; the newest of which it is true stays.
     """
 
-    def __init__(self, directory: Path, limit: int | None):
+    def __init__(
+        self,
+        directory: Path,
+        limit: int | None,
+        is_best: Callable[[int, Any], bool] = lambda step, facts: False,
+    ):
         self.directory = directory.absolute() / FOLDER  # as orbax wants it
         self._limit = limit
+        self._is_best = is_best
         self._pool: ThreadPoolExecutor | None = None
         self._writing: tuple[int, Future[None]] | None = None
         self._number = itertools.count()  # of a save
@@ -124,9 +131,22 @@ class Store:
             os.rename(staging, self.path(step))
             _flush(self.directory)
         logger.info("saved a checkpoint of step %d in %s", step, self.path(step))
-        if self._limit is not None:
-            for old in self.steps()[: -self._limit]:
-                self._remove(old)
+        for old in self._too_many():
+            self._remove(old)
+
+    def _too_many(self) -> list[int]:
+        """What goes: the oldest, but neither the newest nor the best one."""
+        steps = self.steps()
+        if self._limit is None or len(steps) <= self._limit:
+            return []
+        kept = {steps[-1], next(filter(self._looks_best, steps[::-1]), steps[-1])}
+        others = [step for step in steps if step not in kept]
+        return others[: len(steps) - max(self._limit, len(kept))]
+
+    def _looks_best(self, step: int) -> bool:
+        with contextlib.suppress(OSError, ValueError):  # one that is damaged does not
+            return self._is_best(step, self.facts(step))
+        return False
 
     def _writes(self, step: int) -> contextlib.AbstractContextManager[None]:
         def explain(error: BaseException) -> str:
@@ -193,22 +213,21 @@ class Store:
         Raises:
             InputError: there are some, and none is good.
         """
-        damaged: list[tuple[int, Damaged]] = []
+        damaged: list[tuple[int, str]] = []
         for step in reversed(self.steps()):
-            try:
-                self.check(step, contents)
-            except Damaged as error:
-                logger.error("%s: %s; it is not used", self.path(step), error)
-                damaged.append((step, error))
+            damage = self.damage(step, contents)
+            if damage is not None:
+                logger.error("%s: %s; it is not used", self.path(step), damage)
+                damaged.append((step, damage))
                 continue
             if damaged:
                 logger.error("going back to the checkpoint of step %d", step)
             return step, [bad for bad, _ in damaged]
         if damaged:
-            step, error = damaged[0]
+            step, damage = damaged[0]
             raise InputError(
                 f"{self.directory} has no checkpoint that is whole (the newest, of step"
-                f" {step}: {error}); nothing there was changed: bring the files back, "
+                f" {step}: {damage}); nothing there was changed: bring the files back, "
                 "or give another save_directory to begin anew"
             )
         return None, []
@@ -222,13 +241,17 @@ class Store:
             os.rename(self.path(step), aside)
         logger.error("kept the damaged checkpoint as %s", aside)
 
-    def check(self, step: int, contents: bool = True) -> None:
-        """That every file is as it was written; without `contents`, arrays by size.
+    def damage(self, step: int, contents: bool = True) -> str | None:
+        """What is not as it was written, naming the file; None: everything is.
 
-        Raises:
-            Damaged: naming the file.
+        Args:
+            contents: look into the arrays, too, and not at their sizes alone.
         """
-        check(self.path(step), None if contents else {_RUN})
+        try:
+            check(self.path(step), None if contents else {_RUN})
+        except Damaged as error:
+            return str(error)
+        return None
 
     def facts(self, step: int) -> Any:
         """What was saved beside the arrays, of a checkpoint that is whole."""

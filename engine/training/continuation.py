@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from engine.data.pair_streams import PairStream
 from engine.errors import InputError
 from engine.paths import as_path
+from engine.training.best import Best, BestModel
 from engine.training.checkpoints import Store
 from engine.training.identity import check_same_run, checksum_of_pairs, flat
 from engine.training.prepare import Prepared
@@ -53,7 +54,8 @@ def check_continuation(run: Prepared, config: Mapping[str, Any]) -> Continuation
     step, _ = store.newest(contents=False)
     if step is None:
         return None
-    then = store.facts(step)["identity"]["config"]
+    facts = store.facts(step)
+    then = facts["identity"]["config"]
     # As JSON has it: what is compared has been there.
     now = json.loads(json.dumps(configuration(run, config)))
     if run.reads_values and not run.has_values:
@@ -63,7 +65,9 @@ def check_continuation(run: Prepared, config: Mapping[str, Any]) -> Continuation
         )
     where = of_another_run(store, step)
     changes = check_same_run(then, now, run.arguments, where)
-    check_not_over(store, step, run.plan.steps, store.finished() or 0)
+    finished = store.finished() or 0
+    check_not_over(store, step, run.plan.steps, finished)
+    check_not_stopped(store, step, run.best_model, facts, finished)
     return Continuation(store.path(step), changes)
 
 
@@ -107,3 +111,28 @@ def check_not_over(store: Store, step: int, total: int, finished: int) -> None:
             "steps to go on (num_train_epochs, or max_training_steps; with a "
             "schedule that does not end with the run)"
         )
+
+
+def check_not_stopped(
+    store: Store,
+    step: int,
+    best_model: BestModel | None,
+    facts: Mapping[str, Any],
+    finished: int,
+) -> None:
+    """Refuse a run that has stopped early, and whose model is saved.
+
+    Args:
+        facts: of the checkpoint of this step.
+        finished: after how many steps its model was saved; 0: it was not.
+    Raises:
+        InputError: saying what to do.
+    """
+    best = Best(**facts["progress"].get("best", {}))
+    if best_model is None or not best_model.is_over(best) or finished < step:
+        return
+    raise InputError(
+        f"the run in {store.directory.parent} has stopped after step {step} "
+        f"({best_model.why_over(best)}), and its model is there; give another "
+        "save_directory to train anew, or a larger early_stopping_patience to go on"
+    )

@@ -44,6 +44,11 @@ def describe(run: Prepared, programs: Iterable[Compiled] = ()) -> dict[str, str]
     for prefix, pairs in run.evaluations.items():
         name = prefix.rstrip("_").removeprefix("eval").lstrip("_")
         facts[f"evaluation {name}".rstrip()] = f"{_pairs(pairs)}; {_when(arguments)}"
+    if run.best_model is not None:
+        saved = "; the model that is saved" * arguments.load_best_model_at_end
+        facts["best"] = f"{run.best_model.rule()}{saved}"
+    if arguments.generation_num_prompts and run.evaluations:
+        facts["answers"] = _answers(run)
     if memory := _memory(programs):
         facts["memory"] = memory
     facts["writes to"] = _written(arguments)
@@ -156,7 +161,21 @@ def _batches(arguments: DPOConfig, plan: Plan) -> str:
 
 def _when(arguments: DPOConfig) -> str:
     every = arguments.eval_steps
-    return "at the end" if every is None else f"every {every} steps and at the end"
+    first = "before the first step, " if arguments.eval_on_start else ""
+    often = "" if every is None else f"every {every} steps and "
+    return f"{first}{often}at the end"
+
+
+def _answers(run: Prepared) -> str:
+    arguments = run.arguments
+    count, most = arguments.generation_num_prompts, arguments.generation_max_new_tokens
+    of = " of each set" if len(run.evaluations) > 1 else ""
+    heat = arguments.generation_temperature
+    how = f"drawn at temperature {heat:g}" if heat else "the likeliest token each time"
+    who = "policy and reference"
+    if arguments.without_reference or run.has_values:
+        who = "the policy (there is no reference model)"
+    return f"of {who} to {count} held-out prompts{of}, at most {most} tokens, {how}"
 
 
 def _memory(programs: Iterable[Compiled]) -> str:
@@ -188,8 +207,11 @@ def _bytes(count: int) -> str:
 
 def _written(arguments: DPOConfig) -> str:
     what = ["metrics.jsonl", "run.json"]
-    if arguments.save_steps or arguments.save_interval_minutes:
+    saves = arguments.save_steps or arguments.save_interval_minutes
+    if saves or arguments.comparing:
         what.append("checkpoints/")
+    if arguments.generation_num_prompts:
+        what.append("generations.jsonl")
     if arguments.use_tensorboard:
         what.append("tensorboard/")
     if arguments.use_wandb:

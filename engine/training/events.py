@@ -1,7 +1,7 @@
 """What a run tells while it goes on, and who may listen."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +27,16 @@ class Record:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What is written to a held-out prompt."""
+
+    prompt: str
+    text: str  # the policy's answer
+    reference: str | None  # the reference's; None: there is none to ask
+    set_name: str = ""  # of the evaluation set, where sets have names
+
+
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """One optimizer step that is done."""
 
@@ -46,6 +56,9 @@ class Listener:
 
     def recorded(self, record: Record) -> None:
         """There is a line of metrics."""
+
+    def generated(self, step: int, generations: Sequence[Generation]) -> None:
+        """There are answers to the held-out prompts, after so many steps."""
 
     def ended(self, error: BaseException | None) -> None:
         """The run is over: what ended it, or None."""
@@ -71,6 +84,11 @@ class Listeners(Listener):
         """Tell everyone."""
         for listener in self._all:
             listener.recorded(record)
+
+    def generated(self, step: int, generations: Sequence[Generation]) -> None:
+        """Tell everyone."""
+        for listener in self._all:
+            listener.generated(step, generations)
 
     def ended(self, error: BaseException | None) -> None:
         """Tell everyone, also where one of them raises."""

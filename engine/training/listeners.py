@@ -1,14 +1,12 @@
-"""Where lines of metrics go: `metrics.jsonl`, the terminal, Weights & Biases."""
+"""Where lines of metrics go: `metrics.jsonl`, the terminal, and all the others."""
 
-import contextlib
-import dataclasses
-import importlib
 import json
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 from tqdm import tqdm
@@ -16,8 +14,10 @@ from tqdm import tqdm
 from engine.config.dpo import DPOConfig
 from engine.errors import InputError, stage
 from engine.paths import as_path
-from engine.training.events import Listener, Record, Step
+from engine.training.events import Generation, Listener, Record, Step
+from engine.training.generations import GenerationsFile, excerpt
 from engine.training.tensorboard import TensorBoard
+from engine.training.wandb_run import WandB
 from engine.training.watch import FallingChosen
 
 logger = logging.getLogger(__name__)
@@ -140,60 +140,34 @@ class Terminal(Listener):
         elif record.kind == "eval":
             self._bar.write(text)
 
+    def generated(self, step: int, generations: Sequence[Generation]) -> None:
+        """One of them above the bar; the others are in the file."""
+        assert self._bar is not None
+        text = f"step {step}: {excerpt(generations)}"
+        if self._bar.disable:
+            logger.info("%s", text)
+        else:
+            self._bar.write(text)
+
     def ended(self, error: BaseException | None) -> None:
         """Close the bar; it stays on the screen."""
         if self._bar is not None:
             self._bar.close()
 
 
-class WandB(Listener):
-    """A run of Weights & Biases; DPOConfig has checked that it is installed."""
+def own_listeners(
+    arguments: DPOConfig, config: Mapping[str, Any] = MappingProxyType({})
+) -> Iterator[Listener]:
+    """Those that every run tells after its `MetricsFile`, in their order.
 
-    def __init__(self, arguments: DPOConfig, directory: Path):
-        self._arguments = arguments
-        self._directory = directory
-        self._run: Any = None
-        self._warned = False
-
-    def started(self, total_steps: int, done: int) -> None:
-        """Begin the run."""
-        with stage("Weights & Biases cannot begin a run", "or set use_wandb to false"):
-            self._run = importlib.import_module("wandb").init(
-                name=self._arguments.model_name,
-                dir=str(self._directory),
-                config=dataclasses.asdict(self._arguments),
-            )
-
-    def recorded(self, record: Record) -> None:
-        """Log the line under its step."""
-        assert self._run is not None
-        with self._forgiven("takes no more metrics"):
-            self._run.log(dict(record.metrics), step=record.step)
-
-    def ended(self, error: BaseException | None) -> None:
-        """End the run."""
-        if self._run is not None:
-            with self._forgiven("did not end the run"):
-                self._run.finish(exit_code=int(error is not None))
-
-    @contextlib.contextmanager
-    def _forgiven(self, what: str) -> Iterator[None]:
-        """A service that is away is no reason to stop training: one warning."""
-        try:
-            with stage(f"Weights & Biases {what}"):
-                yield
-        except InputError as error:
-            if not self._warned:
-                logger.warning("%s; training goes on", error)
-            self._warned = True
-
-
-def own_listeners(arguments: DPOConfig) -> Iterator[Listener]:
-    """Those that every run tells after its `MetricsFile`, in their order."""
+    config: the whole one, by section, for who keeps it.
+    """
+    yield GenerationsFile(as_path(arguments.save_directory))
     yield Terminal(arguments.model_name, arguments.progress_bar)
     if not arguments.without_reference and "apo_down" not in arguments.losses:
         yield FallingChosen()
     if arguments.use_tensorboard:
         yield TensorBoard(as_path(arguments.save_directory))
     if arguments.use_wandb:
-        yield WandB(arguments, as_path(arguments.save_directory))
+        directory = as_path(arguments.save_directory)
+        yield WandB(arguments.model_name, directory, config)

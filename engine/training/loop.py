@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -14,8 +14,10 @@ from engine.data.batches import prefetch
 from engine.data.stream_plans import Plan
 from engine.errors import Interrupted
 from engine.parallel.batch import Batch, put_batch
+from engine.training.best import BestModel
 from engine.training.evaluation import NotFinite, what_is_not_finite
-from engine.training.events import Listener, Record, Step
+from engine.training.events import Generation, Listener, Record, Step
+from engine.training.memory import memory_metrics
 from engine.training.progress import MetricsWindow, Progress
 from engine.training.step import StepOut
 
@@ -56,7 +58,9 @@ class Loop:
         progress: kept up to date, step by step.
         check_first: is given what the first step of all tells.
         rows: which rows of the data a step's pairs are, in words.
-        saving: asked after every step, when its line of metrics is written.
+        saving: asked after every step, when its evaluation is written.
+        best: how evaluations are compared, and when the run stops for that.
+        generate: what is written to held-out prompts now, asked at each evaluation.
     """
 
     def __init__(
@@ -72,6 +76,8 @@ class Loop:
         check_first: Callable[[StepOut], None] | None,
         rows: Callable[[int], str],
         saving: Saving,
+        best: BestModel | None = None,
+        generate: Callable[[], Sequence[Generation]] | None = None,
     ):
         self._arguments = arguments
         self._plan = plan
@@ -83,6 +89,8 @@ class Loop:
         self._check_first = check_first
         self._rows = rows
         self._saving = saving
+        self._best = best
+        self._generate = generate
 
     def run(self) -> None:
         """Every step that is left.
@@ -101,6 +109,11 @@ class Loop:
             raise
 
     def _steps(self, first: int) -> None:
+        if not first and self._arguments.eval_on_start:
+            self._evaluate(0)
+            self._clock = time.perf_counter()
+        if self._is_over():  # it was, when it was saved
+            return
         with contextlib.closing(prefetch(self._plan.batches(first))) as batches:
             pending: _Pending | None = None
             for step, (batch, tokens) in enumerate(batches, start=first + 1):
@@ -112,17 +125,27 @@ class Loop:
                     self._finish(pending)
                 scored = int(batch.scored.counts.sum())
                 pending = _Pending(step, tokens, scored, self._progress.tokens, out)
-                evaluates, saves = self._evaluates(step), self._saving.is_due(step)
-                if evaluates or saves:
+                evaluates = self._evaluates(step)
+                if evaluates:
                     self._finish(pending)
                     if step == self._plan.steps and self._window.num_steps:
                         self._write(pending)
-                    pending = None
-                    if evaluates:
-                        self._evaluate(step)
-                    if saves:
-                        self._saving.save()
-                    self._clock = time.perf_counter()
+                    self._evaluate(step)
+                    if self._is_over() and self._window.num_steps:
+                        self._write(pending)
+                saves = self._saving.is_due(step)
+                if saves:
+                    if not evaluates:
+                        self._finish(pending)
+                    self._saving.save()
+                if evaluates or saves:
+                    pending, self._clock = None, time.perf_counter()
+                if self._is_over():
+                    return
+
+    def _is_over(self) -> bool:
+        """Whether the run stops before its plan ends."""
+        return self._best is not None and self._best.is_over(self._progress.best)
 
     def _evaluates(self, step: int) -> bool:
         """Whether an evaluation, or the end, comes after this step."""
@@ -173,12 +196,20 @@ class Loop:
         }
         if self._arguments.on_nonfinite == "skip":
             line["skipped_steps"] = self._progress.skipped
-        self._tell("train", "", done.step, line | self._window.close())
+        line |= self._window.close() | memory_metrics(self._mesh)
+        self._tell("train", "", done.step, line)
 
     def _evaluate(self, step: int) -> None:
         for prefix, compute in self._evaluations.items():
             line = self._place(step) | dict(compute())
             self._tell("eval", prefix, step, line)
+        if self._generate is not None:
+            self._listener.generated(step, self._generate())
+        if self._best is not None and step:
+            self._best.hear(self._progress.best, step, self._progress.latest)
+            if self._is_over():
+                why = self._best.why_over(self._progress.best)
+                logger.info("step %d: %s; training ends here", step, why)
 
     def _place(self, step: int) -> dict[str, float]:
         size = self._arguments.microbatch_size

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from dpo_kernels import TokenLogprobs
 from engine.objective.interface import LossOptions, LossOut, PairLogps
+from engine.objective.losses import Loss
 from engine.objective.scoring import (
     GroupTokens,
     ScoringOptions,
@@ -156,6 +157,16 @@ def metric_sums(observed: Observed, group: GroupTokens) -> Sums:
         each = weights[metric.summed or metric.over]
         sums[metric.over][name] = (each * values.astype(jnp.float32)).sum()
     return Sums(sums=sums, weights={over: x.sum() for over, x in weights.items()})
+
+
+def metric_names(loss: Loss, options: LossOptions) -> tuple[str, ...]:
+    """The names of every metric under a loss, its own too."""
+
+    def own(x: Float[Array, " B"]) -> LossOut:
+        return loss.function(PairLogps(*[x] * len(PairLogps._fields)), options)
+
+    out = jax.eval_shape(own, jax.ShapeDtypeStruct((2,), jnp.float32))
+    return (*METRICS, *out.metrics)
 
 
 def means(sums: Sums) -> dict[str, float]:

@@ -33,8 +33,10 @@ from engine.objective.interface import LossOptions
 from engine.objective.scoring import ScoringOptions
 from engine.parallel import processes
 from engine.training.about import About
+from engine.training.best import BestModel, best_model
 from engine.training.checks import check_models, check_op
 from engine.training.identity import checksum_of_pairs, flat
+from engine.training.metrics import metric_names
 from engine.training.plans import (
     plan_evaluation,
     plan_stream,
@@ -70,6 +72,7 @@ class Prepared:
     evaluations: dict[str, PairTokens]  # by the prefix of their metrics' names
     eval_plans: dict[str, BatchPlan]
     about: About
+    best_model: BestModel | None = None  # how evaluations are compared
 
     @property
     def sets(self) -> dict[str, tuple[PairTokens, BatchPlan]]:
@@ -95,6 +98,11 @@ class Prepared:
         if self.arguments.without_reference:
             return False
         return self.arguments.precompute_ref_log_probs or self.has_values
+
+    @property
+    def brings_values(self) -> bool:
+        """Whether the training set has the reference's log-probabilities with it."""
+        return isinstance(self.train, PairTokens) and self.train.ref_logps is not None
 
     @property
     def has_values(self) -> bool:
@@ -141,16 +149,17 @@ def prepare(
     positions = max_positions(model)
     if isinstance(train, PairStream):
         train = checked(train, model.vocab_size, positions)
-    if arguments.eval_steps is not None and not evaluations:
+    if not evaluations and (option := arguments.without_effect_alone()):
         raise InputError(
-            f"eval_steps={arguments.eval_steps} has no effect without an eval_dataset; "
-            "remove it or give some data to evaluate"
+            f"{option} has no effect without an eval_dataset; remove it or give some "
+            "data to evaluate"
         )
     if isinstance(train, PairStream):
         plan = plan_stream(arguments, train, mesh)
     else:
         plan = plan_training(arguments, train, mesh)
     check_schedule(arguments, plan.steps)
+    best = _best_model(arguments, tuple(evaluations), plan.steps)
     eval_plans = {
         prefix: plan_evaluation(arguments, pairs, mesh)
         for prefix, pairs in evaluations.items()
@@ -171,6 +180,7 @@ def prepare(
         evaluations=dict(evaluations),
         eval_plans=eval_plans,
         about=about,
+        best_model=best,
     )
 
 
@@ -193,6 +203,26 @@ def _check_processes(
     facts = flat(arguments, "trainer") | flat(about.config) | versions
     facts |= {name: checksum_of_pairs(pairs) for name, pairs in sets.items()}
     processes.check_same(facts, "the processes of this run differ")
+
+
+def _best_model(
+    arguments: DPOConfig, prefixes: tuple[str, ...], steps: int
+) -> BestModel | None:
+    """How evaluations are compared.
+
+    Raises:
+        InputError: a metric that there is not; or one evaluation only.
+    """
+    names = metric_names(arguments.loss, loss_options(arguments))
+    found = best_model(arguments, prefixes, names)
+    every = arguments.eval_steps
+    if found is not None and every is not None and every >= steps:
+        raise InputError(
+            f"{arguments.comparing} compares the evaluations of a run, and with "
+            f"eval_steps={every} there is one, at the end of its {steps} steps; lower "
+            "eval_steps"
+        )
+    return found
 
 
 def _held_sets(

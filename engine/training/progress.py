@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.training.best import Best
 from engine.training.metrics import means
 from engine.training.step import StepOut
 
@@ -70,7 +71,12 @@ class Progress:
     skipped: int = 0  # steps whose update was left out
     window: MetricsWindow = field(default_factory=MetricsWindow)
     latest: dict[str, float] = field(default_factory=dict)  # metrics, by name
+    best: Best = field(default_factory=Best)
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Become what `dataclasses.asdict` made of another."""
-        self.__init__(**{**saved, "window": MetricsWindow(**saved["window"])})
+        parts = {
+            "window": MetricsWindow(**saved["window"]),
+            "best": Best(**saved.get("best", {})),
+        }
+        self.__init__(**{**saved, **parts})

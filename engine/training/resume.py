@@ -11,6 +11,7 @@ from engine.objective.references import Reference, SyncedModel, shares_arrays
 from engine.parallel.sharding import whole
 from engine.training.checkpointing import Identity
 from engine.training.continuation import configuration
+from engine.training.fingerprint import fingerprint
 from engine.training.gradients import Params
 from engine.training.identity import checksum_of_arrays
 from engine.training.prepare import Prepared
@@ -55,18 +56,36 @@ def identity(
 def starts_as_reference(
     run: Prepared, policy: Decoder, reference: Decoder | None
 ) -> bool:
-    """Whether the policy begins as the model that it is measured from.
+    """Whether the first step measures the policy from the same weights.
 
-    That is so where none was given, and where it is the base of an adapter that has
-    learnt nothing: whose B is 0.
+    That is so where no reference was given, where it is the base of an adapter that has
+    learnt nothing, whose B is 0, and where it was read from another place and has the
+    same weights. An adapter that has learnt drops elements of its input in training, if
+    it is to, which a reference never does.
     """
-    if run.arguments.without_reference or run.has_values:
+    if run.arguments.without_reference or run.brings_values:
         return False
-    if reference is None or policy.config.adapter is None:
-        return reference is None
-    own_base = reference.config.adapter is None and shares_arrays(reference, policy)
-    return own_base and not any(
+    adapter, learnt = policy.config.adapter, _has_learnt(policy)
+    if adapter is not None and adapter.dropout and learnt:
+        return False
+    if reference is None:
+        return True
+    if adapter is not None and reference.config.adapter is None:
+        return not learnt and shares_arrays(reference, policy)
+    return _same_weights(policy, reference)
+
+
+def _has_learnt(policy: Decoder) -> bool:
+    """Whether the policy is an adapter that adds something to its base."""
+    return any(
         jax.jit(jnp.any, out_shardings=whole(x.get_value()))(x.get_value())
         for path, x in policy.variables().items()
         if str(path[-1]).endswith("_lora_b")
     )
+
+
+def _same_weights(policy: Decoder, reference: Decoder) -> bool:
+    """Whether two models compute the same, of which each has arrays of its own."""
+    if policy.config != reference.config or policy.dtype != reference.dtype:
+        return False
+    return fingerprint(policy) == fingerprint(reference)

@@ -1,10 +1,12 @@
 """The first step checks itself: where policy and reference are the same weights.
 
 Then both give a completion the same log-probability, but for rounding, and the loss is
-what it is there. Read from the metrics of the first step, which costs nothing.
+what it is there. Of other references less is known. Read from the metrics of the first
+step, which costs nothing.
 """
 
 import logging
+import math
 from typing import Any
 
 import jax
@@ -82,6 +84,58 @@ class StartCheck:
                 f"reference are the same weights; {_DEFECT}"
             )
         return f"its loss is {here:.6g}, as there"
+
+
+class ReferenceCheck:
+    """Of a run whose policy and reference need not agree.
+
+    No probability of the reference's is above 1, and a model that predicts worse than
+    an even guess has not been trained, or not on these tokens.
+
+    Args:
+        vocab_size: of the models.
+        dtype: of the computation.
+    """
+
+    def __init__(self, vocab_size: int, dtype: Any):
+        self._guess = math.log(vocab_size)
+        self._eps = float(jnp.finfo(dtype).eps)
+
+    def __call__(self, out: StepOut) -> None:
+        """Say what the first step tells.
+
+        Raises:
+            InputError: log-probabilities of the reference above 0.
+        """
+        sums, said = out.sums.sums, []
+        for side in "chosen", "rejected":
+            policy, tokens = (
+                float(sums["pairs"][f"logps/{side}"]),
+                float(out.sums.weights[side]),
+            )
+            reference = policy - float(sums[side][f"log_ratio/{side}"])
+            bound = _ROUNDINGS * self._eps * (abs(policy) + _NATS_OF_A_TOKEN * tokens)
+            if reference > bound:
+                raise InputError(
+                    f"step 1: the reference's log-probabilities of the {side} sum up "
+                    f"to {reference:.4g} over the batch, above 0; {_DEFECT}"
+                )
+            nats = -reference / max(tokens, 1.0)
+            said.append(f"{side} {-policy / max(tokens, 1.0):.3g} and {nats:.3g}")
+            if nats > self._guess:
+                logger.warning(
+                    "step 1: the reference gives the %s answers %.3g nats a token, "
+                    "worse than an even guess (%.3g): is it trained, and is it of the "
+                    "tokenizer of model?",
+                    side,
+                    nats,
+                    self._guess,
+                )
+        logger.info(
+            "start check: nats a token of policy and reference, which are not the same "
+            "weights: %s",
+            ", ".join(said),
+        )
 
 
 _DEFECT = (

@@ -5,11 +5,12 @@ import importlib
 import logging
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.errors import InputError, stage
-from engine.training.events import Listener, Record
+from engine.training.events import Generation, Listener, Record
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,19 @@ class TensorBoard(Listener):
             name = name.removeprefix(record.prefix)
             if name != "step":
                 event.summary.value.add(tag=f"{folder}/{name}", simple_value=value)
+        self._write(event)
+
+    def generated(self, step: int, generations: Sequence[Generation]) -> None:
+        """Append them as one text, in Markdown."""
+        if self._writer is None:
+            return
+        from tensorboardX.summary import text
+
+        event = _proto().Event(wall_time=time.time(), step=step)
+        event.summary.MergeFrom(text("generations", _markdown(generations)))
+        self._write(event)
+
+    def _write(self, event: Any) -> None:
         try:
             with stage(f"{self.path} cannot be written"):
                 self._writer.write_event(event)
@@ -89,6 +103,19 @@ class TensorBoard(Listener):
                     writer.close()
             except InputError as fault:
                 self._give_up(fault)
+
+
+def _markdown(generations: Sequence[Generation]) -> str:
+    """A block for each prompt; what is in it is code, which stays as it is."""
+    blocks = []
+    for one in generations:
+        parts = [("prompt", one.prompt), ("policy", one.text)]
+        if one.reference is not None:
+            parts.append(("reference", one.reference))
+        for name, words in parts:
+            quoted = "\n".join(f"    {line}" for line in words.splitlines())
+            blocks.append(f"**{name}**\n\n{quoted}")
+    return "\n\n".join(blocks)
 
 
 def _proto() -> Any:

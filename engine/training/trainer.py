@@ -2,62 +2,51 @@
 
 import functools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
 from engine.config.dpo import DPOConfig
 from engine.data.stream_plans import Plan
 from engine.errors import InputError
 from engine.models import Decoder, save_pretrained
-from engine.objective.references import Cached
+from engine.objective.references import Cached, SyncedModel
 from engine.parallel import processes
-from engine.parallel.batch import Batch, abstract_batch, put_whole
+from engine.parallel.batch import Batch
 from engine.paths import as_path
 from engine.training.checkpointing import Checkpointing
 from engine.training.compilation import (
-    Compiled,
-    Request,
-    Shape,
-    compile_all,
     enough_memory,
     keep_programs,
 )
 from engine.training.evaluation import NotFinite, check_finite, evaluate
-from engine.training.events import Listener, Listeners, telling
-from engine.training.gradients import Params
+from engine.training.events import Generation, Listener, Listeners, telling
+from engine.training.generations import ask
 from engine.training.listeners import MetricsFile, own_listeners
 from engine.training.loop import Loop
 from engine.training.metrics import Sums
 from engine.training.optimizer import make_optimizer
 from engine.training.precompute import with_reference_values
-from engine.training.prepare import Prepared, loss_options, step_options
+from engine.training.prepare import Prepared
+from engine.training.programs import Programs
 from engine.training.progress import Progress
 from engine.training.records import described
 from engine.training.reference import make_reference
 from engine.training.resume import (
-    abstract_arrays,
     changing,
     identity,
     starts_as_reference,
     take_back,
 )
-from engine.training.schedules import learning_rate_schedule
 from engine.training.signals import finishing_steps
-from engine.training.start_check import StartCheck
+from engine.training.start_check import ReferenceCheck, StartCheck
 from engine.training.step import (
     StepOut,
-    TrainState,
-    abstract_state,
     init_state,
-    make_eval_step,
-    make_train_step,
-    split_model,
 )
 
 logger = logging.getLogger(__name__)
@@ -85,10 +74,14 @@ class Trainer:
         config: Mapping[str, Any] = MappingProxyType({}),
     ):
         keep_programs()
+        # Before the reference's weights may be freed.
+        self._starts_as_reference = starts_as_reference(run, model, reference_model)
+        self._answers = ask(run, model, reference_model)
         self.run = run = with_reference_values(run, model, reference_model)
         arguments = run.arguments
         metrics = MetricsFile(as_path(arguments.save_directory))
-        own = (metrics, *own_listeners(arguments)) if processes.is_first() else ()
+        own = own_listeners(arguments, run.about.config)
+        own = (metrics, *own) if processes.is_first() else ()
         self._listeners = Listeners((*own, *listeners))
         self._model_given = model
         self._reference = (
@@ -96,11 +89,12 @@ class Trainer:
             if run.reads_values
             else make_reference(model, reference_model, arguments)
         )
-        self._starts_as_reference = starts_as_reference(run, model, reference_model)
-        self._graphdef, _, self._frozen = split_model(model)
+        if self._answers is not None and isinstance(self._reference, SyncedModel):
+            self._answers.compile(self._reference.decoder)
         steps = run.plan.steps
-        self._optimizer = make_optimizer(arguments, model.config, run.mesh, steps)
-        self.state = init_state(model, self._optimizer)
+        optimizer = make_optimizer(arguments, model.config, run.mesh, steps)
+        self._programs = Programs(run, model, self._reference, optimizer)
+        self.state = init_state(model, optimizer)
         self.progress = Progress()
         self._checkpointing = Checkpointing(
             arguments,
@@ -108,13 +102,11 @@ class Trainer:
             metrics,
             progress=self.progress,
             arrays=lambda: changing(self.state, self._reference),
-            identity=lambda: identity(run, config, self._frozen, self._reference),
+            identity=lambda: identity(
+                run, config, self._programs.frozen, self._reference
+            ),
+            best=run.best_model,
         )
-        self._numbers = jax.tree.map(
-            lambda x: put_whole(np.float32(x), model.mesh), loss_options(arguments)
-        )
-        self._train_step: Compiled | None = None
-        self._eval_step: Compiled | None = None
         self._failure: NotFinite | None = None
         self._saved = False
 
@@ -136,7 +128,8 @@ class Trainer:
     @property
     def model(self) -> Decoder:
         """The policy as it is now. The next training step uses its arrays up."""
-        return nnx.merge(self._graphdef, self.state.params, self._frozen)
+        programs = self._programs
+        return nnx.merge(programs.graphdef, self.state.params, programs.frozen)
 
     def train(self) -> dict[str, float]:
         """Run every step, write metrics and the trained model; the last metrics.
@@ -157,18 +150,19 @@ class Trainer:
             )
         if not self.progress.step:
             found = self._checkpointing.restore(
-                changing(self._abstract_state, self._reference)
+                changing(self._programs.abstract_state, self._reference)
             )
             if found is not None:
                 self.state = take_back(found, self._reference)
         self._checkpointing.begin(self.run.mesh)
-        train_step, check = self._compile_for_training(), None
-        if self._starts_as_reference and not self.progress.step:
-            check = StartCheck(self.arguments, self.model.dtype)
+        programs, check = self._programs, None
+        programs.compile(training=True)
+        if not self.progress.step and not self.arguments.without_reference:
+            check = self._start_check()
 
         def dispatch(batch: Batch, step: int) -> StepOut:
-            self.state, out = train_step(self.state, *self._operands(batch))
-            self._reference.update(self.state.params, self._frozen, step)
+            self.state, out = programs.train(self.state, batch)
+            self._reference.update(self.state.params, programs.frozen, step)
             return out
 
         loop = Loop(
@@ -185,6 +179,8 @@ class Trainer:
             check_first=check,
             rows=self.run.rows_of_step,
             saving=self._checkpointing,
+            best=self.run.best_model,
+            generate=self._generate if self._answers is not None else None,
         )
         with telling(self._described(), self.run.plan.steps, self.progress.step):
             try:
@@ -197,21 +193,43 @@ class Trainer:
             finally:
                 nnx.update(self._model_given, self.state.params)
                 self._checkpointing.close()
+            if self.arguments.load_best_model_at_end:
+                self._take_best()
             self.save_model(self.arguments.save_directory)
         self._checkpointing.finished()
         self._saved = True
         return self.progress.latest
 
+    def _start_check(self) -> Callable[[StepOut], None]:
+        arguments, dtype = self.arguments, self.model.dtype
+        if self._starts_as_reference:
+            return StartCheck(arguments, dtype)
+        return ReferenceCheck(self.run.model.vocab_size, dtype)
+
+    def _generate(self) -> list[Generation]:
+        assert self._answers is not None
+        reference = self._reference
+        synced = reference.decoder if isinstance(reference, SyncedModel) else None
+        return self._answers(self.model, synced)
+
+    def _take_best(self) -> None:
+        """Become the model that was the best, if it is another one."""
+        abstract = changing(self._programs.abstract_state, self._reference)
+        found = self._checkpointing.load_best(abstract)
+        if found is not None:
+            self.state = take_back(found, self._reference)
+            nnx.update(self._model_given, self.state.params)
+
     def _described(self) -> Listener:
         """All listeners, of a run whose description is printed and will be kept."""
-        programs = [x for x in (self._train_step, self._eval_step) if x is not None]
-        kept = [described(self.run, programs)] if processes.is_first() else []
+        about = described(self.run, self._programs.compiled)
+        kept = [about] if processes.is_first() else []
         return Listeners((self._listeners, *kept))
 
     def _check_usable(self) -> None:
         if self._failure is not None:
             raise self._failure
-        held = jax.tree.leaves((self.state.params, self._frozen))
+        held = jax.tree.leaves((self.state.params, self._programs.frozen))
         if any(x.is_deleted() for x in held):
             raise InputError(
                 "the arrays of this trainer's model have been used up by another "
@@ -237,70 +255,14 @@ class Trainer:
         return metrics
 
     def _evaluate(self, prefix: str) -> dict[str, float]:
-        if self._eval_step is None:
-            (self._eval_step,) = compile_all([self._eval_request()])
-        eval_step = self._eval_step
+        programs, plan = self._programs, self.run.eval_plans[prefix]
+        programs.compile(training=False)
 
         def score(batch: Batch) -> Sums:
-            return eval_step(self.state.params, *self._operands(batch))
+            return programs.evaluate(self.state.params, batch)
 
-        plan = self.run.eval_plans[prefix]
         metrics = evaluate(score, plan, self.run.mesh) | {"num_tokens": self.num_tokens}
         return {f"{prefix}{name}": value for name, value in metrics.items()}
-
-    def _operands(self, batch: Batch) -> tuple[Any, ...]:
-        """What a step is given behind what it changes or scores."""
-        return self._frozen, self._reference.operands, batch, self._numbers
-
-    def _compile_for_training(self) -> Compiled:
-        """The train step and, if there is a set, the eval step: all of a run."""
-        if self._train_step is None:
-            requests = [self._train_request()]
-            if self.run.eval_plans and self._eval_step is None:
-                requests.append(self._eval_request())
-            self._train_step, *evaluation = compile_all(requests)
-            if evaluation:
-                (self._eval_step,) = evaluation
-        return self._train_step
-
-    def _train_request(self) -> Request:
-        arguments, plan = self.arguments, self.run.plan
-        step = make_train_step(
-            self.model,
-            self._reference,
-            self._optimizer,
-            learning_rate_schedule(arguments, plan.steps),
-            step_options(arguments),
-        )
-        return Request(step, self._abstract_arguments([plan], self._abstract_state))
-
-    def _eval_request(self) -> Request:
-        step = make_eval_step(self.model, self._reference, step_options(self.arguments))
-        plans, params = self.run.eval_plans.values(), self._abstract_state.params
-        return Request(step, self._abstract_arguments(plans, params))
-
-    @functools.cached_property
-    def _abstract_state(self) -> TrainState:
-        return abstract_state(self.model, self._optimizer)
-
-    def _abstract_arguments(
-        self, plans: Iterable[Plan], first: TrainState | Params
-    ) -> dict[Shape, tuple[Any, ...]]:
-        """What a step is compiled for, by shape; `first`: what it changes or scores."""
-        frozen, operands, numbers = abstract_arrays(
-            (self._frozen, self._reference.operands, self._numbers)
-        )
-        return {
-            shape: (
-                first,
-                frozen,
-                operands,
-                abstract_batch(shape, plan.grid, self.run.mesh, self.run.reads_values),
-                numbers,
-            )
-            for plan in plans
-            for shape in plan.shapes
-        }
 
     def save_model(self, directory: str | Path) -> None:
         """Write the model and its tokenizer in Hugging Face form.

@@ -42,7 +42,8 @@ def lines(folder):
 
 def arguments_bytes(trainer):
     """What a training step is given, on one device."""
-    (program, *_) = trainer._train_step.programs.values()
+    assert trainer._programs._train is not None
+    (program, *_) = trainer._programs._train.programs.values()
     return program.memory_analysis().argument_size_in_bytes
 
 

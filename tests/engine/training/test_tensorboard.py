@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine.config.dpo import DPOConfig
-from engine.training.events import Record
+from engine.training.events import Generation, Record
 from engine.training.listeners import own_listeners
 from engine.training.tensorboard import TensorBoard
 
@@ -43,6 +43,25 @@ def values(folder: Path) -> dict[tuple[str, int], float]:
         for event in events(folder)
         for value in event.summary.value
     }
+
+
+def test_answers_are_there_as_text(tmp_path):
+    listener = TensorBoard(tmp_path)
+    listener.started(4, 0)
+    one = Generation(prompt="Say\n*hi*", text="hi <b>", reference="no")
+    listener.generated(3, [one, Generation(prompt="p", text="", reference=None)])
+    (event,) = (x for x in events(tmp_path / "tensorboard") if x.summary.value)
+    (value,) = event.summary.value
+    assert event.step == 3 and value.metadata.plugin_data.plugin_name == "text"
+    (said,) = value.tensor.string_val
+    assert said.decode().split("\n\n")[:4] == [
+        "**prompt**",
+        "    Say\n    *hi*",
+        "**policy**",
+        "    hi <b>",
+    ]
+    assert said.decode().count("**reference**") == 1
+    listener.ended(None)
 
 
 def run(listener: TensorBoard, lines: list[Any], done: int = 0) -> None:

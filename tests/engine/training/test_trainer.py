@@ -59,10 +59,9 @@ def trained(tmp_path_factory):
     seen: list = []
     wandb = types.ModuleType("wandb")
     wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-    run = types.SimpleNamespace(
-        log=lambda line, step: seen.append((step, *sorted(line)[:1])),
-        finish=lambda exit_code: seen.append(("finished", exit_code)),
-    )
+    run = types.SimpleNamespace(id="abc")
+    run.log = lambda line, step: seen.append((step, *sorted(line)[:1]))
+    run.finish = lambda exit_code: seen.append(("finished", exit_code))
     vars(wandb)["init"] = lambda **kwargs: run
     heard = Heard()
     with pytest.MonkeyPatch.context() as patch, compilations() as programs:

@@ -1,0 +1,131 @@
+"""The programs of a run: its steps, compiled for each shape of batch that they meet."""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from engine.data.stream_plans import Plan
+from engine.models import Decoder
+from engine.objective.references import Reference
+from engine.parallel.batch import Batch, abstract_batch, put_whole
+from engine.training.compilation import Compiled, Request, Shape, compile_all
+from engine.training.gradients import Params
+from engine.training.metrics import Sums
+from engine.training.prepare import Prepared, loss_options, step_options
+from engine.training.resume import abstract_arrays
+from engine.training.schedules import learning_rate_schedule
+from engine.training.step import (
+    StepOut,
+    TrainState,
+    abstract_state,
+    make_eval_step,
+    make_train_step,
+    split_model,
+)
+
+
+class Programs:
+    """The train step and the eval step of a run; nothing is compiled before `compile`.
+
+    Args:
+        model: its arrays that are not trained are given to every step.
+    """
+
+    def __init__(
+        self,
+        run: Prepared,
+        model: Decoder,
+        reference: Reference,
+        optimizer: optax.GradientTransformation,
+    ):
+        self._run = run
+        self.graphdef, params, self.frozen = split_model(model)
+        # Of shapes: a step uses the arrays up.
+        self._model = nnx.merge(self.graphdef, *abstract_arrays((params, self.frozen)))
+        self._reference = reference
+        self._optimizer = optimizer
+        self._numbers = jax.tree.map(
+            lambda x: put_whole(np.float32(x), model.mesh),
+            loss_options(run.arguments),
+        )
+        self._train: Compiled | None = None
+        self._evaluation: Compiled | None = None
+
+    @property
+    def compiled(self) -> list[Compiled]:
+        """Those that there are."""
+        return [x for x in (self._train, self._evaluation) if x is not None]
+
+    def compile(self, *, training: bool) -> None:
+        """Make the train step, if asked to, and the eval step, if there is a set."""
+        requests: dict[str, Request] = {}
+        if training and self._train is None:
+            requests["train"] = self._train_request()
+        if self._run.eval_plans and self._evaluation is None:
+            requests["evaluation"] = self._eval_request()
+        if requests:
+            found = compile_all(list(requests.values()))
+            made = dict(zip(requests, found, strict=True))
+            self._train = made.get("train", self._train)
+            self._evaluation = made.get("evaluation", self._evaluation)
+
+    def train(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepOut]:
+        """A step of training, which uses the state up."""
+        assert self._train is not None, "compile() comes first"
+        return self._train(state, *self._operands(batch))
+
+    def evaluate(self, params: Params, batch: Batch) -> Sums:
+        """The sums of a batch under these parameters."""
+        assert self._evaluation is not None, "compile() comes first"
+        return self._evaluation(params, *self._operands(batch))
+
+    def _operands(self, batch: Batch) -> tuple[Any, ...]:
+        """What a step is given behind what it changes or scores."""
+        return self.frozen, self._reference.operands, batch, self._numbers
+
+    def _train_request(self) -> Request:
+        run = self._run
+        step = make_train_step(
+            self._model,
+            self._reference,
+            self._optimizer,
+            learning_rate_schedule(run.arguments, run.plan.steps),
+            step_options(run.arguments),
+        )
+        return Request(step, self._abstract_arguments([run.plan], self.abstract_state))
+
+    def _eval_request(self) -> Request:
+        run = self._run
+        step = make_eval_step(self._model, self._reference, step_options(run.arguments))
+        plans, params = run.eval_plans.values(), self.abstract_state.params
+        return Request(step, self._abstract_arguments(plans, params))
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state."""
+        return abstract_state(self._model, self._optimizer)
+
+    def _abstract_arguments(
+        self, plans: Iterable[Plan], first: TrainState | Params
+    ) -> dict[Shape, tuple[Any, ...]]:
+        """What a step is compiled for, by shape; `first`: what it changes or scores."""
+        run = self._run
+        frozen, operands, numbers = abstract_arrays(
+            (self.frozen, self._reference.operands, self._numbers)
+        )
+        return {
+            shape: (
+                first,
+                frozen,
+                operands,
+                abstract_batch(shape, plan.grid, run.mesh, run.reads_values),
+                numbers,
+            )
+            for plan in plans
+            for shape in plan.shapes
+        }
