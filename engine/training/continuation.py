@@ -128,8 +128,10 @@ def check_not_stopped(
     Raises:
         InputError: saying what to do.
     """
+    if best_model is None or finished < step:
+        return
     best = Best(**facts["progress"].get("best", {}))
-    if best_model is None or not best_model.is_over(best) or finished < step:
+    if not best_model.is_over(best):
         return
     raise InputError(
         f"the run in {store.directory.parent} has stopped after step {step} "
