@@ -112,6 +112,7 @@ def about(run: RunConfig) -> About:
         given=given is not None,
         name=given and given.name_or_path,
         adapter=given and given.adapter,
+        dtype=given and given.dtype,
     )
     return About(
         model=model.name_or_path,

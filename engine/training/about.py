@@ -27,6 +27,7 @@ def reference_words(
     given: bool,
     name: str | None = None,
     adapter: str | None = None,
+    dtype: str | None = None,
 ) -> str:
     """What rewards are measured from.
 
@@ -35,12 +36,14 @@ def reference_words(
         given: whether a reference was named or handed over.
         name: its model's; None: it is on the policy's own.
         adapter: the adapter on it.
+        dtype: what it computes in; None: as the policy does.
     """
     if arguments.without_reference:
         return f"none ({arguments.without_reference})"
     if given:
         parts = name or model, adapter
-        return " with the adapter ".join(part for part in parts if part)
+        words = " with the adapter ".join(part for part in parts if part)
+        return f"{words}, in {dtype}" if dtype else words
     if lora is None:
         return "a frozen copy of the model"
     if lora.adapter is None:

@@ -60,9 +60,11 @@ def make_policy(sizes, dropout=0.0):
 
 
 @functools.cache
-def lora_run(sizes, dropout=0.0, accumulation=1, steps=2):
+def lora_run(sizes, dropout=0.0, accumulation=1, optimizer="adamw"):
     """The run, and what its first step was called with and compiled to."""
+    steps = 2
     config = DPOConfig(
+        optimizer=optimizer,
         total_batch_size=16,
         gradient_accumulation_steps=accumulation,
         learning_rate=1e-2,
@@ -70,16 +72,16 @@ def lora_run(sizes, dropout=0.0, accumulation=1, steps=2):
     )
     base, policy = make_policy(sizes, dropout)
     reference = make_reference(policy, base, config)
-    optimizer = make_optimizer(config, policy.config, policy.mesh, steps)
+    update = make_optimizer(config, policy.config, policy.mesh, steps)
     schedule = learning_rate_schedule(config, steps)
     step: Any = make_train_step(
-        policy, reference, optimizer, schedule, step_options(config)
+        policy, reference, update, schedule, step_options(config)
     )
     plan = BatchPlan(
         Order(num_pairs=16 * steps, pairs_per_batch=16),
         Padded(make_pairs(16 * steps), 16, accumulation, sizes[0] * sizes[1]),
     )
-    state, frozen = init_state(policy, optimizer), split_model(policy)[2]
+    state, frozen = init_state(policy, update), split_model(policy)[2]
     before = jax.device_get(frozen)
     numbers = jax.tree.map(jnp.float32, loss_options(config))
     lines: list[dict[str, float]] = []
@@ -97,13 +99,14 @@ def lora_run(sizes, dropout=0.0, accumulation=1, steps=2):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "accumulation"),
-    [((2, 2, 2), 2), ((1, 2, 4), 1)],
+    ("sizes", "accumulation", "optimizer"),
+    [((2, 2, 2), 2, "adamw"), ((1, 2, 4), 1, "muon")],
     ids=str,
 )
-def test_meshes_and_accumulation_agree_with_dropout(sizes, accumulation):
-    want, _ = lora_run((1, 1, 1), dropout=0.25)
-    assert_same(lora_run(sizes, 0.25, accumulation)[0], want)
+def test_meshes_and_accumulation_agree_with_dropout(sizes, accumulation, optimizer):
+    """Muon, too, which takes the factors of one layer on one device at a time."""
+    want, _ = lora_run((1, 1, 1), 0.25, optimizer=optimizer)
+    assert_same(lora_run(sizes, 0.25, accumulation, optimizer)[0], want)
 
 
 def test_dropout_is_the_policys_alone_and_new_at_each_step():
