@@ -9,6 +9,8 @@ from tests import environment
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = environment.xla_flags(os.environ.get("XLA_FLAGS", ""))
+if environment.OLDER not in os.environ["XLA_FLAGS"]:
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -46,11 +48,3 @@ def _loggers_as_before():
     level = logger.level
     yield
     logger.setLevel(level)
-
-
-@pytest.fixture
-def unoptimised():
-    """Programs in code that LLVM has not optimised: for what costs more to compile."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

@@ -25,7 +25,7 @@ SEVERAL_CHUNKS = (300, 64, 1000, 2**19)
 
 
 @pytest.fixture(autouse=True)
-def _interpreted(unoptimised, capfd):
+def _interpreted(capfd):
     """Four streaming multiprocessors: two clusters, more tiles than they have room.
 
     The interpreter's own program is large, and each runs once.

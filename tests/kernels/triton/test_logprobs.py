@@ -44,7 +44,7 @@ TINY = (1, 8, 3, 2**28), "all"
 
 
 @pytest.fixture(autouse=True)
-def launched(unoptimised, monkeypatch):
+def launched(monkeypatch):
     """The constants of each launch, by kernel."""
     constants = {"partials_kernel": [], "dlogits_kernel": []}
 
