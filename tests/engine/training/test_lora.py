@@ -60,7 +60,7 @@ def make_policy(sizes, dropout=0.0):
 
 
 @functools.cache
-def lora_run(sizes, dropout=0.0, accumulation=1, optimizer="adamw"):
+def lora_run(sizes, dropout=0.0, accumulation=1, optimizer: Any = "adamw"):
     """The run, and what its first step was called with and compiled to."""
     steps = 2
     config = DPOConfig(
