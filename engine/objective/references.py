@@ -159,7 +159,7 @@ class SharedModel(Reference):
         return lax.stop_gradient(found.chosen), lax.stop_gradient(found.rejected)
 
 
-def _frozen_arrays(model: Decoder) -> dict[ParameterPath, jax.Array]:
+def _frozen_arrays(model: Decoder) -> dict[ParameterPath, Any]:
     table = model.config.parameters()
     found = model.variables().items()
     return {path: x.get_value() for path, x in found if not table[path].trainable}

@@ -22,7 +22,7 @@ or 0.75, of what the target file says that the driver reports.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,6 +124,9 @@ class Target:
                 "JAX_PLATFORMS": "cpu",
                 # It compiles only, and so takes nothing from another process.
                 "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+                # Nor does it look for, or complain of, a TPU and its other hosts.
+                "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+                "TPU_WORKER_HOSTNAMES": "localhost",
             }
         if self.chip.platform == "cuda":
             return {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "JAX_PLATFORMS": None}
@@ -218,7 +221,7 @@ def _tpu_slice(text: str, name: str, chip: Chip, shape: str) -> Target:
 
 
 def apply_environment(
-    wanted: Mapping[str, str | None], environment: dict[str, str]
+    wanted: Mapping[str, str | None], environment: MutableMapping[str, str]
 ) -> None:
     """Set and unset variables, in place."""
     for name, value in wanted.items():
