@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from jax.sharding import Mesh
 
 from engine.commands.inputs import RunData, about, read_data
@@ -47,7 +48,10 @@ def main(run: RunConfig, options: PlanOptions) -> int:
     plot = Path(options.plot or Path(run.trainer.save_directory) / "plan.png")
     if options.sweep:
         check_plot(plot)
-    keep_programs()
+    if target.chip.platform == "cpu":
+        keep_programs()
+    else:  # what is compiled for absent devices cannot be read back
+        jax.config.update("jax_enable_compilation_cache", False)
     devices = devices_of(target)
     run = with_local_models(run)
     shapes = _shapes(run, options, mesh_of(run, devices))

@@ -147,25 +147,25 @@ def _time(account: Account) -> Iterator[str]:
         (
             "products",
             times.products_s,
-            f"{account.work.total / 1e12:.4g} TFLOP at {chip.flops_per_s / 1e12:g} a "
-            "second",
+            f"{account.work.total / 1e12:.4g} TFLOP at "
+            f"{chip.flops_per_s / 1e12:g} TFLOP/s",
         ),
-        ("memory", times.memory_s, f"{moved}, at {chip.bytes_per_s / 1e9:g} a second"),
+        ("memory", times.memory_s, f"{moved}, at {chip.bytes_per_s / 1e9:g} GB/s"),
         (
             "communication",
             times.communication_s,
             f"in rings, at {chip.link_bytes_per_s / 1e9:g} GB/s into a device",
         ),
     ):
-        yield f"  {name:<22}{seconds:>10.3f} s  {how}"
+        yield f"  {name:<22}{seconds:>10.3g} s  {how}"
     yield (
-        f"  {'a step':<22}{times.least_s:>10.3f} s  where all of these overlap; "
-        f"{times.most_s:.3f} s where none do"
+        f"  {'a step':<22}{times.least_s:>10.3g} s  where all of these overlap; "
+        f"{times.most_s:.3g} s where none do"
     )
     slow, fast = (account.tokens / x for x in (times.most_s, times.least_s))
     yield (
         f"  {'tokens/s':<22}{slow:>10,.0f}    to {fast:,.0f}, padding included; "
-        f"{account.pairs / times.most_s:,.2f} to {account.pairs / times.least_s:,.2f} "
+        f"{account.pairs / times.most_s:,.4g} to {account.pairs / times.least_s:,.4g} "
         "pairs/s"
     )
 

@@ -129,7 +129,8 @@ class Target:
                 "TPU_WORKER_HOSTNAMES": "localhost",
             }
         if self.chip.platform == "cuda":
-            return {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "JAX_PLATFORMS": None}
+            # A GPU that is here is left alone.
+            return {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "JAX_PLATFORMS": "cpu"}
         return {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(self.count)}
 
     @property

@@ -46,12 +46,17 @@ def test_what_is_no_target_is_refused_in_one_line(text, message):
 
 
 def test_the_environment_is_that_of_the_compiler():
-    environment = {"JAX_PLATFORMS": "cpu", "HOME": "/"}
+    environment = {"JAX_PLATFORMS": "cuda", "HOME": "/"}
     apply_environment(parse_target("h200:8").environment, environment)
-    assert environment == {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "HOME": "/"}
-    apply_environment(parse_target("v5e:4x4").environment, environment)
-    assert environment["JAX_PLATFORMS"] == "cpu"
-    assert environment["TPU_SKIP_MDS_QUERY"] == "1"
+    assert environment == {
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "JAX_PLATFORMS": "cpu",
+        "HOME": "/",
+    }
+    apply_environment({"HOME": None, "TPU_SKIP_MDS_QUERY": "1"}, environment)
+    assert "HOME" not in environment and environment["TPU_SKIP_MDS_QUERY"] == "1"
+    assert parse_target("v5e:4x4").environment["JAX_PLATFORMS"] == "cpu"
+    assert parse_target("cpu:3").environment["JAX_NUM_CPU_DEVICES"] == "3"
 
 
 def test_a_gpu_has_the_share_of_its_memory_that_jax_takes(monkeypatch):
