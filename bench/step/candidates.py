@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from engine.config.dpo import DPOConfig
-from engine.data.batches import BatchPlan, Order, Padded
+from engine.data.batches import BatchPlan, Order
+from engine.data.layouts import Layout
 from engine.data.tokenization import PairTokens
 from engine.models import Decoder, DecoderConfig, init_model, parse_hf_config
 from engine.objective.interface import LossOptions, PairLogps
@@ -101,7 +102,7 @@ class Workload:
     def batch(self) -> Batch:
         """All pairs, as the trainer lays them out."""
         order = Order(num_pairs=self.pairs, pairs_per_batch=self.pairs)
-        plan = BatchPlan(order, Padded(self.tokens(), self.pairs, 1, 1))
+        plan = BatchPlan(order, Layout(self.tokens(), self.pairs, 1, 1))
         return next(plan.batches())[0]
 
     def head_rows(self, name: str) -> int:

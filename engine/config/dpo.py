@@ -20,6 +20,7 @@ from engine.config.fields import (
 from engine.config.loss import LossConfig
 from engine.config.optimizer import OptimizerConfig
 from engine.errors import InputError
+from engine.parallel.batch import Arrangement
 from engine.paths import expand
 
 _MOST_PAIRS = 2**20  # of a batch, which is laid out in the host's memory
@@ -74,6 +75,11 @@ class DPOConfig(EvaluationConfig, CheckpointConfig, OptimizerConfig, LossConfig)
     max_training_steps: int | None = None  # optimizer steps at which to stop anyway
     shuffle_train_dataset: bool = True  # False: file order
     drop_last: bool = False  # False: fill an epoch's last batch with weightless pairs
+    # One row for all sequences of a device's microbatch, one after another, instead of
+    # a padded row for each.
+    packing: bool = False
+    # What both sequences of a pair begin with goes through the model once.
+    share_prompt: bool = False
     seed: int = 42  # of the order of pairs, of dropout, of a new adapter
     disable_dropout: bool = True  # False: drop as LoRA's lora_dropout says
 
@@ -101,6 +107,11 @@ class DPOConfig(EvaluationConfig, CheckpointConfig, OptimizerConfig, LossConfig)
     def microbatch_size(self) -> int:
         """Pairs that go through the model at once, over all devices."""
         return self.total_batch_size // self.gradient_accumulation_steps
+
+    @property
+    def arrangement(self) -> Arrangement:
+        """How sequences are laid out in rows."""
+        return Arrangement(packing=self.packing, share_prompt=self.share_prompt)
 
     @property
     def pairs_per_eval_batch(self) -> int:

@@ -36,11 +36,6 @@ class Pair(NamedTuple):
     row: int  # of the pass
     weight: float
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longer sequence."""
-        return max(self.chosen, len(self.tokens) - self.chosen)
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PairStream:

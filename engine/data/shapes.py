@@ -6,11 +6,13 @@ import numpy as np
 from jaxtyping import Float, Int64
 
 from engine.data.pair_tokens import Limits
+from engine.parallel.batch import PADDED, Arrangement
 
 Shape = tuple[int, int]  # length S of a row, capacity T of a shard for scored tokens
 
 MAX_BUCKETS = 4  # static lengths, and so compilations
-LENGTH_UNIT = 8  # lengths are multiples of it
+LENGTH_UNIT = 8  # lengths of rows are multiples of it
+PACKED_UNIT = 128  # and those of rows that hold a whole microbatch of it
 SCORED_UNIT = 128  # capacities for scored tokens are multiples of it
 MAX_CANDIDATES = 128  # lengths among which the buckets are chosen
 _WORTHWHILE = 0.95  # another bucket must save a twentieth of all padded tokens
@@ -35,6 +37,11 @@ class Sizes(Protocol):
     def grid(self) -> tuple[int, int, int]:
         """Microbatches of a batch, shards, and pairs of a shard's microbatch."""
         ...
+
+
+def length_unit(arrangement: Arrangement) -> int:
+    """What the lengths of rows are multiples of."""
+    return PACKED_UNIT if arrangement.packing else LENGTH_UNIT
 
 
 def round_up(number: int, unit: int) -> int:
@@ -70,12 +77,14 @@ def choose_buckets(
     return [int(candidates[j]) for j in reversed(buckets)]
 
 
-def stream_shapes(limits: Limits, pairs: int) -> tuple[Shape, ...]:
+def stream_shapes(
+    limits: Limits, pairs: int, arrangement: Arrangement = PADDED
+) -> tuple[Shape, ...]:
     """A few shapes, of which the last fits whatever is cut to `limits`.
 
     Lengths are halves of the longest, so that padding at most doubles a batch that is
     longer than the shortest of them. The capacity for scored tokens is the most that
-    sequences of a length can have, as nothing is known of the pairs.
+    rows of a length can have, as nothing is known of the pairs.
 
     Args:
         pairs: of a shard's microbatch.
@@ -84,15 +93,19 @@ def stream_shapes(limits: Limits, pairs: int) -> tuple[Shape, ...]:
     assert longest is not None
     if prompt is not None and completion is not None:
         longest = min(longest, prompt + completion)
-    lengths = [round_up(longest, LENGTH_UNIT)]
+    # A sequence's first token is never scored, nor more than its completion.
+    most = longest - 1 if completion is None else min(longest - 1, completion)
+    rows = arrangement.rows(pairs)
+    sequences = 2 * pairs // rows  # of a row; nothing may be shared
+    longest, most = sequences * longest, sequences * most
+    unit = length_unit(arrangement)
+    lengths = [round_up(longest, unit)]
     while len(lengths) < MAX_BUCKETS:
         longest = -(-longest // 2)
-        if longest < _LEAST:
+        if longest < max(_LEAST, unit // 2):
             break
-        lengths.append(round_up(longest, LENGTH_UNIT))
-    shapes = []
-    for length in sorted(set(lengths)):
-        # A sequence's first token is never scored, nor more than its completion.
-        most = length - 1 if completion is None else min(length - 1, completion)
-        shapes.append((length, round_up(2 * pairs * most, SCORED_UNIT)))
-    return tuple(shapes)
+        lengths.append(round_up(longest, unit))
+    return tuple(
+        (length, round_up(rows * min(length - 1, most), SCORED_UNIT))
+        for length in sorted(set(lengths))
+    )

@@ -7,11 +7,11 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from engine.data.assembly import assemble
+from engine.data.layouts import Layout
 from engine.data.pair_streams import Pair, PairStream, joined
 from engine.data.shapes import Sizes, stream_shapes
 from engine.errors import InputError
-from engine.parallel.batch import Batch
+from engine.parallel.batch import PADDED, Arrangement, Batch
 
 
 @runtime_checkable
@@ -37,6 +37,7 @@ class StreamPlan:
         grid: see `Plan`.
         shuffle: draw pairs from the stream's buffer, by `seed`.
         own: the shards that are built here; None: all.
+        arrangement: how sequences are laid out in rows.
     """
 
     def __init__(
@@ -49,12 +50,14 @@ class StreamPlan:
         seed: int,
         drop_last: bool = False,
         own: Sequence[int] | None = None,
+        arrangement: Arrangement = PADDED,
     ):
         self.stream = stream
         self._own = own
         self.steps = steps
         self.grid = grid
-        self.shapes = stream_shapes(stream.limits, grid[2])
+        self.arrangement = arrangement
+        self.shapes = stream_shapes(stream.limits, grid[2], arrangement)
         self._shuffle, self._seed, self._drop_last = shuffle, seed, drop_last
         self._ends: list[int] = []  # steps after which a pass has ended
 
@@ -118,6 +121,11 @@ class StreamPlan:
     def _build(self, group: list[Pair]) -> tuple[Batch, int]:
         members = np.full(self.pairs_per_batch, -1)
         members[: len(group)] = np.arange(len(group))
-        longest = max(pair.longest for pair in group)
-        shape = next(shape for shape in self.shapes if longest <= shape[0])
-        return assemble(joined(group), members.reshape(self.grid), shape, self._own)
+        layout = Layout(
+            joined(group),
+            self.pairs_per_batch,
+            *self.grid[:2],
+            own=self._own,
+            arrangement=self.arrangement,
+        )
+        return layout.build(members, self.shapes)

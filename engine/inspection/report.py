@@ -198,7 +198,7 @@ def _print_shapes(screen: Screen, found: Batches, which: str) -> None:
     for length, capacity, count in found.shapes:
         screen.item(
             "shape",
-            f"{count:,} of {which}: sequences of {length:,} tokens, up to "
+            f"{count:,} of {which}: rows of {length:,} tokens, up to "
             f"{capacity:,} scored on a device",
         )
     screen.item(

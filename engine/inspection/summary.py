@@ -178,10 +178,10 @@ def batches(
     counts = np.bincount(which, minlength=len(shapes))
     length, capacity = np.array(shapes)[which].T
     used = members[members >= 0]
-    accumulation, shards, _ = plan.layout.grid
-    tokens = pairs.lengths.reshape(-1, 2).sum(axis=1)[used].sum()
+    accumulation, shards, of_shard = plan.layout.grid
+    tokens = plan.layout.tokens[used].sum()
     scored = pairs.num_scored.reshape(-1, 2).sum(axis=1)[used].sum()
-    sequences = 2 * plan.order.pairs_per_batch
+    rows = accumulation * shards * plan.layout.arrangement.rows(of_shard)
     return Batches(
         pairs_per_batch=plan.order.pairs_per_batch,
         steps=plan.steps,
@@ -189,6 +189,6 @@ def batches(
         shapes=tuple(
             Shape(s, t, int(n)) for (s, t), n in zip(shapes, counts, strict=True)
         ),
-        padding=float(1 - tokens / (sequences * length.sum())),
+        padding=float(1 - tokens / (rows * length.sum())),
         scored_padding=float(1 - scored / (accumulation * shards * capacity.sum())),
     )

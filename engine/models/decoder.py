@@ -14,9 +14,10 @@ from jaxtyping import Array, Float, Int, Key
 from engine.errors import InputError
 from engine.models.architecture import SLIDING, DecoderConfig
 from engine.models.attention.tiles import attend
-from engine.models.dropout import Dropout, row_hashes
+from engine.models.dropout import Dropout, prefix_hashes
 from engine.models.linear import Linears
 from engine.models.rope import rope_tables, rotate
+from engine.parallel.batch import KeySpans
 from engine.parallel.sharding import FSDP, TENSOR, ParameterPath, variable_type
 
 REMAT = ("none", "dots", "full")
@@ -118,21 +119,30 @@ class Decoder(nnx.Module):
         return head[...].astype(self.dtype)
 
     def __call__(
-        self, tokens: Int[Array, "R S"], dropout_key: Key[Array, ""] | None = None
+        self,
+        tokens: Int[Array, "R S"],
+        dropout_key: Key[Array, ""] | None = None,
+        spans: KeySpans | None = None,
     ) -> Float[Array, "R S D"]:
         """Hidden states after the final norm, of this device's rows, right-padded.
 
         dropout_key: of a step of training; None, and nothing is dropped.
+        spans: which keys each token sees; None: all before it.
         """
         config = self.config
         layers = {name: param[...] for name, param in self.layers.items()}
-        window, rope = _layer_inputs(config, tokens.shape[1])
-        dropout_of = self._dropout(tokens, dropout_key)
+        window, rope = _layer_inputs(config, tokens.shape[1], spans)
+        dropout_of = self._dropout(tokens, dropout_key, spans)
 
         def layer(hidden, xs):
             number, *xs = xs
             return _layer(
-                config, hidden, *xs, rope=rope, dropout=dropout_of(number)
+                config,
+                hidden,
+                *xs,
+                rope=rope,
+                spans=spans,
+                dropout=dropout_of(number),
             ), None
 
         layer = jax.checkpoint(layer, policy=_policy(self.remat), prevent_cse=False)
@@ -140,16 +150,18 @@ class Decoder(nnx.Module):
         hidden, _ = lax.scan(layer, self._embed(tokens), (number_L, layers, *window))
         return rms_norm(hidden, self.final_norm[...], config.rms_eps, config.gemma)
 
-    def _dropout(self, tokens: Array, key: Array | None) -> Callable[[Array], Any]:
+    def _dropout(
+        self, tokens: Array, key: Array | None, spans: KeySpans | None
+    ) -> Callable[[Array], Any]:
         """Of a layer by its number, what drops elements there, or None."""
         adapter = self.config.adapter
         if adapter is None or not adapter.dropout or key is None:
             return lambda number: None
-        rate, rows_R = adapter.dropout, row_hashes(tokens)
+        rate, prefixes_RS = adapter.dropout, prefix_hashes(tokens, spans)
 
         def of_layer(number: Array) -> Dropout:
             key_of_layer = jax.random.fold_in(key, number)
-            return Dropout(rate=rate, key=key_of_layer, rows=rows_R)
+            return Dropout(rate=rate, key=key_of_layer, prefixes=prefixes_RS)
 
         return of_layer
 
@@ -168,18 +180,19 @@ class Decoder(nnx.Module):
         return hidden * jnp.asarray(self.config.embed_scale, self.dtype)
 
 
-def _layer_inputs(config: DecoderConfig, length: int):
+def _layer_inputs(config: DecoderConfig, length: int, spans: KeySpans | None):
     """Per-layer (window, rope kind) for the scan, and the rope tables by kind."""
     windows = [
         config.sliding_window if kind == SLIDING else None
         for kind in config.layer_types
     ]
     # A window that covers the whole sequence hides nothing.
-    spans = [length if w is None else min(w, length) for w in windows]
-    span_L = None if min(spans) == length else jnp.asarray(spans, jnp.int32)
+    widths = [length if w is None else min(w, length) for w in windows]
+    window_L = None if min(widths) == length else jnp.asarray(widths, jnp.int32)
     kinds = tuple(dict.fromkeys(config.ropes))
     kind_L = jnp.asarray([kinds.index(rope) for rope in config.ropes], jnp.int32)
-    return (span_L, kind_L), rope_tables(kinds, config.head_dim, length)
+    positions = jnp.arange(length)[None] if spans is None else spans.positions
+    return (window_L, kind_L), rope_tables(kinds, config.head_dim, positions)
 
 
 def _kv_slice(config: DecoderConfig, x: Array) -> Array:
@@ -191,7 +204,9 @@ def _kv_slice(config: DecoderConfig, x: Array) -> Array:
     return lax.dynamic_slice_in_dim(x, head * config.head_dim, config.head_dim, axis=0)
 
 
-def _layer(config: DecoderConfig, hidden, weights, span, kind, *, rope, dropout):
+def _layer(
+    config: DecoderConfig, hidden, weights, window, kind, *, rope, spans, dropout
+):
     """One layer: `weights` are this device's shards, `hidden` is whole on `tensor`."""
 
     def norm(name: str, x: Array) -> Array:
@@ -225,7 +240,8 @@ def _layer(config: DecoderConfig, hidden, weights, span, kind, *, rope, dropout)
         value,
         scale=config.query_scale,
         softcap=config.attn_softcap,
-        window=span,
+        window=window,
+        spans=spans,
     )
     out = row(attended.reshape(*attended.shape[:2], -1), "o")
     hidden = hidden + (norm("attn_post_norm", out) if config.gemma else out)

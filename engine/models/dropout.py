@@ -1,18 +1,22 @@
 """Dropout whose masks are a function of what they fall on, not of where it is.
 
 Whether an element is kept follows from the step's key, the layer, the module, the
-tokens of the row, the position in it, and the feature. So it is the same on every mesh
-and under every accumulation, and again when a pass is repeated for its gradient; rows
-with the very same tokens share a mask within a step.
+tokens of the sequence up to it, and the feature. So it is the same on every mesh, under
+every accumulation and in every arrangement of rows, and again when a pass is repeated
+for its gradient; sequences that begin with the very same tokens share a mask there
+within a step.
 """
 
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Float, Int, Key, UInt32
+
+from engine.parallel.batch import KeySpans
 
 _IMPL = "threefry2x32"  # not JAX's default, which the user may have changed
 _GOLDEN = 0x9E3779B9  # 2**32 over the golden ratio: an odd step through all integers
@@ -33,12 +37,22 @@ def _mixed(x: Array) -> Array:
     return x ^ (x >> 16)
 
 
-def row_hashes(tokens: Int[Array, "W S"]) -> UInt32[Array, " W"]:
-    """A number for the tokens of each row, however far it is padded with 0."""
-    position = jnp.arange(tokens.shape[1], dtype=jnp.uint32)[None, :]
+def prefix_hashes(
+    tokens: Int[Array, "W S"], spans: KeySpans | None = None
+) -> UInt32[Array, "W S"]:
+    """For each token a number of what it sees: its sequence up to and with itself."""
+    index = jnp.arange(tokens.shape[1], dtype=jnp.uint32)[None, :]
+    position = index if spans is None else spans.positions.astype(jnp.uint32)
     mixed = _mixed(_mixed(tokens.astype(jnp.uint32)) + position * jnp.uint32(_GOLDEN))
-    kept = jnp.where(tokens == 0, jnp.uint32(0), mixed)
-    return kept.sum(axis=1, dtype=jnp.uint32)
+    through = jnp.cumsum(mixed, axis=1, dtype=jnp.uint32)
+    if spans is None:
+        return through
+    before = jnp.pad(through, ((0, 0), (1, 0)))
+
+    def until(end: Any) -> Array:
+        return jnp.take_along_axis(before, end, axis=1)
+
+    return through - until(spans.begin) + until(spans.shared_end) - until(spans.first)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +61,7 @@ class Dropout:
 
     rate: float
     key: Key[Array, ""]  # the layer's
-    rows: UInt32[Array, " W"]  # `row_hashes`
+    prefixes: UInt32[Array, "W S"]  # `prefix_hashes`
 
     def __call__(
         self, x: Float[Array, "W S I"], module: str, first: Int[Array, ""] | int
@@ -58,9 +72,8 @@ class Dropout:
         """
         W, S, size = x.shape
         key = jax.random.fold_in(self.key, zlib.crc32(module.encode()))
-        position = jnp.arange(S, dtype=jnp.uint32)
         # Good random numbers for each token, which are then spread over its features.
-        counts = [jnp.repeat(self.rows, S), jnp.tile(position, W)]
+        counts = [self.prefixes.reshape(-1), jnp.zeros(W * S, jnp.uint32)]
         words = threefry_2x32(jax.random.key_data(key), jnp.concatenate(counts))
         one, other = words.reshape(2, W, S, 1)
         feature = jnp.arange(size, dtype=jnp.uint32) + jnp.asarray(first, jnp.uint32)

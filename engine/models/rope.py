@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from engine.errors import InputError, shown
 from engine.models.values import A_NUMBER, is_positive
@@ -200,22 +200,22 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def rope_tables(
-    ropes: tuple[Rope, ...], head_dim: int, length: int
-) -> tuple[Float[Array, "kinds S half"], Float[Array, "kinds S half"]]:
+    ropes: tuple[Rope, ...], head_dim: int, positions: Int[Array, "R S"]
+) -> tuple[Float[Array, "kinds R S half"], Float[Array, "kinds R S half"]]:
     """Cosine and sine of every position's angles, float32, one table per rope."""
     frequencies = np.stack([inverse_frequencies(rope, head_dim) for rope in ropes])
-    positions = jnp.arange(length, dtype=jnp.float32)
-    angles = positions[None, :, None] * jnp.asarray(frequencies)[:, None, :]
+    positions = positions.astype(jnp.float32)[None, :, :, None]
+    angles = positions * jnp.asarray(frequencies)[:, None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(
     x: Float[Array, "R S N H"],
-    cos: Float[Array, "S half"],
-    sin: Float[Array, "S half"],
+    cos: Float[Array, "#R S half"],
+    sin: Float[Array, "#R S half"],
 ) -> Float[Array, "R S N H"]:
     """Rotates plane i, which is dims i and i + H/2, in float32; rounds once."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[None, :, None, :], sin[None, :, None, :]
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     turned = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)

@@ -88,7 +88,8 @@ def score_completions(
     dropout_key: Key[Array, ""] | None = None,
 ) -> SequenceLogps:
     """Run the model on this device's rows; score the tokens of the fsdp group."""
-    hidden_WSD = model(jnp.asarray(microbatch.rows.tokens), dropout_key)
+    rows = microbatch.rows
+    hidden_WSD = model(jnp.asarray(rows.tokens), dropout_key, rows.spans)
     positions = microbatch.scored.positions[0]
     count = microbatch.scored.counts[0].sum()
     used = jnp.arange(positions.shape[0], dtype=jnp.int32) < count

@@ -7,6 +7,7 @@ are scored, and in which sequence (`ScoredTokens`), and which sequences make a p
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +19,55 @@ from jaxtyping import Array, Float32, Int32
 from engine.parallel.sharding import BATCH, DATA, FSDP, place
 
 
+@dataclass(frozen=True, kw_only=True)
+class Arrangement:
+    """How the sequences of a shard's microbatch are laid out in rows."""
+
+    packing: bool = False  # one after another in a single row
+    share_prompt: bool = False  # what both sequences of a pair begin with, once
+
+    @property
+    def with_spans(self) -> bool:
+        """Whether a row may hold more than one sequence."""
+        return self.packing or self.share_prompt
+
+    def rows(self, pairs: int) -> int:
+        """Rows of so many pairs."""
+        if self.packing:
+            return 1
+        return pairs if self.share_prompt else 2 * pairs
+
+
+PADDED = Arrangement()  # a row for each sequence
+
+
+class KeySpans(NamedTuple):
+    """Which keys of its row a token sees: [first, shared_end) and [begin, itself].
+
+    A row holds groups of sequences that begin alike. A group is its shared beginning,
+    [first, shared_end), and a branch for what is each sequence's own. A token of the
+    shared part has begin = first, and so has one of a sequence that shares nothing, for
+    which shared_end = first as well. Padding sees itself alone.
+    """
+
+    first: Int32[np.ndarray | Array, "*A W S"]
+    shared_end: Int32[np.ndarray | Array, "*A W S"]
+    begin: Int32[np.ndarray | Array, "*A W S"]
+
+    @property
+    def positions(self) -> Any:
+        """Each token's number in its own sequence."""
+        index = np.arange(self.first.shape[-1], dtype=np.int32)
+        index = np.expand_dims(index, tuple(range(self.first.ndim - 1)))
+        return index - self.begin + self.shared_end - self.first
+
+
 class ModelRows(NamedTuple):
     """Rows of the model's input; shard n owns W/N of the W rows, from n*W/N on."""
 
     tokens: Int32[np.ndarray | Array, "A W S"]  # padded on the right with 0
+    # None: each row is one sequence, and a token sees all before it.
+    spans: KeySpans | None = None
 
 
 class ScoredTokens(NamedTuple):
@@ -66,11 +112,14 @@ class Batch(NamedTuple):
 _BY_SHARD: Any = P(None, BATCH, None)
 
 
-def batch_specs(with_ref_logps: bool = False) -> Batch:
+def batch_specs(
+    with_ref_logps: bool = False, arrangement: Arrangement = PADDED
+) -> Batch:
     """A PartitionSpec in the place of each array."""
     values = _BY_SHARD if with_ref_logps else None
+    spans = KeySpans(*[_BY_SHARD] * 3) if arrangement.with_spans else None
     return Batch(
-        rows=ModelRows(tokens=_BY_SHARD),
+        rows=ModelRows(tokens=_BY_SHARD, spans=spans),
         scored=ScoredTokens(positions=_BY_SHARD, targets=_BY_SHARD, counts=_BY_SHARD),
         pairs=Pairs(weights=_BY_SHARD, ref_logps=values),
     )
@@ -94,13 +143,13 @@ def put_whole(x: Any, mesh: Mesh) -> jax.Array:
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     """The host's arrays on the devices, each of which takes its own shard."""
-    specs = batch_specs(batch.pairs.ref_logps is not None)
-    shardings = jax.tree.map(lambda spec: place(spec, mesh), specs)
+    sharding = place(_BY_SHARD, mesh)
+    shardings = jax.tree.map(lambda _: sharding, batch)
     own, number = own_shards(mesh), mesh.shape[DATA] * mesh.shape[FSDP]
-    if len(own) == number and shardings.rows.tokens.is_fully_addressable:
+    if len(own) == number and sharding.is_fully_addressable:
         return jax.device_put(batch, shardings)
 
-    def put(x: Any, sharding: NamedSharding, shards: Sequence[int]) -> jax.Array:
+    def put(x: Any, shards: Sequence[int]) -> jax.Array:
         """An array that has these shards along axis 1."""
         size = x.shape[1] // len(shards)
 
@@ -115,21 +164,20 @@ def put_batch(batch: Batch, mesh: Mesh) -> Batch:
 
     everyones = range(number)
 
-    def whole(x: Any, sharding: Any) -> jax.Array | None:
-        return None if x is None else put(x, sharding, everyones)
+    def put_own(tree: Any) -> Any:
+        return jax.tree.map(lambda x: put(x, own), tree)
 
-    rows, scored, pairs = shardings
+    def put_everyones(tree: Any) -> Any:
+        return jax.tree.map(lambda x: put(x, everyones), tree)
+
     return Batch(
-        rows=ModelRows(tokens=put(batch.rows.tokens, rows.tokens, own)),
+        rows=put_own(batch.rows),
         scored=ScoredTokens(
-            positions=put(batch.scored.positions, scored.positions, own),
-            targets=put(batch.scored.targets, scored.targets, own),
-            counts=put(batch.scored.counts, scored.counts, everyones),
+            positions=put_own(batch.scored.positions),
+            targets=put_own(batch.scored.targets),
+            counts=put_everyones(batch.scored.counts),
         ),
-        pairs=Pairs(
-            weights=put(batch.pairs.weights, pairs.weights, everyones),
-            ref_logps=whole(batch.pairs.ref_logps, pairs.ref_logps),
-        ),
+        pairs=put_everyones(batch.pairs),
     )
 
 
@@ -138,6 +186,7 @@ def abstract_batch(
     grid: tuple[int, int, int],
     mesh: Mesh,
     with_ref_logps: bool = False,
+    arrangement: Arrangement = PADDED,
 ) -> Batch:
     """The batches of one `shape` (S, T), to compile for; `grid` is A, N and P."""
     (S, T), (A, N, pairs) = shape, grid
@@ -145,8 +194,12 @@ def abstract_batch(
     def array(*size: int, dtype: Any = np.int32) -> Any:
         return jax.ShapeDtypeStruct(size, dtype, sharding=place(_BY_SHARD, mesh))
 
+    rows = A, N * arrangement.rows(pairs), S
+    spans = KeySpans(*(array(*rows) for _ in range(3)))
     return Batch(
-        rows=ModelRows(tokens=array(A, N * 2 * pairs, S)),
+        rows=ModelRows(
+            tokens=array(*rows), spans=spans if arrangement.with_spans else None
+        ),
         scored=ScoredTokens(
             positions=array(A, N, T),
             targets=array(A, N, T),

@@ -103,7 +103,7 @@ class Account:
     @property
     def tokens(self) -> int:
         """Positions of a step's rows over all devices, padding included."""
-        return 2 * self.pairs * self.step.shape[0]
+        return self.step.positions
 
     @property
     def activations(self) -> int | None:
@@ -226,6 +226,8 @@ def as_json(account: Account) -> dict[str, Any]:
         "mesh": dict(step.run.mesh.shape),
         "pairs": account.pairs,
         "microbatches": step.run.plan.grid[0],
+        "packing": step.run.arguments.packing,
+        "share_prompt": step.run.arguments.share_prompt,
         "length": step.shape[0],
         "scored_capacity": step.shape[1],
         "remat": step.policy.remat,

@@ -2,8 +2,10 @@
 
 XLA's own `cost_analysis()` counts what is inside a loop once. Here a loop counts as
 often as it runs: XLA writes that beside most loops, and of the others whose condition
-compares a counter with a constant it follows from that. What is left is counted once,
-and told (`Program.unknown_loops`).
+compares a counter with a constant it follows from that. Attention goes over as many
+tiles of keys as its data has it, of n at most; causality leaves (n + 1) / 2 of them in
+the mean, and that is taken. What is left is counted once, and told
+(`Program.unknown_loops`).
 """
 
 import math
@@ -13,6 +15,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
+from engine.models.attention.tiles import SCOPE
+
 _BYTES = {"pred": 1, "token": 0, "bf16": 2, "c64": 8, "c128": 16}
 _ARRAY = re.compile(r"([a-z]+[0-9]*(?:e[0-9]\w*)?)\[([0-9,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -21,6 +25,7 @@ _BRANCHES = re.compile(
     r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%([\w.\-]+)"
 )
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+_ATTENTION = f"/{SCOPE}"  # in the names of its instructions
 _FAST_MEMORY = "S(1)"  # in a TPU's layouts: on the chip
 
 
@@ -83,23 +88,33 @@ class Program:
 
     def executed(self) -> Iterator[Executed]:
         """Every instruction that runs, in order."""
-        yield from self._run(self.computations[self.entry], 1, False)
+        yield from self._run(self.computations[self.entry], 1, 1, False)
 
-    def _run(self, computation: Computation, trips: int, fused: bool):
+    def _run(
+        self, computation: Computation, trips: int, around: int, fused: bool
+    ) -> Iterator[Executed]:
+        """`around`: how often the innermost loop runs that it is in."""
         for one in computation.instructions.values():
             yield Executed(one, computation, trips, fused)
             called = dict(_CALLED.findall(one.attributes))
             if one.opcode == "while":
                 count = self.trips(one, computation)
+                total = trips * (count or 1)
+                if count is None and _ATTENTION in one.attributes:
+                    total = trips * (around + 1) // 2
+                elif count is None:
+                    self.unknown_loops.add(one.name)
                 for name in (called["condition"], called["body"]):
-                    yield from self._run(self.computations[name], trips * count, fused)
+                    inside = self.computations[name]
+                    yield from self._run(inside, total, count or 1, fused)
             elif one.opcode == "conditional":
-                branches = [list(self._run(x, trips, fused)) for x in self._of(one)]
+                every = self._of(one)
+                branches = [list(self._run(x, trips, around, fused)) for x in every]
                 yield from max(branches, key=_results)
             elif one.opcode in ("call", "fusion") or one.opcode.startswith("async-st"):
                 name = called.get("calls") or called["to_apply"]
                 inside = fused or one.opcode == "fusion"
-                yield from self._run(self.computations[name], trips, inside)
+                yield from self._run(self.computations[name], trips, around, inside)
 
     def _of(self, conditional: Instruction) -> list[Computation]:
         found = []
@@ -108,8 +123,8 @@ class Program:
             found += [self.computations[name] for name in names]
         return found
 
-    def trips(self, loop: Instruction, within: Computation) -> int:
-        """How often a loop runs; 1, and it is noted, where that is not to be seen."""
+    def trips(self, loop: Instruction, within: Computation) -> int | None:
+        """How often a loop runs; None where that is not to be seen."""
         if found := _TRIPS.search(loop.attributes):
             return int(found[1])
         condition = self.computations[
@@ -130,8 +145,7 @@ class Program:
             if index and start is not None and start.opcode == "tuple":
                 first = _constant(within.operand(start, int(index[1])))
             return last - (first or 0)
-        self.unknown_loops.add(loop.name)
-        return 1
+        return None
 
 
 def _results(ran: list[Executed]) -> int:

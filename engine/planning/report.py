@@ -54,11 +54,12 @@ def _run(account: Account, shapes: str) -> Iterator[str]:
         f"({target.chip.name}), compiled by {target.chip.compiler}; nothing has run"
     )
     yield f"mesh         {mesh}"
+    rows = step.run.arguments.arrangement.rows(pairs)
     yield (
         f"batch        {count(account.pairs, 'pair')} in "
         f"{count(microbatches, 'microbatch').replace('batchs', 'batches')} of "
-        f"{count(pairs, 'pair')} a device; rows of {length:,} tokens, up to "
-        f"{capacity:,} scored ones a device"
+        f"{count(pairs, 'pair')} a device: {count(rows, 'row')} of {length:,} tokens, "
+        f"up to {capacity:,} of them scored"
     )
     yield f"shapes       {shapes}"
 

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from engine.config.dpo import DPOConfig
 from engine.config.run import RunConfig
-from engine.data.batches import grid_of
+from engine.data.layouts import grid_of
 from engine.data.pairs import Limits
 from engine.data.shapes import Shape, Sizes, stream_shapes
 from engine.models import Decoder, DecoderConfig
@@ -58,6 +58,13 @@ class Step:
     request: Request
 
     @property
+    def positions(self) -> int:
+        """Of a step's rows over all devices, padding included."""
+        microbatches, shards, pairs = self.run.plan.grid
+        rows = self.run.arguments.arrangement.rows(pairs)
+        return microbatches * shards * rows * self.shape[0]
+
+    @property
     def operands(self) -> tuple[Any, ...]:
         """(state, frozen parameters, reference's operands, batch, numbers)."""
         return self.request.arguments[self.shape]
@@ -89,7 +96,7 @@ def sizes_by_limits(arguments: DPOConfig, mesh: Mesh) -> LimitSizes:
     )
     return LimitSizes(
         steps=arguments.max_training_steps or _STEPS,
-        shapes=stream_shapes(limits, grid[2])[-1:],
+        shapes=stream_shapes(limits, grid[2], arguments.arrangement)[-1:],
         grid=grid,
     )
 

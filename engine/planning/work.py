@@ -4,6 +4,9 @@ Counted in the traced program (the jaxpr), where a loop's length is written besi
 a product counts as often as it runs. What is done for the backward pass a second time
 (`remat`) is told apart. XLA may still leave out what nobody needs.
 
+Attention goes over tiles of keys up to the queries' own: (n + 1) / 2 of n in the mean,
+which is the most that a row has; windows, and sequences that share a row, hide more.
+
 The head's products are in kernels and in loops that skip padding, which say nothing of
 their length; they are counted by the formula 2 T D V for each of: the reference's
 logits, the policy's, these recomputed, and the gradients of hidden and head. T is the
@@ -72,7 +75,7 @@ def work_of(step: Step) -> Work:
     """What a step computes."""
     work = Work()
     jaxpr = step.request.step.trace(*step.operands).jaxpr
-    _count(jaxpr.jaxpr, 1, "", work)
+    _count(jaxpr.jaxpr, 1, 1, "", work)
     head = 2 * _head_size(step)
     reference, arguments = step.reference, step.run.arguments
     if not isinstance(reference, Cached | NoReference):
@@ -104,10 +107,11 @@ def _inside(params: Any) -> Iterator[Jaxpr]:
             yield leaf
 
 
-def _count(jaxpr: Jaxpr, times: int, within: str, work: Work) -> None:
+def _count(jaxpr: Jaxpr, times: int, around: int, within: str, work: Work) -> None:
     """Add an (inner) program's products.
 
     Args:
+        around: the length of the innermost loop that it is in.
         within: the names of what it is in, with `REFERENCE` where the reference is.
     """
     for equation in jaxpr.eqns:
@@ -123,7 +127,7 @@ def _count(jaxpr: Jaxpr, times: int, within: str, work: Work) -> None:
             branches = []
             for branch in _inside(equation.params):
                 found = Work()
-                _count(branch, times, where, found)
+                _count(branch, times, around, where, found)
                 branches.append(found)
             largest = max(branches, key=lambda x: x.total)
             for (part, phase), flops in largest.flops.items():
@@ -133,9 +137,16 @@ def _count(jaxpr: Jaxpr, times: int, within: str, work: Work) -> None:
             if _part(equation) != HEAD:
                 _count_kernel(equation, times, where, work)
         else:
-            length = equation.params["length"] if name == "scan" else 1
+            total, length = times, around
+            if name == "scan":
+                length = equation.params["length"]
+                total = times * length
+            elif name == "while":
+                length = 1
+                if _part(equation) == ATTENTION:
+                    total = times * (around + 1) // 2
             for one in _inside(equation.params):
-                _count(one, times * length, where, work)
+                _count(one, total, length, where, work)
 
 
 def _count_kernel(equation: Any, times: int, where: str, work: Work) -> None:

@@ -156,7 +156,13 @@ def _batches(arguments: DPOConfig, plan: Plan) -> str:
     parts = arguments.gradient_accumulation_steps
     several = f" in {parts} microbatches" if parts > 1 else ""
     size = arguments.total_batch_size
-    return f"of {size} pairs{several}, tokens padded to {shapes}"
+    rows = {
+        (False, False): "a row for each sequence",
+        (False, True): "a row for each pair, its prompt once",
+        (True, False): "packed into one row a device",
+        (True, True): "packed into one row a device, each prompt once",
+    }[arguments.packing, arguments.share_prompt]
+    return f"of {size} pairs{several}, {rows}, padded to {shapes}"
 
 
 def _when(arguments: DPOConfig) -> str:

@@ -43,7 +43,13 @@ class Evaluator:
         requests = {
             shape: (
                 *first,
-                abstract_batch(shape, plan.layout.grid, model.mesh, brings),
+                abstract_batch(
+                    shape,
+                    plan.layout.grid,
+                    model.mesh,
+                    brings,
+                    plan.layout.arrangement,
+                ),
                 last,
             )
             for plan in plans

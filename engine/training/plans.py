@@ -3,7 +3,8 @@
 from jax.sharding import Mesh
 
 from engine.config.dpo import DPOConfig
-from engine.data.batches import BatchPlan, Order, Padded, grid_of
+from engine.data.batches import BatchPlan, Order
+from engine.data.layouts import Layout, grid_of
 from engine.data.pair_streams import PairStream
 from engine.data.pair_tokens import PairTokens
 from engine.data.stream_plans import StreamPlan
@@ -33,6 +34,7 @@ def plan_stream(config: DPOConfig, stream: PairStream, mesh: Mesh) -> StreamPlan
         seed=config.seed,
         drop_last=config.drop_last,
         own=own_shards(mesh),
+        arrangement=config.arrangement,
     )
 
 
@@ -47,13 +49,14 @@ def plan_training(config: DPOConfig, pairs: PairTokens, mesh: Mesh) -> BatchPlan
         InputError: sizes that the mesh or the accumulation steps do not divide.
     """
     size = config.total_batch_size
-    layout = Padded(
+    layout = Layout(
         pairs,
         size,
         config.gradient_accumulation_steps,
         _shards(mesh),
         "total_batch_size",
         own_shards(mesh),
+        config.arrangement,
     )
     order = Order(
         num_pairs=len(pairs),
@@ -73,7 +76,15 @@ def plan_evaluation(config: DPOConfig, pairs: PairTokens, mesh: Mesh) -> BatchPl
     size = config.pairs_per_eval_batch
     order = Order(num_pairs=len(pairs), pairs_per_batch=size)
     option = "eval_batch_size" if config.eval_batch_size else "the evaluation's batch"
-    layout = Padded(pairs, size, 1, _shards(mesh), option, own_shards(mesh))
+    layout = Layout(
+        pairs,
+        size,
+        1,
+        _shards(mesh),
+        option,
+        own_shards(mesh),
+        config.arrangement,
+    )
     return BatchPlan(order, layout)
 
 

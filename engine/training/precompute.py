@@ -18,9 +18,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int64
 from tqdm.auto import tqdm
 
-from engine.data.batches import BatchPlan, Shape, prefetch
+from engine.data.batches import BatchPlan, prefetch
 from engine.data.logps_cache import Belongs, StoredLogps
 from engine.data.pair_tokens import PairTokens
+from engine.data.shapes import Shape
 from engine.errors import InputError
 from engine.models import Decoder
 from engine.objective.scoring import (
@@ -29,7 +30,14 @@ from engine.objective.scoring import (
     score_completions,
 )
 from engine.parallel import processes
-from engine.parallel.batch import Batch, abstract_batch, batch_specs, put_batch
+from engine.parallel.batch import (
+    PADDED,
+    Arrangement,
+    Batch,
+    abstract_batch,
+    batch_specs,
+    put_batch,
+)
 from engine.parallel.collectives import after
 from engine.parallel.sharding import DATA, param_specs, place
 from engine.training.compilation import Compiled, Request, compile_all, enough_memory
@@ -177,7 +185,9 @@ def _part(key: str, pairs: PairTokens, plan: BatchPlan, reference: str) -> Part:
     return Part(name, pairs, plan, stored, batches, shapes)
 
 
-def make_scoring_step(decoder: Decoder, scoring: ScoringOptions):
+def make_scoring_step(
+    decoder: Decoder, scoring: ScoringOptions, arrangement: Arrangement = PADDED
+):
     """The jitted scoring: (the decoder's arrays, batch) -> [A, 2, pairs of it]."""
     graphdef = nnx.graphdef(decoder)
 
@@ -195,7 +205,10 @@ def make_scoring_step(decoder: Decoder, scoring: ScoringOptions):
     sharded = jax.shard_map(
         score,
         mesh=decoder.mesh,
-        in_specs=(param_specs(decoder.config, decoder.mesh), batch_specs()),
+        in_specs=(
+            param_specs(decoder.config, decoder.mesh),
+            batch_specs(arrangement=arrangement),
+        ),
         out_specs=P(None, None, DATA),
     )
     whole = place(P(), decoder.mesh)  # for every process to read
@@ -210,7 +223,8 @@ def _score(
     num_batches: int,
 ) -> None:
     """Every batch of every part; what is done stays on disk, whatever comes then."""
-    step, params = make_scoring_step(decoder, scoring), nnx.state(decoder)
+    arrangement, params = run.arguments.arrangement, nnx.state(decoder)
+    step = make_scoring_step(decoder, scoring, arrangement)
     operands = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
     )
@@ -218,7 +232,8 @@ def _score(
     for part in parts:
         grid = part.plan.layout.grid
         for shape in part.shapes if len(part.batches) else ():
-            arguments = operands, abstract_batch(shape, grid, run.mesh)
+            batch = abstract_batch(shape, grid, run.mesh, arrangement=arrangement)
+            arguments = operands, batch
             shapes.setdefault(grid, {})[shape] = arguments
     compiled = compile_all([Request(step, arguments) for arguments in shapes.values()])
     programs = dict(zip(shapes, compiled, strict=True))
@@ -267,11 +282,8 @@ def _score_part(
 
 
 def _built(part: Part) -> Iterator[tuple[np.ndarray, Batch]]:
-    layout = part.plan.layout
     for members in part.batches:
-        longest, most = layout.needs(members[None])
-        shape = next((s, t) for s, t in part.shapes if longest[0] <= s and most[0] <= t)
-        yield members, layout.build(members, shape)[0]
+        yield members, part.plan.layout.build(members, part.shapes)[0]
 
 
 def _check_finite(part: Part, pairs: np.ndarray, values: np.ndarray) -> None:

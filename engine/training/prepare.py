@@ -287,6 +287,7 @@ def step_options(config: DPOConfig) -> StepOptions:
             ld_alpha=config.ld_alpha,
         ),
         max_grad_norm=config.max_grad_norm,
+        arrangement=config.arrangement,
         skip_nonfinite=config.on_nonfinite == "skip",
         seed=config.seed,
     )

@@ -165,7 +165,13 @@ class Programs:
                 first,
                 frozen,
                 operands,
-                abstract_batch(shape, plan.grid, run.mesh, run.reads_values),
+                abstract_batch(
+                    shape,
+                    plan.grid,
+                    run.mesh,
+                    run.reads_values,
+                    run.arguments.arrangement,
+                ),
                 numbers,
             )
             for plan in plans

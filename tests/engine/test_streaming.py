@@ -125,7 +125,7 @@ def test_validate_looks_at_the_first_rows(run_file, capsys):
     assert main(["validate", run_file()]) == 0
     said = capsys.readouterr().out
     assert "train       streamed; only the first 128 rows are checked here: 12" in said
-    assert "batches     of 4 pairs, tokens padded to 32 (256 scored a device)" in said
+    assert "of 4 pairs, a row for each sequence, padded to 32 (256 scored a" in said
     assert "steps       7\n" in said
     Path("pairs.jsonl").write_text("no JSON\n")
     assert main(["validate", run_file()]) == 2
@@ -138,5 +138,5 @@ def test_inspect_looks_at_the_first_rows(run_file, capsys):
     number = len(ROWS)
     assert f"source pairs.jsonl: {number} rows" in said
     assert "steps 7 batches of 4 pairs, streamed" in said
-    assert f"of the batches of the first {number} rows: sequences of 32 tokens" in said
+    assert f"of the batches of the first {number} rows: rows of 32 tokens" in said
     assert f"the training data is streamed: its first {number} rows are looked" in said

@@ -1,14 +1,32 @@
-"""Causal attention that never holds more than a budget of scores."""
+"""Attention in plain JAX, a tile of queries and keys at a time, on any device.
+
+Each tile of queries goes over those tiles of keys alone that any of its queries sees,
+so that what causality, windows or other sequences hide costs nothing; no more scores
+than a tile's are ever held. The backward pass makes them anew.
+
+Letters: K kv heads, G query heads of each (N = K G), s queries and t keys of a tile.
+
+Source: Rabe and Staats 2021, arXiv:2112.05682 (a softmax by tiles); Dao et al. 2022,
+arXiv:2205.14135, algorithm 4 (its backward pass).
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-SCORE_BYTES = 128 * 2**20  # float32 scores held at once, per device
-_MIN_QUERIES = 128  # a narrower tile of queries would starve the matmul: cut rows first
+from engine.models.attention.sight import Sight
+from engine.parallel.batch import KeySpans
+from engine.parallel.collectives import zeros_like
 
-# Finite, not -inf: a padded query may see no key at all, and must not make a NaN.
+TILE = 128  # queries and keys of a tile, at most
+SCOPE = "attention"
+
+# Finite, not -inf: a query may see no key of a tile, and must not make a NaN.
 _MASKED = float(jnp.finfo(jnp.float32).min)
 
 
@@ -20,90 +38,151 @@ def attend(
     scale: float,
     softcap: float | None = None,
     window: int | Int[Array, ""] | None = None,
-    score_bytes: int = SCORE_BYTES,
+    spans: KeySpans | None = None,
+    tile: int = TILE,
 ) -> Float[Array, "R S N H"]:
-    """softmax(cap(scale * q . k)) v over keys at and before the query.
+    """softmax(cap(scale * q . k)) v over the keys that each query sees.
 
-    Scores and softmax are float32. Rows are padded on the right, so causality alone
-    hides padding. Where all scores take more than `score_bytes`, tiles of rows and
-    queries are scanned and recomputed in the backward pass.
+    Scores and softmax are float32.
 
     Args:
-        window: how many keys a query sees, itself included; None: all before it.
+        window: how many tokens of its sequence a query sees, itself included; None: all
+            up to it.
+        spans: the keys of each query's sequence; None: all of its row up to it. Rows
+            are padded on the right, so causality alone hides padding there.
     """
-    rows, length, heads, _ = query.shape
-    row_tile, query_tile = _tiles(rows, length, heads, score_bytes)
+    length, kv_heads = query.shape[1], key.shape[2]
+    count = -(-length // tile)
+    size = -(-length // count)
+    pad = ((0, 0), (0, count * size - length), (0, 0), (0, 0))
 
-    def tile(query_RsNH, key_RSKH, value_RSKH, start):
-        return _attend_tile(
-            query_RsNH,
-            key_RSKH.astype(query.dtype),
-            value_RSKH.astype(query.dtype),
-            start,
-            scale=scale,
-            softcap=softcap,
-            window=window,
+    def tiled(x: Array) -> Array:
+        """[tiles, R, K, .., s, H]"""
+        x = jnp.pad(x, pad).reshape(x.shape[0], count, size, kv_heads, -1, x.shape[3])
+        return x.transpose(1, 0, 3, 4, 2, 5)
+
+    sight = Sight.of(spans, window, count, size)
+    keys = tiled(key)[:, :, :, 0], tiled(value)[:, :, :, 0]
+    # By this name `planning.hlo` knows its loops, whose lengths are in the data.
+    with jax.named_scope(SCOPE):
+        out: Any = _attend(_Scores(scale, softcap), tiled(query), *keys, sight)
+    out = out.transpose(1, 0, 4, 2, 3, 5)
+    return out.reshape(query.shape[0], count * size, *query.shape[2:])[:, :length]
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """How scores are made of queries and keys."""
+
+    scale: float
+    softcap: float | None
+
+    def __call__(
+        self,
+        query: Float[Array, "R K G s H"],
+        key: Float[Array, "R K t H"],
+        sight: Sight,
+        tiles: tuple[Int[Array, ""], Int[Array, ""]],
+    ) -> tuple[Float[Array, "R K G s t"], Float[Array, "R K G s t"] | float]:
+        """Scores, and their derivatives by the product of query and key."""
+        scores = self.scale * jnp.einsum(
+            "RKGsH,RKtH->RKGst", query, key, preferred_element_type=jnp.float32
         )
+        slope = self.scale
+        if self.softcap is not None:
+            bent = jnp.tanh(scores / self.softcap)
+            scores = self.softcap * bent
+            slope = self.scale * (1 - jnp.square(bent))
+        seen = sight.seen(*tiles, query.shape[3])
+        return jnp.where(seen[:, None, None], scores, _MASKED), slope
 
-    if (row_tile, query_tile) == (rows, length):
-        return tile(query, key, value, 0)
 
-    def rows_of(args):
-        query_RSNH, key_RSKH, value_RSKH = args
-        # The scan sums the gradients of keys and values over query tiles in this dtype.
-        key_RSKH = key_RSKH.astype(jnp.float32)
-        value_RSKH = value_RSKH.astype(jnp.float32)
-        count = -(-length // query_tile)
-        pad = ((0, 0), (0, count * query_tile - length), (0, 0), (0, 0))
-        tiles = jnp.pad(query_RSNH, pad).reshape(
-            row_tile, count, query_tile, *query.shape[2:]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    scores_of: _Scores,
+    query: Float[Array, "n R K G s H"],
+    key: Float[Array, "n R K t H"],
+    value: Float[Array, "n R K t H"],
+    sight: Sight,
+) -> Float[Array, "n R K G s H"]:
+    return _forward(scores_of, query, key, value, sight)[0]
+
+
+def _forward(
+    scores_of: _Scores, query: Array, key: Array, value: Array, sight: Sight
+) -> tuple[Array, Any]:
+    def of_queries(tile: tuple[Array, Array]) -> tuple[Array, Array]:
+        number, query = tile
+
+        def add(at: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+            most, total, out = carry
+            scores, _ = scores_of(query, key[at], sight, (number, at))
+            higher = jnp.maximum(most, scores.max(axis=-1))
+            weights = jnp.exp(scores - higher[..., None])
+            faded = jnp.exp(most - higher)
+            more = jnp.einsum(
+                "RKGst,RKtH->RKGsH",
+                weights.astype(value.dtype),
+                value[at],
+                preferred_element_type=jnp.float32,
+            )
+            total = total * faded + weights.sum(axis=-1)
+            return higher, total, out * faded[..., None] + more
+
+        out = zeros_like(query).astype(jnp.float32)
+        total = out[..., 0]
+        most, total, out = lax.fori_loop(
+            sight.first[number], number + 1, add, (total + _MASKED, total, out)
         )
-        once = jax.checkpoint(tile, prevent_cse=False)
-        out = lax.map(
-            lambda at: once(at[0], key_RSKH, value_RSKH, at[1]),
-            (jnp.moveaxis(tiles, 1, 0), jnp.arange(count) * query_tile),
+        return (out / total[..., None]).astype(query.dtype), most + jnp.log(total)
+
+    numbers = jnp.arange(query.shape[0], dtype=jnp.int32)
+    out, lse = lax.map(of_queries, (numbers, query))
+    return out, (query, key, value, sight, out, lse)
+
+
+def _backward(
+    scores_of: _Scores, saved: Any, dout: Float[Array, "n R K G s H"]
+) -> tuple[Array, Array, Array, None]:
+    query, key, value, sight, out, lse = saved
+    dtype = query.dtype
+    # What a score's gradient is measured from: the weights of a query add up to 1.
+    mean = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+
+    def product(terms: str, *args: Array) -> Array:
+        return jnp.einsum(terms, *args, preferred_element_type=jnp.float32)
+
+    def added(total: Array, at: Array, more: Array) -> Array:
+        return lax.dynamic_update_index_in_dim(total, total[at] + more, at, axis=0)
+
+    def of_queries(carry: Any, tile: Any) -> tuple[Any, Array]:
+        number, query, dout, lse, mean = tile
+
+        def add(at: Array, carry: Any) -> Any:
+            dquery, dkey, dvalue = carry
+            scores, slope = scores_of(query, key[at], sight, (number, at))
+            weights = jnp.exp(scores - lse[..., None])
+            dweights = product("RKGsH,RKtH->RKGst", dout, value[at])
+            dscores = (weights * (dweights - mean[..., None]) * slope).astype(dtype)
+            weights = weights.astype(dtype)
+            return (
+                dquery + product("RKGst,RKtH->RKGsH", dscores, key[at]),
+                added(dkey, at, product("RKGst,RKGsH->RKtH", dscores, query)),
+                added(dvalue, at, product("RKGst,RKGsH->RKtH", weights, dout)),
+            )
+
+        start = zeros_like(query).astype(jnp.float32), *carry
+        dquery, dkey, dvalue = lax.fori_loop(
+            sight.first[number], number + 1, add, start
         )
-        out = jnp.moveaxis(out, 0, 1).reshape(row_tile, -1, *query.shape[2:])
-        return out[:, :length]
+        return (dkey, dvalue), dquery.astype(dtype)
 
-    if row_tile == rows:
-        return rows_of((query, key, value))
-    split = [x.reshape(-1, row_tile, *x.shape[1:]) for x in (query, key, value)]
-    return lax.map(rows_of, tuple(split)).reshape(query.shape)
-
-
-def _tiles(rows: int, length: int, heads: int, budget: int) -> tuple[int, int]:
-    """Rows (a divisor) and queries whose float32 scores fit `budget`; 1 at least."""
-    per_query = heads * length * 4  # bytes of one row's scores
-    if rows * length * per_query <= budget:
-        return rows, length
-    narrow = min(length, _MIN_QUERIES)
-    fitting = [
-        r
-        for r in range(1, rows + 1)
-        if rows % r == 0 and r * narrow * per_query <= budget
-    ]
-    row_tile = max(fitting, default=1)
-    return row_tile, max(1, min(length, budget // (row_tile * per_query)))
-
-
-def _attend_tile(query, key, value, start, *, scale, softcap, window):
-    """Queries `start`, `start + 1`, ... of a few rows against all of their keys."""
-    rows, queries, heads, dim = query.shape
-    kv_heads, keys = key.shape[2], key.shape[1]
-    grouped = query.reshape(rows, queries, kv_heads, heads // kv_heads, dim)
-    scores = jnp.einsum(
-        "RsKGH,RSKH->RKGsS", grouped, key, preferred_element_type=jnp.float32
+    numbers = jnp.arange(query.shape[0], dtype=jnp.int32)
+    start = tuple(zeros_like(x).astype(jnp.float32) for x in (key, value))
+    (dkey, dvalue), dquery = lax.scan(
+        of_queries, start, (numbers, query, dout, lse, mean)
     )
-    scores = scores * scale
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    position = start + jnp.arange(queries)
-    behind = position[:, None] - jnp.arange(keys)[None, :]
-    seen = behind >= 0
-    if window is not None:
-        seen = seen & (behind < window)
-    scores = jnp.where(seen[None, None, None, :, :], scores, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    out = jnp.einsum("RKGsS,RSKH->RsKGH", weights, value)
-    return out.reshape(query.shape)
+    return dquery, dkey.astype(key.dtype), dvalue.astype(value.dtype), None
+
+
+_attend.defvjp(_forward, _backward)

@@ -6,12 +6,8 @@ import numpy as np
 import pytest
 
 from engine.data.assembly import assemble, check_distinct
-from engine.data.batches import (
-    BatchPlan,
-    Order,
-    Padded,
-    prefetch,
-)
+from engine.data.batches import BatchPlan, Order, prefetch
+from engine.data.layouts import Layout
 from engine.data.shapes import choose_buckets
 from engine.data.tokenization import PairTokens
 from engine.errors import InputError
@@ -41,7 +37,7 @@ def make_pairs(number: int, seed: int = 0, longest: int = 60) -> PairTokens:
 
 def plan_of(pairs, size, *, steps=None, accumulation=1, shards=1, **order) -> BatchPlan:
     order = Order(num_pairs=len(pairs), pairs_per_batch=size, **order)
-    return BatchPlan(order, Padded(pairs, size, accumulation, shards), steps)
+    return BatchPlan(order, Layout(pairs, size, accumulation, shards), steps)
 
 
 def expected_batch(pairs, members, shape):

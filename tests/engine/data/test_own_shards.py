@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from engine.data.batches import BatchPlan, Order, Padded
+from engine.data.batches import BatchPlan, Order
+from engine.data.layouts import Layout
 from engine.data.pair_tokens import PairTokens
 
 SHARDS = 8
@@ -28,7 +29,7 @@ def make_pairs(count: int) -> PairTokens:
 
 def plan(pairs: PairTokens, own: range | None) -> BatchPlan:
     order = Order(num_pairs=len(pairs), pairs_per_batch=32, shuffle=True, seed=3)
-    return BatchPlan(order, Padded(pairs, 32, 2, SHARDS, own=own), 9)
+    return BatchPlan(order, Layout(pairs, 32, 2, SHARDS, own=own), 9)
 
 
 def parts(processes: int) -> list[range]:

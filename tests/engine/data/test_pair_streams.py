@@ -13,7 +13,8 @@ import pytest
 from datasets import IterableDataset
 
 from engine.config.dpo import DPOConfig
-from engine.data.batches import BatchPlan, Order, Padded, assemble
+from engine.data.batches import BatchPlan, Order
+from engine.data.layouts import Layout
 from engine.data.pair_streams import Pair, PairStream, joined
 from engine.data.pair_tokens import Limits, PairTokens
 from engine.data.pairs import tokenize_pairs
@@ -277,15 +278,14 @@ def test_batches_of_passes_are_those_of_epochs(tmp_path, drop_last):
     data, size = rows(22), 4
     held = tokenize_pairs(data, make(), max_length=40, cache_dir=tmp_path)
     order = Order(num_pairs=22, pairs_per_batch=size, drop_last=drop_last)
-    expected = BatchPlan(order, Padded(held, size, 2, 1), steps=14)
+    expected = BatchPlan(order, Layout(held, size, 2, 1), steps=14)
     plan = plan_of(stream_of(data), 14, grid=(2, 1, 2), drop_last=drop_last)
     assert plan.grid == expected.grid
     found = list(plan.batches())
     assert len(found) == 14
     for step, (batch, tokens) in enumerate(found):
         epoch, index = divmod(step, order.batches_per_epoch)
-        members = order.epoch(epoch)[index].reshape(plan.grid)
-        wanted = assemble(held, members, batch.shape)
+        wanted = expected.layout.build(order.epoch(epoch)[index], (batch.shape,))
         for got, want in zip(
             jax.tree.leaves((batch, tokens)), jax.tree.leaves(wanted), strict=True
         ):

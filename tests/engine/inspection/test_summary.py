@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from engine.data.batches import BatchPlan, Order, Padded
+from engine.data.batches import BatchPlan, Order
+from engine.data.layouts import Layout
 from engine.data.pair_tokens import Limits, PairTokens
 from engine.data.rows import as_rows
 from engine.data.tokenization import encode_rows
@@ -75,7 +76,7 @@ def test_tokens_that_are_read_only():
 
 def test_what_batches_are_padded_to():
     pairs = encode(None, None, None, "keep_start")
-    plan = BatchPlan(Order(num_pairs=4, pairs_per_batch=2), Padded(pairs, 2, 1, 2), 6)
+    plan = BatchPlan(Order(num_pairs=4, pairs_per_batch=2), Layout(pairs, 2, 1, 2), 6)
     found = batches(pairs, plan)
     assert (found.pairs_per_batch, found.steps, found.steps_per_epoch) == (2, 6, 2)
     # Longest sequences of 8 and 11 tokens: two lengths, or one that serves both.

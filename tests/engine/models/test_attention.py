@@ -5,96 +5,162 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engine.models.attention import tiles as attention
 from engine.models.attention.tiles import attend
+from engine.parallel.batch import KeySpans
 from tests.engine.tiny_models import relative
 
-
-def plain_attention(query, key, value, scale, softcap, window):
-    """float64, one loop a query."""
-    out = np.zeros(query.shape)
-    group = query.shape[2] // key.shape[2]
-    for r, s, n in np.ndindex(*query.shape[:3]):
-        first = 0 if window is None else max(0, s - window + 1)
-        keys, values = (x[r, first : s + 1, n // group] for x in (key, value))
-        scores = scale * keys @ query[r, s, n]
-        if softcap:
-            scores = softcap * np.tanh(scores / softcap)
-        weights = np.exp(scores - scores.max())
-        out[r, s, n] = weights / weights.sum() @ values
-    return out
+R, S, N, K, H = 3, 29, 4, 2, 8
 
 
-def whole_attention(query, key, value, scale, softcap, window):
-    """The same with all scores at once, so that JAX can differentiate it."""
-    R, S, N, H = query.shape
-    grouped = query.reshape(R, S, key.shape[2], -1, H)
+def spans_of(rows) -> KeySpans:
+    """Rows of groups, each (shared tokens, own tokens of each sequence, ...)."""
+    arrays = [np.tile(np.arange(S, dtype=np.int32), (R, 1)) for _ in range(3)]
+    for r, groups in enumerate(rows):
+        first = 0
+        for shared, *owns in groups:
+            begin = first
+            for head, size in [(0, shared), *((shared, own) for own in owns)]:
+                for array, value in zip(
+                    arrays, (first, first + head, begin), strict=True
+                ):
+                    array[r, begin : begin + size] = value
+                begin += size
+            first = begin
+    return KeySpans(*arrays)
+
+
+SPANS = {
+    "padded": None,
+    "packed": spans_of([[(0, 7), (0, 9), (0, 13)], [(0, 29)], [(0, 1), (0, 20)]]),
+    "shared": spans_of(
+        [[(11, 8, 10)], [(3, 2, 6), (0, 4, 3), (9, 1, 1)], [(1, 12, 3)]]
+    ),
+}
+
+
+def visible(spans: KeySpans | None, window: int | None) -> np.ndarray:
+    """[R, query, key], one sequence after another: what each would see alone."""
+    seen = np.zeros((R, S, S), bool)
+    for r, i in np.ndindex(R, S):
+        if spans is None:
+            keys = list(range(i + 1))
+        else:
+            first, shared_end, begin = (int(x[r, i]) for x in spans)
+            keys = [*range(first, shared_end), *range(begin, i + 1)]
+        seen[r, i, keys[-window:] if window else keys] = True
+    return seen
+
+
+def plain_attention(query, key, value, seen, scale, softcap):
+    """All scores at once, in the dtype of the arguments."""
+    grouped = query.reshape(R, S, K, N // K, H)
     scores = scale * jnp.einsum("RQKGH,RSKH->RKGQS", grouped, key)
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
-    q, k = np.arange(S)[:, None], np.arange(S)[None]
-    visible = (k <= q) & (window is None or q - k < window)
-    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1)
     return jnp.einsum("RKGQS,RSKH->RQKGH", weights, value).reshape(R, S, N, H)
 
 
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize(
-    "score_bytes",
-    [
-        10**9,  # everything at once
-        7 * 4 * 13 * 4 * 6,  # 7 queries of all rows, which 13 is no multiple of
-        4 * 13 * 4,  # one query of one row
-    ],
-)
-def test_attention_in_tiles_is_attention(score_bytes, window):
+def inputs():
     rng = np.random.default_rng(0)
-    query = rng.standard_normal((6, 13, 4, 8))
-    key, value = rng.standard_normal((2, 6, 13, 2, 8))
-    options = {"scale": 0.5, "softcap": 2.0, "window": window}
+    query = rng.standard_normal((R, S, N, H))
+    return query, *rng.standard_normal((2, R, S, K, H))
 
-    def tiled(*args):
-        return attend(*args, score_bytes=score_bytes, **options)
 
-    args = [jnp.asarray(x, jnp.float32) for x in (query, key, value)]
-    got = jax.jit(tiled)(*args)
-    want = plain_attention(query, key, value, **options)
-    # float32 rounding of a mean of 13 values of size 1.
-    np.testing.assert_allclose(got, want, atol=3e-6)
+@pytest.mark.numerics
+@pytest.mark.parametrize("arrangement", SPANS)
+@pytest.mark.parametrize("window, softcap", [(None, None), (5, 2.0)])
+@pytest.mark.parametrize(
+    "tile", [4, 128]
+)  # several, the last not full; and a single one
+def test_attention_in_tiles_is_attention(tile, softcap, window, arrangement):
+    spans = SPANS[arrangement]
+    args = [jnp.asarray(x, jnp.float32) for x in inputs()]
+    # As the decoder has it: a number of each layer, known when it runs.
+    width = None if window is None else jnp.int32(window)
 
-    def scalar(function):
-        return lambda *args: jnp.sum(jnp.sin(3 * function(*args)))
+    def tiled(query, key, value):
+        return attend(
+            query,
+            key,
+            value,
+            scale=0.5,
+            softcap=softcap,
+            window=width,
+            spans=spans and KeySpans(*map(jnp.asarray, spans)),
+            tile=tile,
+        )
 
-    grads = jax.jit(jax.grad(scalar(tiled), (0, 1, 2)))(*args)
+    def with_gradient(function):
+        def scalar(*args):
+            return jnp.sum(jnp.sin(3 * function(*args)))
+
+        return jax.jit(
+            lambda *args: (function(*args), jax.grad(scalar, (0, 1, 2))(*args))
+        )
+
+    got, grads = with_gradient(tiled)(*args)
+    plain = functools.partial(
+        plain_attention, seen=visible(spans, window), scale=0.5, softcap=softcap
+    )
     with jax.enable_x64(True):
-        exact = [jnp.asarray(x) for x in (query, key, value)]
+        exact = [jnp.asarray(x) for x in inputs()]
         assert exact[0].dtype == jnp.float64
-        whole = functools.partial(whole_attention, **options)
-        truth = jax.jit(jax.grad(scalar(whole), (0, 1, 2)))(*exact)
-        np.testing.assert_allclose(whole(*exact), want, atol=1e-12)
+        want, truth = with_gradient(plain)(*exact)
+    # float32 rounding of a mean of at most 29 values of size 1.
+    np.testing.assert_allclose(got, want, atol=3e-6)
     for a, b in zip(grads, truth, strict=True):
         assert relative(a, b) < 1e-5
 
 
-def test_tiles_keep_the_scores_within_their_budget():
-    for rows, length, heads, budget in [(64, 8192, 32, 2**27), (6, 100, 4, 2**20)]:
-        row_tile, query_tile = attention._tiles(rows, length, heads, budget)
-        assert rows % row_tile == 0
-        assert row_tile * query_tile * heads * length * 4 <= budget
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_in_few_digits_it_is_as_good_as_plain_attention(dtype):
+    args = [jnp.asarray(x, dtype) for x in inputs()]
+    options = {"scale": 0.5, "softcap": 2.0}
+    seen = visible(SPANS["shared"], None)
+    spans = KeySpans(*map(jnp.asarray, SPANS["shared"]))
+
+    def error(out):
+        return np.abs(np.asarray(out, np.float64) - np.asarray(truth)).max()
+
+    with jax.enable_x64(True):
+        exact = [jnp.asarray(x, jnp.float64) for x in args]
+        truth = plain_attention(*exact, seen=seen, **options)
+    plain = jax.jit(functools.partial(plain_attention, seen=seen, **options))(*args)
+    tiled = functools.partial(attend, spans=spans, tile=8, **options)
+    got = jax.jit(tiled)(*args)
+    assert got.dtype == plain.dtype
+    assert error(got) <= error(plain)
+
+
+def test_hidden_keys_are_not_looked_at():
+    """A NaN among keys of tiles that no query sees does not get out."""
+    query, key, value = (jnp.asarray(x, jnp.float32) for x in inputs())
+    spans = KeySpans(*map(jnp.asarray, spans_of([[(0, 12), (0, 17)]] * R)))
+    hidden = key.at[:, 12:16].set(jnp.nan)
+    for keys, rows, options in (
+        (hidden, slice(0, 12), {}),  # later ones
+        (hidden, slice(20, S), {"window": 3}),
+        (key.at[:, :12].set(jnp.nan), slice(12, S), {"spans": spans}),
+    ):
+        tiled = functools.partial(attend, scale=0.5, tile=4, **options)
+        out = jax.jit(tiled)(query, keys, value)
+        assert np.isfinite(out[:, rows]).all()
+        assert np.isnan(out).any()
 
 
 def test_long_attention_compiles_to_little_memory():
-    """A few tiles of scores in the backward, whatever the budget; never all scores."""
+    """The scores of one tile in the backward; never those of all keys."""
     shape = jax.ShapeDtypeStruct((4, 2048, 8, 16), jnp.bfloat16)
-    all_scores = 4 * 8 * 2048 * 2048 * 4
-    budget = all_scores // 16
 
     def loss(query, key, value):
-        out = attend(query, key, value, scale=1.0, score_bytes=budget)
-        return out.astype(jnp.float32).sum()
+        return attend(query, key, value, scale=1.0).astype(jnp.float32).sum()
 
     compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape).compile()
     memory = compiled.memory_analysis()
     assert memory is not None
-    # Scores, their exponentials and the gradients of both: seen 3.6 of them.
-    assert memory.temp_size_in_bytes < 4 * budget
+    activations = 4 * 2048 * 8 * 16 * 4  # one of them in float32
+    tile = 4 * 8 * 128 * 128 * 4
+    assert memory.temp_size_in_bytes < 8 * activations + 6 * tile
+    assert memory.temp_size_in_bytes < 4 * 8 * 2048 * 2048 * 4 / 4

@@ -161,7 +161,7 @@ def test_the_report_and_its_json_say_the_same(account):
     assert json.loads(json.dumps(values)) == values
     assert "cpu:2: 2 devices (CPU), compiled by jaxlib" in text
     assert "data=1, fsdp=2, tensor=1" in text
-    assert "4 pairs in 1 microbatch of 2 pairs a device" in text
+    assert "4 pairs in 1 microbatch of 2 pairs a device: 4 rows of 64 tokens" in text
     assert "shapes       of nothing" in text
     peak = f"{values['peak_bytes'] / 2**20:.1f} MiB"
     assert f"fits: {peak} of" in text

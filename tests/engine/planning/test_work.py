@@ -40,7 +40,8 @@ def test_of_full_training(tmp_path):
         ("attention", "reference"): ATTENTION,
         ("attention", "forward"): ATTENTION,
         ("attention", "recomputed"): ATTENTION,
-        ("attention", "backward"): 2 * ATTENTION,
+        # Scores once more, and four gradients.
+        ("attention", "backward"): 5 * ATTENTION // 2,
         ("head", "reference"): HEAD,
         ("head", "forward"): HEAD,
         ("head", "recomputed"): HEAD,
@@ -93,3 +94,9 @@ def test_losses_of_the_whole_batch_run_the_models_twice(tmp_path):
     assert found["projections", "forward"] == 4 * PROJECTIONS
     assert found["attention", "reference"] == 2 * 4 * ATTENTION
     assert found["head", "recomputed"] == 2 * HEAD
+
+
+def test_attention_goes_over_the_tiles_that_causality_leaves(tmp_path):
+    """Of 384 tokens, three tiles: 6 of 9."""
+    found = flops(tiny_run(tmp_path, max_length=384))
+    assert found["attention", "forward"] == 4 * L * R * 384 * 384 * Q * 6 // 9

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from engine.config.dpo import DPOConfig
-from engine.data.batches import BatchPlan, Order, Padded
+from engine.data.batches import BatchPlan, Order
+from engine.data.layouts import Layout
 from engine.data.tokenization import PairTokens, ragged_arange
 from engine.models import Decoder, init_model, parse_hf_config
 from engine.parallel.batch import put_batch
@@ -50,8 +51,9 @@ CONFIG = parse_hf_config(
     }
 )
 BETA = 0.2
-# Rows of 24 tokens, 256 of a shard's scored: any 16 pairs fit, so runs share programs.
-SHAPE = (24, 256)
+# Sequences of at most 24 tokens, 256 of a shard's scored: any 16 pairs fit, so runs
+# share programs.
+LONGEST, SCORED = 24, 256
 EPS = float(np.finfo(np.float32).eps)
 
 
@@ -67,6 +69,31 @@ def make_pairs(count: int, seed: int = 0) -> PairTokens:
         completion_start=starts,
         rows=np.arange(count),
         weights=np.ones(count, np.float32),
+    )
+
+
+def prompted_pairs(count: int, seed: int = 0) -> PairTokens:
+    """Pairs with a prompt of 1 to 10 tokens, and some whose answers begin alike."""
+    rng = np.random.default_rng(seed)
+    sequences, scored, starts = [], [], []
+    for _ in range(count):
+        prompt = rng.integers(0, 201, rng.integers(1, 11))
+        alike = rng.integers(0, 201, rng.integers(0, 3))
+        for _ in range(2):
+            answer = rng.integers(0, 201, rng.integers(1, 11))
+            answer = np.concatenate([alike, answer])
+            marks = rng.random(len(answer)) < 0.8
+            marks[rng.integers(len(answer))] = True
+            sequences.append(np.concatenate([prompt, answer]))
+            scored.append(np.concatenate([np.zeros(len(prompt), bool), marks]))
+            starts.append(len(prompt))
+    return PairTokens(
+        tokens=np.concatenate(sequences).astype(np.int32),
+        scored=np.concatenate(scored),
+        offsets=np.concatenate([[0], np.cumsum([len(x) for x in sequences])]),
+        completion_start=np.array(starts, np.int32),
+        rows=np.arange(count),
+        weights=rng.uniform(0.5, 2, count).astype(np.float32),
     )
 
 
@@ -87,9 +114,17 @@ def plan_of(pairs, config, sizes) -> BatchPlan:
     size, accumulation = config.total_batch_size, config.gradient_accumulation_steps
     plan = BatchPlan(
         Order(num_pairs=len(pairs), pairs_per_batch=size),
-        Padded(pairs, size, accumulation, sizes[0] * sizes[1]),
+        Layout(
+            pairs,
+            size,
+            accumulation,
+            sizes[0] * sizes[1],
+            arrangement=config.arrangement,
+        ),
     )
-    plan.shapes = (SHAPE,)
+    of_shard = plan.grid[2]
+    in_a_row = 2 * of_shard // config.arrangement.rows(of_shard)
+    plan.shapes = ((in_a_row * LONGEST, SCORED),)
     return plan
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from engine.config.dpo import DPOConfig
-from engine.data.batches import BatchPlan, Order, Padded
+from engine.data.batches import BatchPlan, Order
+from engine.data.layouts import Layout
 from engine.models.architecture import DecoderConfig
 from engine.objective.interface import LossOut
 from engine.objective.losses import LOSSES, Loss
@@ -98,7 +99,7 @@ def test_what_is_not_trained_stays_and_has_no_state(monkeypatch):
     state = init_state(model, optimizer)
     assert all("embed" not in str(path) for path, _ in jax.tree.leaves_with_path(state))
     plan = BatchPlan(
-        Order(num_pairs=8, pairs_per_batch=8), Padded(make_pairs(8), 8, 1, 2)
+        Order(num_pairs=8, pairs_per_batch=8), Layout(make_pairs(8), 8, 1, 2)
     )
     batch, _ = next(plan.batches())
     numbers = jax.tree.map(jnp.float32, loss_options(config))

@@ -17,7 +17,6 @@ from jax.extend.core import jaxprs_in_params
 
 from engine.cli import main
 from engine.config.dpo import DPOConfig
-from engine.data.batches import BatchPlan, Order, Padded
 from engine.models import Adapter, add_adapter, load_model
 from engine.models.adapter import LINEARS
 from engine.objective.references import FrozenModel, SharedModel, shares_arrays
@@ -36,7 +35,15 @@ from engine.training.step import (
     split_model,
 )
 from tests.engine.tiny_models import one_device
-from tests.engine.training.step_runs import BETA, Ran, assert_same, make_pairs, model_on
+from tests.engine.training.step_runs import (
+    BETA,
+    Ran,
+    assert_same,
+    make_pairs,
+    model_on,
+    plan_of,
+    prompted_pairs,
+)
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 ADAPTER = Adapter(rank=3, alpha=6.0, modules=tuple(LINEARS))
@@ -60,7 +67,9 @@ def make_policy(sizes, dropout=0.0):
 
 
 @functools.cache
-def lora_run(sizes, dropout=0.0, accumulation=1, optimizer: Any = "adamw"):
+def lora_run(
+    sizes, dropout=0.0, accumulation=1, optimizer: Any = "adamw", packed=False
+):
     """The run, and what its first step was called with and compiled to."""
     steps = 2
     config = DPOConfig(
@@ -69,6 +78,8 @@ def lora_run(sizes, dropout=0.0, accumulation=1, optimizer: Any = "adamw"):
         gradient_accumulation_steps=accumulation,
         learning_rate=1e-2,
         beta=BETA,
+        packing=packed,
+        share_prompt=packed,
     )
     base, policy = make_policy(sizes, dropout)
     reference = make_reference(policy, base, config)
@@ -77,10 +88,7 @@ def lora_run(sizes, dropout=0.0, accumulation=1, optimizer: Any = "adamw"):
     step: Any = make_train_step(
         policy, reference, update, schedule, step_options(config)
     )
-    plan = BatchPlan(
-        Order(num_pairs=16 * steps, pairs_per_batch=16),
-        Padded(make_pairs(16 * steps), 16, accumulation, sizes[0] * sizes[1]),
-    )
+    plan = plan_of(prompted_pairs(16 * steps), config, sizes)
     state, frozen = init_state(policy, update), split_model(policy)[2]
     before = jax.device_get(frozen)
     numbers = jax.tree.map(jnp.float32, loss_options(config))
@@ -99,14 +107,19 @@ def lora_run(sizes, dropout=0.0, accumulation=1, optimizer: Any = "adamw"):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "accumulation", "optimizer"),
-    [((2, 2, 2), 2, "adamw"), ((1, 2, 4), 1, "muon")],
+    ("sizes", "accumulation", "optimizer", "packed"),
+    [
+        ((2, 2, 2), 2, "adamw", True),
+        ((1, 2, 4), 1, "muon", False),
+    ],
     ids=str,
 )
-def test_meshes_and_accumulation_agree_with_dropout(sizes, accumulation, optimizer):
+def test_meshes_and_arrangements_agree_with_dropout(
+    sizes, accumulation, optimizer, packed
+):
     """Muon, too, which takes the factors of one layer on one device at a time."""
     want, _ = lora_run((1, 1, 1), 0.25, optimizer=optimizer)
-    assert_same(lora_run(sizes, 0.25, accumulation, optimizer)[0], want)
+    assert_same(lora_run(sizes, 0.25, accumulation, optimizer, packed)[0], want)
 
 
 def test_dropout_is_the_policys_alone_and_new_at_each_step():
@@ -157,9 +170,7 @@ def test_a_frozen_head_costs_no_gradient():
     step: Any = make_train_step(
         model, reference, optimizer, schedule, step_options(config)
     )
-    plan = BatchPlan(
-        Order(num_pairs=16, pairs_per_batch=16), Padded(make_pairs(16), 16, 1, 1)
-    )
+    plan = plan_of(make_pairs(16), config, (1, 1, 1))
     batch = put_batch(next(plan.batches())[0], model.mesh)
     numbers = jax.tree.map(jnp.float32, loss_options(config))
     state, frozen = init_state(model, optimizer), split_model(model)[2]
@@ -173,9 +184,7 @@ def test_evaluation_drops_nothing():
     config = DPOConfig(total_batch_size=16)
     reference = make_reference(policy, None, config)
     evaluate: Any = make_eval_step(policy, reference, step_options(config))
-    plan = BatchPlan(
-        Order(num_pairs=16, pairs_per_batch=16), Padded(make_pairs(16), 16, 1, 1)
-    )
+    plan = plan_of(make_pairs(16), config, (1, 1, 1))
     batch = put_batch(next(plan.batches())[0], policy.mesh)
     _, params, frozen = split_model(policy)
     numbers = jax.tree.map(jnp.float32, loss_options(config))

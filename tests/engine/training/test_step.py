@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from engine.config.dpo import DPOConfig
-from engine.data.batches import BatchPlan, Order, Padded
+from engine.data.batches import BatchPlan, Order
+from engine.data.layouts import Layout
 from engine.data.tokenization import ragged_arange
 from engine.objective.references import mix_parameters
 from engine.parallel.batch import put_batch
@@ -115,7 +116,7 @@ def test_evaluation_gives_the_sums_of_the_training_step():
     config = DPOConfig(total_batch_size=16, beta=BETA)
     model, other = model_on((2, 2, 2)), model_on((2, 2, 2), seed=1)
     pairs = make_pairs(48)
-    plan = BatchPlan(Order(num_pairs=48, pairs_per_batch=16), Padded(pairs, 16, 2, 4))
+    plan = BatchPlan(Order(num_pairs=48, pairs_per_batch=16), Layout(pairs, 16, 2, 4))
     batch, _ = next(plan.batches())
     reference = make_reference(model, other, config)
     evaluate = make_eval_step(model, reference, step_options(config))

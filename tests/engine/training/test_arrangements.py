@@ -1,0 +1,33 @@
+"""Rows of several sequences give what a row for each gives, to rounding."""
+
+import pytest
+
+from tests.engine.training.step_runs import assert_same, prompted_pairs, run
+
+PAIRS = prompted_pairs(48)
+PACKED, SHARED = {"packing": True}, {"share_prompt": True}
+
+
+@pytest.fixture(scope="module")
+def padded():
+    return run((1, 1, 1), pairs=PAIRS)
+
+
+@pytest.mark.parametrize(
+    "sizes, options",
+    [
+        pytest.param((1, 1, 1), PACKED | SHARED, marks=pytest.mark.numerics),
+        ((1, 1, 1), SHARED | {"gradient_accumulation_steps": 4}),
+        ((2, 2, 2), PACKED | {"gradient_accumulation_steps": 2}),
+        ((1, 2, 4), PACKED | SHARED),
+    ],
+    ids=str,
+)
+def test_steps_agree(sizes, options, padded):
+    assert_same(run(sizes, pairs=PAIRS, **options), padded)
+
+
+def test_padding_pairs_weigh_nothing():
+    pairs = prompted_pairs(3)  # in sixteen places
+    want = run((1, 1, 1), pairs=pairs)
+    assert_same(run((1, 1, 1), pairs=pairs, **PACKED, **SHARED), want)
