@@ -126,9 +126,9 @@ def _shapes_of_data(run: RunConfig, data: RunData, mesh: Mesh) -> _Shapes:
 def _changes(changes: list[Fitting]) -> str:
     if not changes:
         return (
-            "\nnothing makes it fit here: not accumulation, remat, the mesh, "
-            "precomputed log-probabilities, all of them, or an adapter; take more or "
-            "larger devices, or shorter rows (trainer.max_length)"
+            "\nnothing makes it fit here: not accumulation, remat, packing, shared "
+            "prompts, the mesh, precomputed log-probabilities, all of them, or an "
+            "adapter; take more or larger devices, or shorter rows (trainer.max_length)"
         )
     lines = [(" ".join(x.overrides), verdict(x.account)) for x in changes]
     found = table(("any one of these makes it fit:", ""), lines)

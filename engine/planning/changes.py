@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from engine.config.dpo import DPOConfig
 from engine.config.lora import LoraConfig
 from engine.config.run import RunConfig
 from engine.errors import InputError
@@ -66,6 +67,26 @@ def meshes(run: RunConfig, devices: int) -> Iterator[Variant]:
         tensor *= 2
 
 
+def arrangements(run: RunConfig) -> Iterator[Variant]:
+    """Fewer tokens through the model: what pairs share once, and no padding."""
+    arguments = run.trainer
+    for options in (
+        {"share_prompt": True},
+        {"packing": True},
+        {"share_prompt": True, "packing": True},
+    ):
+        options = {x: True for x in options if not _is_on(arguments, x)}
+        if options:
+            yield Variant(
+                tuple(f"trainer.{name}=true" for name in options),
+                with_options(run, **options),
+            )
+
+
+def _is_on(arguments: DPOConfig, name: str) -> bool:
+    return {"packing": arguments.packing, "share_prompt": arguments.share_prompt}[name]
+
+
 def precomputations(run: RunConfig) -> Iterator[Variant]:
     """The reference's log-probabilities scored before, its weights gone."""
     arguments = run.trainer
@@ -96,10 +117,11 @@ def smallest_changes(run: RunConfig, planner: Planner) -> list[Fitting]:
     Where none does, all of them one after the other until it fits; an adapter only
     where nothing else serves.
     """
-    shards = _shards(run, planner)
+    _, shards, _ = planner.step(run).run.plan.grid
     kinds = [
         list(accumulations(run, shards)),
         list(remats(run)),
+        _fewer_positions(run, planner),
         [x for x in meshes(run, planner.target.count) if x.run != run],
         list(precomputations(run)),
     ]
@@ -112,9 +134,17 @@ def smallest_changes(run: RunConfig, planner: Planner) -> list[Fitting]:
     return found
 
 
-def _shards(run: RunConfig, planner: Planner) -> int:
-    _, shards, _ = planner.step(run).run.plan.grid
-    return shards
+def _fewer_positions(run: RunConfig, planner: Planner) -> list[Variant]:
+    """Arrangements that make the largest batch smaller, in their order.
+
+    By the options alone none does: nothing is known to be shared, or shorter.
+    """
+    now = planner.step(run).positions
+    found = []
+    for variant in arrangements(run):
+        if planner.step(variant.run).positions < now:
+            found.append(variant)
+    return found
 
 
 def _tried(variant: Variant, planner: Planner) -> Fitting | None:
@@ -141,16 +171,19 @@ def _smallest(variants: Sequence[Variant], planner: Planner) -> Fitting | None:
 def _together(run: RunConfig, planner: Planner) -> Fitting | None:
     """Changes on top of each other until it fits; the result stays the same."""
     overrides: tuple[str, ...] = ()
-    for kind in ("remat", "mesh", "precompute", "accumulation"):
+    for kind in ("remat", "arrangement", "mesh", "precompute", "accumulation"):
         match kind:
             case "remat":
                 more = list(remats(run))[-1:]
+            case "arrangement":
+                more = _fewer_positions(run, planner)[-1:]
             case "mesh":
                 more = list(meshes(run, planner.target.count))[:1]
             case "precompute":
                 more = list(precomputations(run))
             case _:
-                more = list(accumulations(run, _shards(run, planner)))
+                _, shards, _ = planner.step(run).run.plan.grid
+                more = list(accumulations(run, shards))
         for variant in more:
             found = _tried(
                 Variant((*overrides, *variant.overrides), variant.run), planner

@@ -20,10 +20,15 @@ class FakeTarget(Target):
 
 class FakeStep(Step):
     of: Any
+    share: float  # of the positions that there are in rows of one sequence
 
-    def __init__(self, run, grid):
+    def __init__(self, run, grid, share):
         planned = SimpleNamespace(plan=SimpleNamespace(grid=grid))
-        vars(self).update(run=planned, of=run)
+        vars(self).update(run=planned, of=run, share=share)
+
+    @property
+    def positions(self):
+        return int(1000 * self.share)
 
 
 class FakeAccount(Account):
@@ -32,7 +37,8 @@ class FakeAccount(Account):
 
 
 class FakePlanner(Planner):
-    """`peak`: of a run and its pairs at once; `held`: of a run, throughout.
+    """`peak`: of a run and its pairs at once; `held`: of a run, throughout; `share`: of
+    the positions of a batch that there are with these options.
 
     Runs whose pairs do not divide are refused, as by training.
     """
@@ -40,13 +46,14 @@ class FakePlanner(Planner):
     compiled: list[str]  # the words of each
     peak_of: Any
     held_of: Any
+    share_of: Any
 
-    def __init__(self, peak, devices=4, held=lambda run: 0):
+    def __init__(self, peak, devices=4, held=lambda run: 0, share=lambda trainer: 1.0):
         chip = SimpleNamespace(flops_per_s=0.0)
         target = FakeTarget.__new__(FakeTarget)
         vars(target).update(text="x:4", chip=chip, count=devices, sizes=(devices,))
         vars(self).update(target=target, devices=[], compiled=[])
-        vars(self).update(peak_of=peak, held_of=held)
+        vars(self).update(peak_of=peak, held_of=held, share_of=share)
 
     def step(self, run):
         sharding, arguments, devices = run.sharding, run.trainer, self.target.count
@@ -58,7 +65,8 @@ class FakePlanner(Planner):
         if arguments.total_batch_size % each:
             raise InputError("does not divide")
         pairs = arguments.total_batch_size // each
-        return FakeStep(run, (arguments.gradient_accumulation_steps, shards, pairs))
+        grid = (arguments.gradient_accumulation_steps, shards, pairs)
+        return FakeStep(run, grid, self.share_of(arguments))
 
     def hopeless(self, step):
         assert isinstance(step, FakeStep)

@@ -78,6 +78,26 @@ def test_where_none_serves_by_itself_they_are_put_together(tmp_path):
     )
 
 
+def test_rows_are_arranged_otherwise_where_that_makes_the_batch_smaller(tmp_path):
+    def share(arguments):
+        return (0.5 if arguments.share_prompt else 1) * (
+            0.9 if arguments.packing else 1
+        )
+
+    def peak(run, pairs):
+        return 200 * share(run.trainer)
+
+    run = run_of(tmp_path)
+    both = ("trainer.share_prompt=true", "trainer.packing=true")
+    assert found(run, FakePlanner(peak, share=share)) == [both[:1]]
+    tight = FakePlanner(lambda run, pairs: peak(run, pairs) + 5, share=share)
+    assert found(run, tight) == [both]
+    # By max_length alone nothing is known to be shared: then none is compiled.
+    blind = FakePlanner(peak)
+    assert found(run, blind) == []
+    assert not [x for x in blind.compiled if "packing" in x or "share_prompt" in x]
+
+
 def test_what_holds_too_much_is_not_compiled(tmp_path):
     planner = FakePlanner(lambda run, pairs: 300, held=lambda run: 101)
     assert found(run_of(tmp_path, remat="none"), planner) == []
