@@ -20,7 +20,6 @@ from engine.models import (
 )
 from engine.models.adapters import decoder_like
 from engine.models.architecture import Origin
-from engine.models.checkpoint import INDEX, SINGLE
 from engine.models.init import placed_parameters, stored_dtype
 from engine.training.lora import reference_config, reference_decoder, with_lora
 
@@ -53,7 +52,7 @@ def model_config(directory: str | Path) -> DecoderConfig:
         InputError: a model that training would refuse.
     """
     directory = Path(directory)
-    if any((directory / name).exists() for name in (SINGLE, INDEX)):
+    if any(directory.glob("*.safetensors")):
         return check_checkpoint(directory)
     return replace(
         read_config(directory), origin=Origin(directory=directory, dtypes={})
