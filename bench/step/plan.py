@@ -80,9 +80,10 @@ def measure(case: Case, side: str, folder: Path) -> Iterator[tuple[int, dict]]:
 
     Then, where the case asks for it, what fits by the straight line through both.
     """
-    pairs = case.ours if side == SIDES[0] else case.plain
+    ours = side == SIDES[0]
+    pairs, most = (case.ours if ours else case.plain), case.most[not ours]
     tried: dict[int, dict[str, Any]] = {}
-    while pairs and pairs not in tried and len(tried) < case.most:
+    while pairs and pairs not in tried and len(tried) < most:
         tried[pairs] = account_of(case, side, pairs, folder)
         yield pairs, tried[pairs]
         pairs = 2 * pairs if tried[pairs]["fits"] else pairs // 2
@@ -147,10 +148,19 @@ def answer_case(index: int) -> None:
 def ratio(ours: rows.Row, plain: rows.Row) -> str:
     """By how much the batch of plain JAX has to be smaller."""
     if not ours["fits"]:
-        return "neither fits"
-    if not plain["fits"]:
-        return f"more than {ours['pairs']}"
-    return f"{ours['pairs'] / plain['pairs']:g}"
+        return "neither was seen to fit"
+    if plain["fits"]:
+        return f"{ours['pairs'] / plain['pairs']:.3g}"
+    points = sorted((int(n), x) for n, x in ours["compiled"].items() if x)
+    others = sorted((int(n), x) for n, x in plain["compiled"].items() if x)
+    if len(points) < 2 or not others:
+        return f"more than {ours['pairs']}" if plain["pairs"] == 1 else "?"
+    # Both hold the same without any pair.
+    (low, least), (high, most) = points[0], points[-1]
+    each = (most - least) / (high - low)
+    held = least - low * each
+    theirs = (others[0][1] - held) / others[0][0]
+    return f"about {theirs / each:.2g}: bytes a pair, by straight lines"
 
 
 def show(results: Sequence[rows.Row]) -> str:
