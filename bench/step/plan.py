@@ -1,6 +1,6 @@
 """How large a batch fits, with our head and with plain JAX's: models on absent devices.
 
-    python -m bench.step.plan [--only h200] [--check]
+    python -m bench.step.plan [--only v5e:4x4] [--side "plain JAX"] [--show]
 
 The engine's own step (policy, reference, backward, AdamW; parameters float32, products
 bfloat16, remat full, every device on the fsdp axis) for pairs of 2048 tokens of which
@@ -8,10 +8,8 @@ half are scored, compiled ahead of time by the target's compiler, as `dpo plan` 
 nothing runs. The other side is the same step with plain JAX's head: float32 logits of
 all rows and their log-softmax, over the same shards of the vocabulary.
 
-Batches are powers of two, to the first that does not fit; for GPUs, whose compiler is
-faster, also the one that should just fit by the straight line through the last two. A
-row is a side's largest batch that was seen to fit, or the smallest that does not, where
-none does:
+A row is a side's largest batch that was seen to fit, or the smallest that does not,
+where none does:
 
     pairs           a device
     peak_bytes      of a device: what the step is given and its temporaries
@@ -19,15 +17,15 @@ none does:
                     in over_bytes, where its compiler says how much it would take
     compiled        all that were compiled: pairs a device, peak bytes
 
-`--check` compares what is planned for this machine's CPU with what a run takes there;
-see `bench.step.plan_check`. Rows are written as they come, those of other targets stay.
+Rows are written as they come, those of other targets stay. That a plan's memory is what
+a step takes is shown where it can run: `bench.step.plan_check`.
 """
 
 import argparse
 import contextlib
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -75,28 +73,6 @@ def account_of(case: Case, side: str, pairs: int, folder: Path) -> dict[str, Any
         return as_json(take_account(step, target))
 
 
-def measure(case: Case, side: str, folder: Path) -> Iterator[tuple[int, dict]]:
-    """(pairs, account), doubling what fits and halving what does not, to the border.
-
-    Then, where the case asks for it, what fits by the straight line through both.
-    """
-    ours = side == SIDES[0]
-    pairs, most = (case.ours if ours else case.plain), case.most[not ours]
-    tried: dict[int, dict[str, Any]] = {}
-    while pairs and pairs not in tried and len(tried) < most:
-        tried[pairs] = account_of(case, side, pairs, folder)
-        yield pairs, tried[pairs]
-        pairs = 2 * pairs if tried[pairs]["fits"] else pairs // 2
-    low = max((n for n, found in tried.items() if found["fits"]), default=0)
-    high = tried.get(2 * low)
-    if not case.refine or high is None or high["peak_bytes"] is None:
-        return
-    least, most = tried[low]["peak_bytes"], high["peak_bytes"]
-    between = low * (tried[low]["capacity_bytes"] - least) // (most - least)
-    if between:
-        yield low + between, account_of(case, side, low + between, folder)
-
-
 def row_of(case: Case, side: str, tried: dict[int, dict[str, Any]]) -> rows.Row:
     """The side's row, of what was compiled."""
     fitting = [pairs for pairs, found in tried.items() if found["fits"]]
@@ -134,15 +110,13 @@ def row_of(case: Case, side: str, tried: dict[int, dict[str, Any]]) -> rows.Row:
     )
 
 
-def answer_case(index: int) -> None:
-    """A row for each side of a case; in the environment of its target."""
-    case = CASES[index]
+def answer_case(index: int, side: str) -> None:
+    """Rows of a side of a case, each with one more compiled; in the right process."""
+    case, tried = CASES[index], {}
     with tempfile.TemporaryDirectory() as folder:
-        for side in SIDES:
-            tried = {}
-            for pairs, found in measure(case, side, Path(folder)):
-                tried[pairs] = found
-                processes.answer(row_of(case, side, tried))
+        for pairs in case.ours if side == SIDES[0] else case.plain:
+            tried[pairs] = account_of(case, side, pairs, Path(folder))
+            processes.answer(row_of(case, side, tried))
 
 
 def ratio(ours: rows.Row, plain: rows.Row) -> str:
@@ -192,12 +166,13 @@ def show(results: Sequence[rows.Row]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Print the table and write the rows; 1 where ours fits no pair."""
     parser = argparse.ArgumentParser(prog="python -m bench.step.plan")
-    parser.add_argument("--only", metavar="TARGET", help="cases whose target has it")
+    parser.add_argument("--only", metavar="TARGET", help="of this target: v5e, h200:1")
+    parser.add_argument("--side", choices=SIDES, help="one only")
     parser.add_argument("--show", action="store_true", help="the rows that there are")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker is not None:
-        answer_case(args.worker)
+        answer_case(args.worker, args.side)
         return 0
     path = rows.RESULTS / "plan.json"
     wanted = [
@@ -206,19 +181,20 @@ def main(argv: list[str] | None = None) -> int:
         if args.only in (None, *(case.target[:n] for n in range(1, 20)))
     ]
     for index, case in [] if args.show else wanted:
-        run_case(index, case, path)
+        for side in [args.side] if args.side else SIDES:
+            run_case(index, case, side, path)
     results = rows.read(path)
     print(show(results))
     ours = [row for row in results if row["implementation"] == SIDES[0]]
     return 0 if all(row["fits"] for row in ours) else 1
 
 
-def run_case(index: int, case: Case, path: Path) -> None:
+def run_case(index: int, case: Case, side: str, path: Path) -> None:
     """Compile a case in a process of its own, and write each row as it comes."""
     from engine.planning.targets import parse_target
 
     environment = parse_target(case.target).environment
-    words = ["--worker", str(index)]
+    words = ["--worker", str(index), "--side", side]
     for row in processes.ask_as_it_goes("bench.step.plan", words, environment):
         key = ("model", "target", "implementation")
         kept = [

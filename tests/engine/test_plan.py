@@ -6,10 +6,17 @@ from pathlib import Path
 import pytest
 
 from engine.cli import main
+from engine.planning import planner
+from engine.planning.account import take_account
 from engine.planning.targets import Target
 
 DEMO = "examples/demo/demo.yaml"
-SMALLER = ("trainer.total_batch_size=4",)
+SMALLER = (
+    "trainer.total_batch_size=4",
+    "trainer.warmup_steps=1",
+    "mixture.informs.0.num_rows=16",
+    "eval_mixture.informs.0.num_rows=8",
+)
 
 
 @pytest.fixture
@@ -24,7 +31,13 @@ def plan(tmp_path, monkeypatch):
 
 
 def test_the_demo_is_planned_from_its_own_data(plan, tmp_path, capsys, monkeypatch):
-    path = tmp_path / "new" / "plan.json"
+    path, accounts = tmp_path / "new" / "plan.json", []
+
+    def kept(step, target):
+        accounts.append(take_account(step, target))
+        return accounts[-1]
+
+    monkeypatch.setattr(planner, "take_account", kept)
     assert plan("--json", str(path)) == 0
     out = capsys.readouterr().out
     assert "shapes       the largest batch of the run's own data" in out
@@ -32,11 +45,12 @@ def test_the_demo_is_planned_from_its_own_data(plan, tmp_path, capsys, monkeypat
     found = json.loads(path.read_text())
     account = found["account"]
     assert account["fits"] and found["changes"] == found["sweep"] == []
-    assert (account["target"], account["pairs"], account["length"]) == ("cpu:1", 4, 64)
+    assert (account["target"], account["pairs"], account["length"]) == ("cpu:1", 4, 56)
     # The demo's answers are a part of a row: fewer tokens than rows have are scored.
     assert account["scored_capacity"] < 512
 
-    monkeypatch.setattr(Target, "capacity", property(lambda _: 2**20))
+    monkeypatch.setattr(planner, "take_account", lambda *_: accounts[0])
+    monkeypatch.setattr(Target, "capacity", property(lambda _: accounts[0].peak - 1))
     assert plan("--no-search") == 1
     assert "does not fit: " in capsys.readouterr().out
 
@@ -51,7 +65,7 @@ def test_without_data_batches_are_as_large_as_they_may_be(plan, tmp_path, monkey
         steps.append(step)
         raise Seen
 
-    monkeypatch.setattr("engine.planning.planner.take_account", note)
+    monkeypatch.setattr(planner, "take_account", note)
     for words in (["--no-data"], ["mixture.informs.0.data_files=missing.jsonl"]):
         with pytest.raises(Seen):
             plan(*words)
@@ -69,7 +83,7 @@ def test_without_data_batches_are_as_large_as_they_may_be(plan, tmp_path, monkey
         (["--target", "cpu:1", "--sweep", "--plot", "x.pdf"], "must end with .png"),
         (["--target", "cpu:99"], "JAX has 8 CPU devices in this process"),
         (
-            ["--target", "cpu:2", "trainer.total_batch_size=3"],
+            ["--target", "cpu:2", "--no-data", "trainer.total_batch_size=3"],
             "=3 pairs cannot be split",
         ),
         (["--target", "cpu:1", "model.name_or_path=missing"], "there is no such"),
