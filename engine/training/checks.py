@@ -15,7 +15,7 @@ from engine.config.lora import check_dropout
 from engine.data.doubts import check_answers_differ
 from engine.data.pairs import PairTokens
 from engine.data.reference_logps import check_values
-from engine.data.stream_plans import Plan
+from engine.data.shapes import Sizes
 from engine.errors import InputError
 from engine.models import DecoderConfig, attention
 from engine.objective.references import check_comparable
@@ -94,7 +94,7 @@ def op_problem(
 
 
 def check_op(
-    config: DPOConfig, model: DecoderConfig, dtype: Any, plan: Plan, mesh: Mesh
+    config: DPOConfig, model: DecoderConfig, dtype: Any, plan: Sizes, mesh: Mesh
 ) -> None:
     """Refuse a workspace that nothing fits in, and what cannot run here.
 

@@ -15,6 +15,9 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Literal
 from jax.sharding import PartitionSpec as P
 
+# Primitives that call a function, and where they have it.
+_CALLS = {"jit": "jaxpr", "custom_vjp_call": "call_jaxpr"}
+
 
 def call[T](function: Callable[..., T], *args: Any) -> T:
     """function(*args), which uses no collectives.
@@ -60,8 +63,9 @@ def _evaluate(
 
     for eqn in jaxpr.eqns:
         inputs = [value(x) for x in eqn.invars]
-        if eqn.primitive.name == "jit":
-            found = _evaluate(eqn.params["jaxpr"], inputs, axes)
+        # What is called is computed here, and differentiated by nobody.
+        if (inner := _CALLS.get(eqn.primitive.name)) is not None:
+            found = _evaluate(eqn.params[inner], inputs, axes)
         else:
             params = dict(eqn.params)
             if axes and eqn.primitive.name == "pallas_call":

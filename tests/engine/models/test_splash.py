@@ -66,15 +66,18 @@ def test_on_a_mesh_its_arrays_have_the_types_of_their_arguments(options, reach):
     ours = functools.partial(splash.attend, **reach)
     args = [jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in SHAPES]
 
-    def checked(*args):
-        found = gradient(ours, options)(*args)
+    def checked(query, key, value, spans):
+        given = options | ({"spans": spans} if "spans" in options else {})
+        alone = ours(query, key, value, scale=0.125, **given)
+        found = alone, gradient(ours, options)(query, key, value, spans)
         for x in jax.tree.leaves(found):
             assert jax.typeof(x).manual_axis_type.varying == {"data"}
         return found
 
     by_row = jax.shard_map(checked, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
     lowered = jax.jit(by_row).trace(*args, SPANS).lower(lowering_platforms=("tpu",))
-    assert lowered.as_text().count("tpu_custom_call") == 3  # forward, dq, dk and dv
+    # Alone; for the gradient: forward, dq, dk and dv.
+    assert lowered.as_text().count("tpu_custom_call") == 4
 
 
 def test_which_one_a_run_has():
