@@ -18,7 +18,7 @@ from engine.data.pairs import PairTokens
 from engine.data.reference_logps import check_values
 from engine.data.shapes import Sizes
 from engine.errors import InputError
-from engine.models import DecoderConfig
+from engine.models import DecoderConfig, attention
 from engine.objective.references import check_comparable
 from engine.parallel.sharding import FSDP, TENSOR, check_mesh, padded_vocab
 from engine.training.streams import unknown_id
@@ -97,11 +97,14 @@ def op_problem(
 def check_op(
     config: DPOConfig, model: DecoderConfig, dtype: Any, plan: Sizes, mesh: Mesh
 ) -> None:
-    """Refuse a workspace that nothing fits in, and a backend that cannot run here.
+    """Refuse a workspace that nothing fits in, and what cannot run here.
 
     Raises:
-        InputError: with the reason that the op would give.
+        InputError: with the reason that the op, or attention, would give.
     """
+    attention.choose(
+        config.attention, mesh.devices.flat[0].platform, config.arrangement
+    )
     for _, capacity in plan.shapes:
         problem = op_problem(config, model, dtype, capacity, mesh)
         try:

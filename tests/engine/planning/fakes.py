@@ -49,7 +49,7 @@ class FakePlanner(Planner):
     share_of: Any
 
     def __init__(self, peak, devices=4, held=lambda run: 0, share=lambda trainer: 1.0):
-        chip = SimpleNamespace(flops_per_s=0.0)
+        chip = SimpleNamespace(platform="cuda", flops_per_s=0.0)
         target = FakeTarget.__new__(FakeTarget)
         vars(target).update(text="x:4", chip=chip, count=devices, sizes=(devices,))
         vars(self).update(target=target, devices=[], compiled=[])
