@@ -120,21 +120,13 @@ def answer_case(index: int, side: str) -> None:
 
 
 def ratio(ours: rows.Row, plain: rows.Row) -> str:
-    """By how much the batch of plain JAX has to be smaller."""
+    """By how much the batch of plain JAX has to be smaller, of those compiled."""
     if not ours["fits"]:
         return "neither was seen to fit"
+    least = ours["pairs"] / plain["pairs"]
     if plain["fits"]:
-        return f"{ours['pairs'] / plain['pairs']:.3g}"
-    points = sorted((int(n), x) for n, x in ours["compiled"].items() if x)
-    others = sorted((int(n), x) for n, x in plain["compiled"].items() if x)
-    if len(points) < 2 or not others:
-        return f"more than {ours['pairs']}" if plain["pairs"] == 1 else "?"
-    # Both hold the same without any pair.
-    (low, least), (high, most) = points[0], points[-1]
-    each = (most - least) / (high - low)
-    held = least - low * each
-    theirs = (others[0][1] - held) / others[0][0]
-    return f"about {theirs / each:.2g}: bytes a pair, by straight lines"
+        return f"{least:.3g}"
+    return f"more than {least:.3g}" if least >= 1 else "?"
 
 
 def show(results: Sequence[rows.Row]) -> str:

@@ -13,7 +13,8 @@ its own: the compiled step, on arrays of its operands' shapes and a full batch.
 
 What a run of `dpo train` has besides, Python, libraries and compiled programs, is in
 neither: about a gigabyte, which no plan for another machine can know. Exits with 1
-where both differ by more than 5 %.
+where both differ by more than 5 % in float32. Products in bfloat16 take buffers of the
+CPU's library for them, of which XLA's account knows nothing.
 """
 
 import argparse
@@ -169,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         found = processes.ask("bench.step.plan_check", words, ENVIRONMENT)
         planned, measured = found["planned"], found["measured"]
         off = abs(measured - planned)
-        right &= off <= TOLERANCE * measured
+        right &= off <= TOLERANCE * measured or dtype != "float32"
         results.append(
             rows.row(
                 "DPO step, planned and run",
@@ -188,9 +189,9 @@ def main(argv: list[str] | None = None) -> int:
                 measured_over_planned=round(measured / planned, 4),
             )
         )
+        rows.write("plan_check", results)
         mib = (f"{x / rows.MIB:,.1f}" for x in (planned, measured))
         print(name, *mib, f"{measured / planned:.3f}", flush=True)
-    print("wrote", rows.write("plan_check", results).relative_to(rows.ROOT))
     return 0 if right else 1
 
 

@@ -20,11 +20,13 @@ says where it refuses one. Of a GPU's it is JAX's share, XLA_PYTHON_CLIENT_MEM_F
 or 0.75, of what the target file says that the driver reports.
 """
 
+import math
 import os
 import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engine.errors import InputError
 
@@ -32,6 +34,7 @@ _GIB = 2**30
 _SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 _DEFAULT_SHARE = 0.75  # JAX's own
 _NVLINKED = 8  # GPUs of one host
+_CHIPS_OF_A_HOST = 4  # TPUs', in a row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +106,14 @@ class Target:
     sizes: tuple[int, ...]  # of a TPU slice in chips; else (count,)
 
     @property
-    def topology(self) -> dict[str, str]:
+    def topology(self) -> dict[str, Any]:
         """What `jax.experimental.topologies.get_topology_desc` is asked for."""
         if self.chip.platform == "tpu":
-            return {"platform": "tpu", "topology_name": self.text}
+            asked: dict[str, Any] = {"platform": "tpu", "topology_name": self.text}
+            if 1 in self.sizes[:2] and math.prod(self.sizes) <= _CHIPS_OF_A_HOST:
+                # Not a whole host's 2x2, which are taken for granted.
+                asked["chips_per_host_bounds"] = (*self.sizes, 1)[:3]
+            return asked
         config = Path(__file__).with_name(f"{self.text.partition(':')[0]}.textproto")
         return {
             "platform": "cuda",
@@ -214,10 +221,7 @@ def _tpu_slice(text: str, name: str, chip: Chip, shape: str) -> Target:
             f"{dimensions} dimensions; write them as {name}:{example}"
         )
     sizes = tuple(map(int, shape.split("x")))
-    chips = 1
-    for size in sizes:
-        chips *= size
-    devices = chips * (2 if name == "tpu7x" else 1)
+    devices = math.prod(sizes) * (2 if name == "tpu7x" else 1)
     return Target(text=f"{name}:{shape}", chip=chip, count=devices, sizes=sizes)
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_kernels.op import tiling
 from dpo_kernels.op.backends import load_backend
 from dpo_kernels.op.devices import Device
+from dpo_kernels.pallas_tpu import backward_tiling as tpu_tiling
 from engine.config.dpo import DPOConfig
 from engine.config.lora import check_dropout
 from engine.data.doubts import check_answers_differ
@@ -110,5 +111,12 @@ def check_op(
             backend = load_backend(config.implementation, problem)
             if backend.backward is None:
                 tiling.backward_tile(problem, fused=backend.fused_dlogits)
+            elif tpu_tiling.backward_tile(problem) is None:  # the only one of its own
+                raise ValueError(
+                    f"workspace_bytes={config.workspace_bytes} is too small for the "
+                    f"gradients of {problem.T} rows; give at least "
+                    f"{tpu_tiling.least_workspace(problem)}, or raise "
+                    "gradient_accumulation_steps"
+                )
         except (ValueError, NotImplementedError) as error:
             raise InputError(str(error)) from error

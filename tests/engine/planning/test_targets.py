@@ -100,6 +100,9 @@ def test_devices_of_a_slice_that_is_not_here(monkeypatch):
     found = devices_of(parse_target("v5e:2x4"))
     assert [x.device_kind for x in found] == ["TPU v5 lite"] * 8
     assert len(devices_of(parse_target("tpu7x:2x2x1"))) == 8
+    # Of a part of a host, too.
+    for text, number in (("v6e:1x1", 1), ("v5e:1x4", 4), ("tpu7x:1x1x1", 2)):
+        assert len(devices_of(parse_target(text))) == number
     with pytest.raises(InputError, match="--target v5e:3x5: its compiler cannot be"):
         devices_of(parse_target("v5e:3x5"))
 
