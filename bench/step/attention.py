@@ -66,8 +66,8 @@ def implementations(target: str) -> tuple[str, ...]:
     return ("tiles",) if target.startswith("h") else ("tiles", "splash")
 
 
-def compile_form(target: str, name: str, form: Form) -> rows.Row:
-    """Its row, which has `error` where it does not compile."""
+def program(target: str, name: str, form: Form) -> tuple[Any, tuple[Any, ...]]:
+    """A function on the target's devices, and what it is called with."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import PartitionSpec
@@ -81,7 +81,7 @@ def compile_form(target: str, name: str, form: Form) -> rows.Row:
     devices = devices_of(parse_target(target))
     mesh = make_mesh(len(devices), 1, 1, devices=devices)
 
-    def value_and_gradient(query, key, value, spans):
+    def value_and_gradient(query, key, value, *spans):
         def total(query, key, value):
             out = attention.attend(
                 name,
@@ -92,29 +92,37 @@ def compile_form(target: str, name: str, form: Form) -> rows.Row:
                 softcap=form.softcap,
                 windows=(form.window,),
                 which=jnp.int32(0),
-                spans=spans if form.packed or form.shared else None,
+                spans=KeySpans(*spans) if form.packed or form.shared else None,
                 longest=form.longest,
             )
             return out.astype(jnp.float32).sum(), out
 
         return jax.grad(total, (0, 1, 2), has_aux=True)(query, key, value)
 
-    spec = PartitionSpec(BATCH)
+    spec: Any = PartitionSpec(BATCH)
 
     def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
         size = (ROWS * len(devices), form.S, *shape)
         return jax.ShapeDtypeStruct(size, dtype, sharding=place(spec, mesh))
 
-    spans = KeySpans(*(array(dtype=jnp.int32) for _ in range(3)))
-    keys = array(form.K, form.H)
+    keys, span = array(form.K, form.H), array(dtype=jnp.int32)
     sharded = jax.shard_map(
         value_and_gradient, mesh=mesh, in_specs=spec, out_specs=spec
     )
-    start, facts = time.perf_counter(), {}
+    return sharded, (array(form.N, form.H), keys, keys, span, span, span)
+
+
+def compile_form(target: str, name: str, form: Form) -> rows.Row:
+    """Its row, which has `error` where it does not compile."""
+    import jax
+
+    start = time.perf_counter()
+    facts: dict[str, Any] = {}
+    function, arguments = program(target, name, form)
     try:
-        lowered = jax.jit(sharded).lower(array(form.N, form.H), keys, keys, spans)
-        compiled = lowered.compile()
-        facts["temp_bytes"] = compiled.memory_analysis().temp_size_in_bytes
+        memory = jax.jit(function).lower(*arguments).compile().memory_analysis()
+        assert memory is not None
+        facts["temp_bytes"] = memory.temp_size_in_bytes
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         facts["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:500]
     return rows.row(

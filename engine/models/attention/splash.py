@@ -22,7 +22,7 @@ from engine.models.attention import untyped
 from engine.parallel.batch import KeySpans
 
 _LANES = 128  # blocks are multiples of it
-_BLOCK = 512  # queries and keys of a block, at most
+BLOCK = 512  # queries and keys of a block, at most
 
 
 def attend(
@@ -50,7 +50,7 @@ def attend(
     """
     R, S, N, H = query.shape
     K = key.shape[2]
-    unit = _LANES if S <= _BLOCK else _BLOCK
+    unit = _LANES if S <= BLOCK else BLOCK
     length = -(-S // unit) * unit
     pad = ((0, 0), (0, length - S), (0, 0), (0, 0))
 
@@ -81,7 +81,7 @@ def _kernel(
 
     reach: how many keys a query sees at most, itself included.
     """
-    block = next(x for x in range(_BLOCK, 0, -_LANES) if length % x == 0)
+    block = next(x for x in range(BLOCK, 0, -_LANES) if length % x == 0)
     sizes = kernels.BlockSizes(
         block_q=block,
         block_kv=block,

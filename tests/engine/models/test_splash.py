@@ -31,7 +31,7 @@ FORMS = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def _two_blocks_a_row(monkeypatch):
-    monkeypatch.setattr(splash, "_BLOCK", 128)
+    monkeypatch.setattr(splash, "BLOCK", 128)
     splash._kernel.cache_clear()
     yield
     splash._kernel.cache_clear()

@@ -4,10 +4,13 @@ P: weights of a layer's projections, of which the backward pass needs no second 
 `down`; R sequences of S tokens; attention's two products are 2 R S S N H each.
 """
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from engine.config.lora import LoraConfig
-from engine.planning.work import work_of
+from engine.models.attention import splash
+from engine.planning.work import Work, _count, work_of
 from tests.engine.planning.runs import MODEL, tiny_run, tiny_step
 
 L, D, F = 3, 64, 96
@@ -100,3 +103,24 @@ def test_attention_goes_over_the_tiles_that_causality_leaves(tmp_path):
     """Of 384 tokens, three tiles: 6 of 9."""
     found = flops(tiny_run(tmp_path, max_length=384))
     assert found["attention", "forward"] == 4 * L * R * 384 * 384 * Q * 6 // 9
+
+
+def test_kernels_for_tpus_are_counted_by_what_they_are_called(monkeypatch):
+    """Two blocks of keys for the second half of the queries, one for the first."""
+    monkeypatch.setattr(splash, "BLOCK", 128)
+    splash._kernel.cache_clear()
+    rows, length, heads, size = 3, 256, 4, 64
+    query = jax.ShapeDtypeStruct((rows, length, heads, size), jnp.bfloat16)
+    keys = jax.ShapeDtypeStruct((rows, length, 2, size), jnp.bfloat16)
+
+    def backward(*args):
+        out, pullback = jax.vjp(lambda *x: splash.attend(*x, scale=1.0), *args)
+        return pullback(out)
+
+    work = Work()
+    _count(jax.make_jaxpr(backward)(query, keys, keys).jaxpr, 1, 1, "", work)
+    splash._kernel.cache_clear()
+    assert not work.uncounted
+    pairs = rows * heads * length * length * 3 // 4  # of queries and keys
+    mean = 2 * rows * heads * length * size  # of each query's gradient
+    assert work.total == (2 + 3 + 4) * 2 * pairs * size + mean
