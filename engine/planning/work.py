@@ -150,11 +150,23 @@ def _count(jaxpr: Jaxpr, times: int, around: int, within: str, work: Work) -> No
 
 
 def _count_kernel(equation: Any, times: int, where: str, work: Work) -> None:
+    """Add a kernel's products: those that it states, or of attention what is in it.
+
+    That of a block is in it as often as its grid has steps, of which causality leaves
+    (n + 1) / 2 of the n along the last axis.
+    """
+    part, phase = _part(equation), _phase(where)
     estimate = equation.params.get("cost_estimate")
-    if estimate is None:
-        work.uncounted.add(str(equation.params.get("name", equation.primitive.name)))
+    grid = getattr(equation.params.get("grid_mapping"), "grid", ())
+    if estimate is not None:
+        work.add(part, phase, times * int(estimate.flops))
+    elif part == ATTENTION and grid and all(isinstance(x, int) for x in grid):
+        block = Work()
+        _count(equation.params["jaxpr"], 1, 1, where, block)
+        steps = math.prod(grid[:-1]) * (grid[-1] + 1) // 2
+        work.add(part, phase, times * steps * block.total)
     else:
-        work.add(_part(equation), _phase(where), times * int(estimate.flops))
+        work.uncounted.add(str(equation.params.get("name", equation.primitive.name)))
 
 
 def _product(equation: Any) -> int:

@@ -7,6 +7,7 @@ P: weights of a layer's projections, of which the backward pass needs no second 
 import pytest
 
 from engine.config.lora import LoraConfig
+from engine.planning.targets import parse_target
 from engine.planning.work import work_of
 from tests.engine.planning.runs import MODEL, tiny_run, tiny_step
 
@@ -100,3 +101,17 @@ def test_attention_goes_over_the_tiles_that_causality_leaves(tmp_path):
     """Of 384 tokens, three tiles: 6 of 9."""
     found = flops(tiny_run(tmp_path, max_length=384))
     assert found["attention", "forward"] == 4 * L * R * 384 * 384 * Q * 6 // 9
+
+
+def test_attention_of_a_tpu_is_counted_in_its_kernels(tmp_path, monkeypatch):
+    """Blocks of 512 of 1,024 tokens: 3 of 4."""
+    for name, value in parse_target("v6e:1x1").environment.items():
+        monkeypatch.setenv(name, value)
+    work = work_of(tiny_step(tiny_run(tmp_path, max_length=1024), "v6e:1x1"))
+    attention = 4 * L * R * 1024 * 1024 * Q * 3 // 4
+    assert not work.uncounted
+    assert work.flops["attention", "forward"] == attention
+    # Keys and values, then queries: scores twice more, and five gradients; and what
+    # these are measured from, a sum over the results.
+    backward = 7 * attention // 2 + 2 * L * R * 1024 * Q
+    assert work.flops["attention", "backward"] == backward
