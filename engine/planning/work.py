@@ -23,7 +23,6 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import dpo_kernels
-from engine.models.attention import splash
 from engine.objective.references import Cached, NoReference
 from engine.parallel.sharding import FSDP, TENSOR, padded_vocab
 from engine.planning.steps import Step
@@ -151,32 +150,23 @@ def _count(jaxpr: Jaxpr, times: int, around: int, within: str, work: Work) -> No
 
 
 def _count_kernel(equation: Any, times: int, where: str, work: Work) -> None:
-    estimate = equation.params.get("cost_estimate")
-    name = str(equation.params.get("name", equation.primitive.name))
-    if name.startswith("splash"):
-        part, phase = _part(equation), _phase(where)
-        work.add(part, phase, times * _splash(name, equation))
-    elif estimate is None:
-        work.uncounted.add(name)
-    else:
-        work.add(_part(equation), _phase(where), times * int(estimate.flops))
+    """Add a kernel's products: those that it states, or of attention what is in it.
 
-
-def _splash(name: str, equation: Any) -> int:
-    """Of JAX's kernels, which skip blocks of keys that causality hides.
-
-    2 S (S + block) / 2 H for each of a query head's products, of which a forward has
-    two, the gradient of queries three, and that of keys and values four.
+    That of a block is in it as often as its grid has steps, of which causality leaves
+    (n + 1) / 2 of the n along the last axis.
     """
-    products = next(n for kind, n in _SPLASH.items() if kind in name)
-    # Queries, the largest of its operands: [.., S, H].
-    shape = max((x.aval.shape for x in equation.invars), key=math.prod)
-    *heads, length, size = shape
-    rest = math.prod(heads) * size * length
-    return products * rest * (length + min(length, splash.BLOCK))
-
-
-_SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
+    part, phase = _part(equation), _phase(where)
+    estimate = equation.params.get("cost_estimate")
+    grid = getattr(equation.params.get("grid_mapping"), "grid", ())
+    if estimate is not None:
+        work.add(part, phase, times * int(estimate.flops))
+    elif part == ATTENTION and grid and all(isinstance(x, int) for x in grid):
+        block = Work()
+        _count(equation.params["jaxpr"], 1, 1, where, block)
+        steps = math.prod(grid[:-1]) * (grid[-1] + 1) // 2
+        work.add(part, phase, times * steps * block.total)
+    else:
+        work.uncounted.add(str(equation.params.get("name", equation.primitive.name)))
 
 
 def _product(equation: Any) -> int:

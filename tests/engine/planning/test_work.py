@@ -4,13 +4,11 @@ P: weights of a layer's projections, of which the backward pass needs no second 
 `down`; R sequences of S tokens; attention's two products are 2 R S S N H each.
 """
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from engine.config.lora import LoraConfig
-from engine.models.attention import splash
-from engine.planning.work import Work, _count, work_of
+from engine.planning.targets import parse_target
+from engine.planning.work import work_of
 from tests.engine.planning.runs import MODEL, tiny_run, tiny_step
 
 L, D, F = 3, 64, 96
@@ -105,22 +103,15 @@ def test_attention_goes_over_the_tiles_that_causality_leaves(tmp_path):
     assert found["attention", "forward"] == 4 * L * R * 384 * 384 * Q * 6 // 9
 
 
-def test_kernels_for_tpus_are_counted_by_what_they_are_called(monkeypatch):
-    """Two blocks of keys for the second half of the queries, one for the first."""
-    monkeypatch.setattr(splash, "BLOCK", 128)
-    splash._kernel.cache_clear()
-    rows, length, heads, size = 3, 256, 4, 64
-    query = jax.ShapeDtypeStruct((rows, length, heads, size), jnp.bfloat16)
-    keys = jax.ShapeDtypeStruct((rows, length, 2, size), jnp.bfloat16)
-
-    def backward(*args):
-        out, pullback = jax.vjp(lambda *x: splash.attend(*x, scale=1.0), *args)
-        return pullback(out)
-
-    work = Work()
-    _count(jax.make_jaxpr(backward)(query, keys, keys).jaxpr, 1, 1, "", work)
-    splash._kernel.cache_clear()
+def test_attention_of_a_tpu_is_counted_in_its_kernels(tmp_path, monkeypatch):
+    """Blocks of 512 of 1,024 tokens: 3 of 4."""
+    for name, value in parse_target("v6e:1x1").environment.items():
+        monkeypatch.setenv(name, value)
+    work = work_of(tiny_step(tiny_run(tmp_path, max_length=1024), "v6e:1x1"))
+    attention = 4 * L * R * 1024 * 1024 * Q * 3 // 4
     assert not work.uncounted
-    pairs = rows * heads * length * length * 3 // 4  # of queries and keys
-    mean = 2 * rows * heads * length * size  # of each query's gradient
-    assert work.total == (2 + 3 + 4) * 2 * pairs * size + mean
+    assert work.flops["attention", "forward"] == attention
+    # Keys and values, then queries: scores twice more, and five gradients; and what
+    # these are measured from, a sum over the results.
+    backward = 7 * attention // 2 + 2 * L * R * 1024 * Q
+    assert work.flops["attention", "backward"] == backward
