@@ -115,14 +115,12 @@ CASES = (
     Case(
         name="Llama-3.1-8B", values=LLAMA_8B, target="v5e:4x4", ours=(4, 1), plain=(4,)
     ),
-    Case(
-        name="Gemma-2-9B", values=GEMMA2_9B, target="v6e:4x4", ours=(32, 8), plain=(8,)
-    ),
+    Case(name="Gemma-2-9B", values=GEMMA2_9B, target="v6e:4x4", ours=(8,), plain=(8,)),
     Case(
         name="Llama-3.1-70B",
         values=LLAMA_70B,
         target="v5p:4x4x4",
-        ours=(32, 8),
+        ours=(4, 2),
         plain=(16,),
     ),
 )
