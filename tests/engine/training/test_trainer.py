@@ -129,9 +129,11 @@ def test_a_trainer_trains_once(trained):
         trained.trainer.train()
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 1), (1, 2, 2)], ids=str)
-def test_nothing_is_compiled_between_the_first_step_and_the_last(tmp_path, sizes):
-    """On meshes, with evaluations, and with a reference that follows."""
+def test_nothing_is_compiled_between_the_first_step_and_the_last(tmp_path):
+    """With evaluations, and with a reference that follows.
+
+    On a mesh with axes of length 1, whose names JAX drops from what comes out.
+    """
 
     class Clock(Listener):
         def started(self, total_steps, done):
@@ -143,7 +145,7 @@ def test_nothing_is_compiled_between_the_first_step_and_the_last(tmp_path, sizes
     with compilations() as programs:
         make_trainer(
             tmp_path,
-            sizes=sizes,
+            sizes=(1, 2, 1),
             listeners=(Clock(),),
             sync_ref_model=True,
             ref_model_sync_steps=1,
@@ -225,6 +227,9 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
         assert lines[0][-1][name] == lines[1][-1][name]
     states = (jax.tree.leaves(jax.device_get(x.state)) for x in (whole, broken))
     assert all((a == b).all() for a, b in zip(*states, strict=True))
+    # The end of the steps is the schedule's, too.
+    rates = [line["learning_rate"] for line in lines[0]]
+    np.testing.assert_allclose(rates, [1e-3, 0.75e-3, 0.5e-3, 0.25e-3], rtol=1e-6)
 
 
 def test_everyone_hears_the_end_and_the_model_is_saved_before(tmp_path):
@@ -243,22 +248,18 @@ def test_everyone_hears_the_end_and_the_model_is_saved_before(tmp_path):
 
 
 def test_a_run_can_be_repeated_to_the_bit(tmp_path):
-    """Shuffled by the seed; another seed gives another order, and another model."""
-    models = []
+    """Shuffled by the seed; another seed gives another order."""
+    models, orders = [], []
     for number, seed in enumerate((1, 1, 2)):
         trainer = make_trainer(
             tmp_path / str(number), evaluate=False, seed=seed, max_training_steps=3
         )
-        trainer.train()
-        models.append(jax.tree.leaves(jax.device_get(trainer.state.params)))
-    assert all((a == b).all() for a, b in zip(models[0], models[1], strict=True))
-    assert any((a != b).any() for a, b in zip(models[0], models[2], strict=True))
-
-
-def test_max_training_steps_also_ends_the_schedule(tmp_path):
-    make_trainer(tmp_path, evaluate=False, max_training_steps=4, log_steps=1).train()
-    rates = [line["learning_rate"] for line in read_lines(tmp_path / "metrics.jsonl")]
-    np.testing.assert_allclose(rates, [1e-3, 0.75e-3, 0.5e-3, 0.25e-3], rtol=1e-6)
+        orders.append(trainer.run.plan.order.epoch(0).tolist())
+        if seed == 1:
+            trainer.train()
+            models.append(jax.tree.leaves(jax.device_get(trainer.state.params)))
+    assert all((a == b).all() for a, b in zip(*models, strict=True))
+    assert orders[0] == orders[1] != orders[2]
 
 
 def test_a_synced_reference_follows(tmp_path):
@@ -283,7 +284,8 @@ def test_a_synced_reference_follows(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_metrics(tmp_path):
-    trainer = make_trainer(tmp_path, evaluate=False, learning_rate=1e15, log_steps=1)
+    options = {"learning_rate": 1e15, "max_training_steps": 3, "log_steps": 1}
+    trainer = make_trainer(tmp_path, evaluate=False, **options)
     with pytest.raises(InputError, match="step [23]: the loss is .*; lower"):
         trainer.train()
     lines = read_lines(tmp_path / "metrics.jsonl")
@@ -298,7 +300,9 @@ def test_weights_that_are_no_numbers_are_blamed(tmp_path):
     model = load_model(FIXTURE / "model", mesh=one_device(), dtype="float32")
     nnx.update(model, jax.tree.map(lambda x: x * jnp.nan, nnx.state(model)))
     with pytest.raises(InputError, match="step 1: .* before any update.*: weights of"):
-        make_trainer(tmp_path, evaluate=False, model=model).train()
+        make_trainer(
+            tmp_path, evaluate=False, model=model, max_training_steps=1
+        ).train()
 
 
 def test_the_last_update_is_looked_at_too(tmp_path):
@@ -313,7 +317,9 @@ def test_the_last_update_is_looked_at_too(tmp_path):
 
 def test_an_evaluation_that_is_not_finite_ends_the_run(tmp_path):
     """Weights that are huge, but finite, and no longer a model."""
-    trainer = make_trainer(tmp_path, learning_rate=1e15, max_training_steps=1)
+    trainer = make_trainer(
+        tmp_path, learning_rate=1e15, max_training_steps=3, eval_steps=1
+    )
     with pytest.raises(InputError, match="step 1: eval_loss is nan"):
         trainer.train()
     assert not (tmp_path / "model.safetensors").exists()
