@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from engine import DPOTrainer, InputError, load_model
+from engine.data.batches import BatchPlan
 from engine.training.events import Listener
 from tests.engine.training.runs import (
     FIXTURE,
@@ -254,7 +255,9 @@ def test_a_run_can_be_repeated_to_the_bit(tmp_path):
         trainer = make_trainer(
             tmp_path / str(number), evaluate=False, seed=seed, max_training_steps=3
         )
-        orders.append(trainer.run.plan.order.epoch(0).tolist())
+        plan = trainer.run.plan
+        assert isinstance(plan, BatchPlan)
+        orders.append(plan.order.epoch(0).tolist())
         if seed == 1:
             trainer.train()
             models.append(jax.tree.leaves(jax.device_get(trainer.state.params)))
