@@ -58,7 +58,7 @@ def test_accumulation_equals_the_whole_batch(one_device):
 
 
 def test_padding_pairs_weigh_nothing():
-    """Sixteen places for three pairs, alone and over devices, most of which have none."""
+    """Sixteen places for three pairs; of several devices some have none."""
     pairs = make_pairs(3)  # a single batch
     want = run((1, 1, 1), pairs=pairs, total_batch_size=3)
     alone = run((1, 1, 1), pairs=pairs)

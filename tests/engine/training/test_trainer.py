@@ -3,7 +3,7 @@
 import importlib.machinery
 import sys
 import types
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,6 @@ import pytest
 from flax import nnx
 
 from engine import DPOTrainer, InputError, load_model
-from engine.data.batches import BatchPlan
 from engine.training.events import Listener
 from tests.engine.training.runs import (
     FIXTURE,
@@ -131,10 +130,7 @@ def test_a_trainer_trains_once(trained):
 
 
 def test_nothing_is_compiled_between_the_first_step_and_the_last(tmp_path):
-    """With evaluations, and with a reference that follows.
-
-    On a mesh with axes of length 1, whose names JAX drops from what comes out.
-    """
+    """With evaluations, a reference that follows, and axes of length 1 in the mesh."""
 
     class Clock(Listener):
         def started(self, total_steps, done):
@@ -250,18 +246,15 @@ def test_everyone_hears_the_end_and_the_model_is_saved_before(tmp_path):
 
 def test_a_run_can_be_repeated_to_the_bit(tmp_path):
     """Shuffled by the seed; another seed gives another order."""
-    models, orders = [], []
-    for number, seed in enumerate((1, 1, 2)):
-        trainer = make_trainer(
-            tmp_path / str(number), evaluate=False, seed=seed, max_training_steps=3
-        )
-        plan = trainer.run.plan
-        assert isinstance(plan, BatchPlan)
-        orders.append(plan.order.epoch(0).tolist())
-        if seed == 1:
-            trainer.train()
-            models.append(jax.tree.leaves(jax.device_get(trainer.state.params)))
+    one, two, other = (
+        make_trainer(tmp_path / x, evaluate=False, seed=seed, max_training_steps=3)
+        for x, seed in (("one", 1), ("two", 1), ("other", 2))
+    )
+    for trainer in (one, two):
+        trainer.train()
+    models = (jax.tree.leaves(jax.device_get(x.state.params)) for x in (one, two))
     assert all((a == b).all() for a, b in zip(*models, strict=True))
+    orders = [vars(x.plan)["order"].epoch(0).tolist() for x in (one, two, other)]
     assert orders[0] == orders[1] != orders[2]
 
 
@@ -286,9 +279,12 @@ def test_a_synced_reference_follows(tmp_path):
     assert programs.count("mix_parameters") == 1
 
 
+# One step makes weights that are huge, but finite, and no longer a model.
+HUGE: dict[str, Any] = {"learning_rate": 1e15, "max_training_steps": 3}
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_metrics(tmp_path):
-    options = {"learning_rate": 1e15, "max_training_steps": 3, "log_steps": 1}
-    trainer = make_trainer(tmp_path, evaluate=False, **options)
+    trainer = make_trainer(tmp_path, evaluate=False, log_steps=1, **HUGE)
     with pytest.raises(InputError, match="step [23]: the loss is .*; lower"):
         trainer.train()
     lines = read_lines(tmp_path / "metrics.jsonl")
@@ -303,9 +299,8 @@ def test_weights_that_are_no_numbers_are_blamed(tmp_path):
     model = load_model(FIXTURE / "model", mesh=one_device(), dtype="float32")
     nnx.update(model, jax.tree.map(lambda x: x * jnp.nan, nnx.state(model)))
     with pytest.raises(InputError, match="step 1: .* before any update.*: weights of"):
-        make_trainer(
-            tmp_path, evaluate=False, model=model, max_training_steps=1
-        ).train()
+        options: dict[str, Any] = {"evaluate": False, "max_training_steps": 1}
+        make_trainer(tmp_path, model=model, **options).train()
 
 
 def test_the_last_update_is_looked_at_too(tmp_path):
@@ -319,10 +314,7 @@ def test_the_last_update_is_looked_at_too(tmp_path):
 
 
 def test_an_evaluation_that_is_not_finite_ends_the_run(tmp_path):
-    """Weights that are huge, but finite, and no longer a model."""
-    trainer = make_trainer(
-        tmp_path, learning_rate=1e15, max_training_steps=3, eval_steps=1
-    )
+    trainer = make_trainer(tmp_path, eval_steps=1, **HUGE)
     with pytest.raises(InputError, match="step 1: eval_loss is nan"):
         trainer.train()
     assert not (tmp_path / "model.safetensors").exists()
