@@ -70,7 +70,7 @@ TARGETS = {
     "gpu": Target(
         modules=("dpo_kernels.token_logprobs", "dpo_kernels.mosaic_gpu.logprobs")
         + ("dpo_kernels.triton.logprobs", "dpo_kernels.triton.kernels"),
-        files=("bench/aot.py", "bench/gpu/aot.py", "bench/gpu/h200.textproto"),
+        files=("bench/aot.py", "bench/gpu/aot.py", "engine/planning/h200.textproto"),
         packages=("jax-cuda13-plugin", "jax-cuda13-pjrt", "jax-triton", "triton"),
         compiler=gpu_aot,
     ),

@@ -15,11 +15,13 @@ from engine import __version__
 from engine.commands import (
     evaluate_options,
     inspect_options,
+    plan_options,
     process_options,
     xla_flags,
 )
 from engine.errors import InputError, Interrupted, one_line, stage
 from engine.parallel.launch import Launch
+from engine.planning.targets import apply_environment
 
 _DESCRIPTION = """\
 Preference-tune (DPO) language models in JAX, on CPU, GPU and TPU.
@@ -39,12 +41,16 @@ _COMMANDS = {
     "show": "print every option as it will be, and where it comes from",
     "evaluate": "every metric of the trained model on eval_mixture, with intervals",
     "inspect": "show the data as the model will see it, and what is wrong with it",
+    "plan": "what its step takes of devices that need not be here, and whether it fits",
     "run": "carry out the run file's own `actions:`, in order",
 }
 # Of commands that have options of their own.
-_OPTIONS = {"inspect": inspect_options, "evaluate": evaluate_options}
+_OPTIONS = {
+    "inspect": inspect_options,
+    "evaluate": evaluate_options,
+    "plan": plan_options,
+}
 _WITH_OPTIONS = (*_OPTIONS, *process_options.COMMANDS)
-_PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds"
 _BAD_INPUT = 2
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141  # as a shell reports whom SIGPIPE ended
@@ -150,33 +156,22 @@ def _dispatch(argv: list[str]) -> int:
 
         show.main(path, overrides)
         return 0
-    options = ()
+    options: tuple[Any, ...] = ()
     if arguments.command in _OPTIONS:
         options = (_OPTIONS[arguments.command].read_options(arguments),)
+    if arguments.command == "plan" and "jax" not in sys.modules:
+        apply_environment(options[0].target.environment, os.environ)
     launch = None
     if arguments.command in process_options.COMMANDS:
         launch = process_options.read_options(arguments)
-    _run(arguments.command, path, overrides, launch, *options)
-    return 0
-
-
-def _let_cpu_devices_wait():
-    """Where there are to be several: they share the cores, and work in turns.
-
-    XLA takes one that has waited 40 s for the others for stuck, and ends the process.
-    It reads the flag from the environment alone.
-    """
-    flags = os.environ.get("XLA_FLAGS", "")
-    several = "--xla_force_host_platform_device_count" in flags
-    if (several or "JAX_NUM_CPU_DEVICES" in os.environ) and _PATIENCE not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {_PATIENCE}=3600".lstrip()
+    return _run(arguments.command, path, overrides, launch, *options)
 
 
 def _import_jax():
     """First of all libraries, as it reads its environment variables at the import."""
     if "jax" not in sys.modules:  # else they have been read
         xla_flags.check(os.environ.get("XLA_FLAGS", ""))
-    _let_cpu_devices_wait()
+    xla_flags.let_cpu_devices_wait()
     with stage("the working directory cannot be used", "change to one that is there"):
         os.getcwd()
     hint = "correct the environment variables whose names begin with JAX_"
@@ -190,7 +185,7 @@ def _run(
     overrides: list[str],
     launch: Launch | None,
     *options: Any,
-):
+) -> int:
     _import_jax()
     from engine.config.run import load_run_config
 
@@ -212,8 +207,8 @@ def _run(
             from engine.parallel.processes import joined
 
             stack.enter_context(joined(launch))
-        for command in commands:
-            command.main(run_config, *options)
+        codes = [command.main(run_config, *options) or 0 for command in commands]
+    return max(codes)
 
 
 def _export(arguments: argparse.Namespace):

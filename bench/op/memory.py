@@ -48,7 +48,7 @@ def _hopper(name: str) -> Target:
         device=f"NVIDIA {name}, ahead of time",
         environment={"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "JAX_PLATFORMS": None},
         topology={"platform": "cuda", "topology_name": "", "topology": "1x1x8"},
-        target_config=Path(__file__).parents[1] / "gpu" / f"{name.lower()}.textproto",
+        target_config=rows.ROOT / "engine" / "planning" / f"{name.lower()}.textproto",
         compiler="jax-cuda13-plugin",
     )
 

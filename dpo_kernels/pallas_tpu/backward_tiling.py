@@ -19,6 +19,8 @@ _LARGEST = 2**22  # elements of such a block: the compiler takes minutes for twi
 # Beside a matmul's own time, as so much more depth: adding a step's product to those
 # before it, and of each step's last slice what nothing runs beside. Seen, not derived.
 _ADDING, _ENDING = 100, 256
+# Bytes a row that XLA needs besides, at most: see `_of_height`.
+_BESIDE = 1024
 _UNEVEN = 0.1  # of what could all be hidden, as it comes unevenly
 
 
@@ -82,9 +84,13 @@ def backward_tile(problem: Problem) -> TpuBackwardTile | None:
 
 
 def least_workspace(problem: Problem) -> int:
-    """Bytes of dlogits of all rows and the narrowest chunk of the vocabulary."""
+    """Bytes that are enough, and hardly more than have to be.
+
+    Those of dlogits of all rows and the narrowest chunk of the vocabulary, and beside.
+    """
     T = problem.T
-    return problem.itemsize * SLICE_V * round_up(T, ROWS if T <= PIECE else PIECE)
+    dlogits = problem.itemsize * SLICE_V * round_up(T, ROWS if T <= PIECE else PIECE)
+    return min(-(-dlogits * 16 // 15), dlogits + _BESIDE * T)
 
 
 def _heights(T: int, most: int) -> Iterator[int]:
@@ -107,7 +113,7 @@ def _of_height(
     T, D, V, size = problem.T, problem.D, problem.V, problem.itemsize
     left = problem.workspace_bytes - (cores - 1) * 4 * T * D
     # What XLA needs besides: it holds `pack_rows` and the row sums of the forward.
-    left -= min(left // 16, 1024 * T)
+    left -= min(left // 16, _BESIDE * T)
 
     def most_chunk(rows: int) -> int:
         return left // (cores * size * round_up(T, rows))

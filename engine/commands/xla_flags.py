@@ -7,10 +7,11 @@ import sys
 
 from engine.errors import InputError
 
+_PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds"
 # What asks for nothing else is not tried out.
 _KNOWN = {
     "--xla_force_host_platform_device_count",
-    "--xla_cpu_collective_call_terminate_timeout_seconds",
+    _PATIENCE,
 }
 # XLA reads its flags when somebody asks for their values.
 _READ = (
@@ -46,3 +47,15 @@ def check(flags: str) -> None:
             f"XLA_FLAGS={flags!r} cannot be used: {reason.rstrip('.')}; correct the "
             "environment variable, or unset it"
         )
+
+
+def let_cpu_devices_wait():
+    """Where there are to be several: they share the cores, and work in turns.
+
+    XLA takes one that has waited 40 s for the others for stuck, and ends the process.
+    It reads the flag from the environment alone.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    several = "--xla_force_host_platform_device_count" in flags
+    if (several or "JAX_NUM_CPU_DEVICES" in os.environ) and _PATIENCE not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_PATIENCE}=3600".lstrip()

@@ -74,7 +74,7 @@ ALIASES = {
     "torch_dtype": Alias("model.dtype", _DTYPE),
     "model_init_kwargs": Alias("model", "its keys are the options of loading"),
     "gradient_checkpointing": Alias("model.remat", "none, dots or full"),
-    "attn_implementation": Alias(None, "it is chosen for the device"),
+    "attn_implementation": Alias("trainer.attention", "auto, tiles or splash"),
     "peft_config": Alias("lora", "a section of PEFT's names"),
     "use_peft": Alias("lora", "a section; without it all parameters are trained"),
     "use_lora": Alias("lora", "a section; without it all parameters are trained"),
@@ -121,7 +121,7 @@ ALIASES = {
     "preprocessing_fn": Alias(None, _NO_CODE),
     "buffer_size": Alias("mixture.shuffle_buffer_size", "with streaming"),
     "assistant_only_loss": Alias("trainer.score", "completion, assistant or last_turn"),
-    "padding_free": Alias(None, "batches are padded to a few lengths"),
+    "padding_free": Alias("trainer.packing"),
     "padding_value": Alias(None, "padding is never seen by the model"),
     "label_pad_token_id": Alias(None, "padding is never scored"),
     # Loss

@@ -91,6 +91,8 @@ class DPOConfig(EvaluationConfig, CheckpointConfig, OptimizerConfig, LossConfig)
     use_wandb: bool = False  # also log to Weights & Biases; needs the wandb package
     progress_bar: bool = True  # where the output is a terminal
 
+    # Of the models' layers; auto: the fastest that the devices and the batches allow.
+    attention: Literal["auto", "tiles", "splash"] = "auto"
     # How the scores are computed: see dpo_kernels.token_logprobs.
     workspace_bytes: int = 256 * 2**20  # bound on its temporaries
     implementation: str = "auto"  # or one that README lists under *Implementations*
@@ -111,7 +113,11 @@ class DPOConfig(EvaluationConfig, CheckpointConfig, OptimizerConfig, LossConfig)
     @property
     def arrangement(self) -> Arrangement:
         """How sequences are laid out in rows."""
-        return Arrangement(packing=self.packing, share_prompt=self.share_prompt)
+        return Arrangement(
+            packing=self.packing,
+            share_prompt=self.share_prompt,
+            longest=self.max_length,
+        )
 
     @property
     def pairs_per_eval_batch(self) -> int:

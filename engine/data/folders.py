@@ -4,12 +4,15 @@
 nothing is asked on the terminal.
 """
 
+import contextlib
 import glob
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import datasets
+from huggingface_hub.utils import logging as hub_logging
 
 from engine.data.stages import reading
 from engine.data.text_files import data_ending
@@ -81,7 +84,7 @@ def find(
             "data files in data_files, with their type"
         )
     what = "hf" if os.path.isdir(path) else "a hub id, and is no folder here"
-    with reading(f"{path} cannot be read as {what}"):
+    with reading(f"{path} cannot be read as {what}"), _asking(path, what):
         builder = datasets.load_dataset_builder(
             # By its whole path, as `json` alone names one of the library's readers.
             os.path.abspath(path) if names else path,
@@ -94,6 +97,24 @@ def find(
     if names and subset is None:
         _warn_of_the_rest(path, found)
     return found
+
+
+@contextlib.contextmanager
+def _asking(path: str, what: str) -> Iterator[None]:
+    """One line before a hub is asked, in place of its library's for every new try.
+
+    It tries for half a minute where there is no network.
+    """
+    if what == "hf":
+        yield
+        return
+    logger.info("asking the hub for %s ...", path)
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(verbosity)
 
 
 def _found(path: str, kind: str, config: Any) -> Found:

@@ -1,5 +1,7 @@
 """The few static shapes that batches are padded to: each is a compilation."""
 
+from typing import Protocol, runtime_checkable
+
 import numpy as np
 from jaxtyping import Float, Int64
 
@@ -15,6 +17,26 @@ SCORED_UNIT = 128  # capacities for scored tokens are multiples of it
 MAX_CANDIDATES = 128  # lengths among which the buckets are chosen
 _WORTHWHILE = 0.95  # another bucket must save a twentieth of all padded tokens
 _LEAST = 32  # tokens: no batch of a stream is padded to less than about so many
+
+
+@runtime_checkable
+class Sizes(Protocol):
+    """Of batches, what their steps are compiled for."""
+
+    @property
+    def steps(self) -> int:
+        """How many batches there are."""
+        ...
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """What they are padded to, ascending."""
+        ...
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Microbatches of a batch, shards, and pairs of a shard's microbatch."""
+        ...
 
 
 def length_unit(arrangement: Arrangement) -> int:

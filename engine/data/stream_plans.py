@@ -9,29 +9,14 @@ import numpy as np
 
 from engine.data.layouts import Layout
 from engine.data.pair_streams import Pair, PairStream, joined
-from engine.data.shapes import Shape, stream_shapes
+from engine.data.shapes import Sizes, stream_shapes
 from engine.errors import InputError
 from engine.parallel.batch import PADDED, Arrangement, Batch
 
 
 @runtime_checkable
-class Plan(Protocol):
+class Plan(Sizes, Protocol):
     """The batches of a run, all of a few shapes that are known before the first."""
-
-    @property
-    def steps(self) -> int:
-        """How many batches there are."""
-        ...
-
-    @property
-    def shapes(self) -> tuple[Shape, ...]:
-        """What they are padded to, ascending."""
-        ...
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Microbatches of a batch, shards, and pairs of a shard's microbatch."""
-        ...
 
     def batches(self, first: int = 0) -> Iterator[tuple[Batch, int]]:
         """Each batch from number `first` on, with its number of unpadded tokens."""

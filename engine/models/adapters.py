@@ -134,8 +134,12 @@ def without_adapter(model: Decoder) -> Decoder:
 def with_own_adapter(model: Decoder) -> Decoder:
     """The same model on the same base, with a copy of its adapter."""
     table = model.config.parameters()
+
+    def own(x: Any) -> Any:  # a shape is as good as its copy
+        return x if isinstance(x, jax.ShapeDtypeStruct) else jnp.copy(x)
+
     arrays = {
-        path: jnp.copy(x[...]) if table[path].trainable else x.get_value()
+        path: own(x.get_value()) if table[path].trainable else x.get_value()
         for path, x in model.variables().items()
     }
     return decoder_like(model, model.config, arrays)

@@ -61,6 +61,19 @@ class DecoderConfig:
         """`config.json` as it was read."""
         return json.loads(self.source)
 
+    @property
+    def window_of_layer(self) -> tuple[int | None, ...]:
+        """How many keys a query of each layer sees, itself too; None: all before it."""
+        return tuple(
+            self.sliding_window if kind == SLIDING else None
+            for kind in self.layer_types
+        )
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Those that there are, each once."""
+        return tuple(dict.fromkeys(self.window_of_layer))
+
     def untied(self) -> "DecoderConfig":
         """The same decoder with a head of its own."""
         source = json.dumps(self.hf_config | {"tie_word_embeddings": False})

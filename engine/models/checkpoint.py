@@ -17,7 +17,8 @@ from engine.paths import as_path
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
-_WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+_WEIGHTS = "*.safetensors"
+_WANTED = [_WEIGHTS, "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 _WANTED += ["*.md", "LICENSE*", "NOTICE*"]
 _UNWANTED = ["original/*", "consolidated*", "onnx/*"]
 _LFS_POINTER = b"version https://git-lfs"
@@ -67,11 +68,14 @@ _FOREIGN_WEIGHTS = (
 )
 
 
-def resolve_directory(path_or_hub_id: str | Path, what: str = "model") -> Path:
+def resolve_directory(
+    path_or_hub_id: str | Path, what: str = "model", weights: bool = True
+) -> Path:
     """The local directory of a checkpoint; downloads it where it is a hub id.
 
     Args:
         what: the directory is to hold, for messages.
+        weights: False: what is downloaded is all but these.
     """
     name = str(path_or_hub_id)
     with library_errors(lambda error: f"{what} {name!r}: {one_line(error)}"):
@@ -96,8 +100,9 @@ def resolve_directory(path_or_hub_id: str | Path, what: str = "model") -> Path:
         )
 
     with library_errors(explain):
+        unwanted = _UNWANTED if weights else [*_UNWANTED, _WEIGHTS]
         local = snapshot_download(
-            name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+            name, allow_patterns=_WANTED, ignore_patterns=unwanted
         )
     return Path(local)
 

@@ -1,5 +1,6 @@
 """One decoder for every family: hidden states in, hidden states out, never logits."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,12 +13,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from engine.errors import InputError
-from engine.models.architecture import SLIDING, DecoderConfig
-from engine.models.attention.tiles import attend
+from engine.models.architecture import DecoderConfig
+from engine.models.attention import attend, choose
 from engine.models.dropout import Dropout, prefix_hashes
 from engine.models.linear import Linears
 from engine.models.rope import rope_tables, rotate
-from engine.parallel.batch import KeySpans
+from engine.parallel.batch import PADDED, Arrangement, KeySpans
 from engine.parallel.sharding import FSDP, TENSOR, ParameterPath, variable_type
 
 REMAT = ("none", "dots", "full")
@@ -123,15 +124,30 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "R S"],
         dropout_key: Key[Array, ""] | None = None,
         spans: KeySpans | None = None,
+        *,
+        arrangement: Arrangement = PADDED,
+        attention: str = "auto",
     ) -> Float[Array, "R S D"]:
         """Hidden states after the final norm, of this device's rows, right-padded.
 
         dropout_key: of a step of training; None, and nothing is dropped.
         spans: which keys each token sees; None: all before it.
+        arrangement: of the rows, which the spans are of.
+        attention: an implementation's name, or auto.
         """
         config = self.config
         layers = {name: param[...] for name, param in self.layers.items()}
-        window, rope = _layer_inputs(config, tokens.shape[1], spans)
+        kinds, rope = _layer_inputs(config, tokens.shape[1], spans)
+        platform = self.mesh.devices.flat[0].platform
+        attend_as = functools.partial(
+            attend,
+            choose(attention, platform, arrangement),
+            scale=config.query_scale,
+            softcap=config.attn_softcap,
+            windows=config.windows,
+            spans=spans,
+            longest=arrangement.longest,
+        )
         dropout_of = self._dropout(tokens, dropout_key, spans)
 
         def layer(hidden, xs):
@@ -141,13 +157,13 @@ class Decoder(nnx.Module):
                 hidden,
                 *xs,
                 rope=rope,
-                spans=spans,
+                attend=attend_as,
                 dropout=dropout_of(number),
             ), None
 
         layer = jax.checkpoint(layer, policy=_policy(self.remat), prevent_cse=False)
         number_L = jnp.arange(config.num_layers, dtype=jnp.int32)
-        hidden, _ = lax.scan(layer, self._embed(tokens), (number_L, layers, *window))
+        hidden, _ = lax.scan(layer, self._embed(tokens), (number_L, layers, *kinds))
         return rms_norm(hidden, self.final_norm[...], config.rms_eps, config.gemma)
 
     def _dropout(
@@ -181,14 +197,9 @@ class Decoder(nnx.Module):
 
 
 def _layer_inputs(config: DecoderConfig, length: int, spans: KeySpans | None):
-    """Per-layer (window, rope kind) for the scan, and the rope tables by kind."""
-    windows = [
-        config.sliding_window if kind == SLIDING else None
-        for kind in config.layer_types
-    ]
-    # A window that covers the whole sequence hides nothing.
-    widths = [length if w is None else min(w, length) for w in windows]
-    window_L = None if min(widths) == length else jnp.asarray(widths, jnp.int32)
+    """Numbers of each layer's window and rope for the scan, and the rope tables."""
+    windows = [config.windows.index(window) for window in config.window_of_layer]
+    window_L = jnp.asarray(windows, jnp.int32)
     kinds = tuple(dict.fromkeys(config.ropes))
     kind_L = jnp.asarray([kinds.index(rope) for rope in config.ropes], jnp.int32)
     positions = jnp.arange(length)[None] if spans is None else spans.positions
@@ -205,7 +216,7 @@ def _kv_slice(config: DecoderConfig, x: Array) -> Array:
 
 
 def _layer(
-    config: DecoderConfig, hidden, weights, window, kind, *, rope, spans, dropout
+    config: DecoderConfig, hidden, weights, window, kind, *, rope, attend, dropout
 ):
     """One layer: `weights` are this device's shards, `hidden` is whole on `tensor`."""
 
@@ -238,10 +249,7 @@ def _layer(
         rotate(query, cos, sin),
         rotate(key, cos, sin),
         value,
-        scale=config.query_scale,
-        softcap=config.attn_softcap,
-        window=window,
-        spans=spans,
+        which=window,
     )
     out = row(attended.reshape(*attended.shape[:2], -1), "o")
     hidden = hidden + (norm("attn_post_norm", out) if config.gemma else out)

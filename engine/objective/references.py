@@ -159,7 +159,7 @@ class SharedModel(Reference):
         return lax.stop_gradient(found.chosen), lax.stop_gradient(found.rejected)
 
 
-def _frozen_arrays(model: Decoder) -> dict[ParameterPath, jax.Array]:
+def _frozen_arrays(model: Decoder) -> dict[ParameterPath, Any]:
     table = model.config.parameters()
     found = model.variables().items()
     return {path: x.get_value() for path, x in found if not table[path].trainable}
@@ -229,16 +229,18 @@ def model_for_reference(
     model's are taken over. They are in the compute dtype, since every use starts with
     that cast; in float32 where the reference follows the policy, as small updates would
     be lost in bfloat16. What is cast replaces the given model's own arrays, which would
-    otherwise live on beside it.
+    otherwise live on beside it. Of models of shapes alone the shapes are made.
     """
     source = policy if given is None else given
     dtype = jnp.dtype(jnp.float32) if synced else source.dtype
     policys = {id(x) for x in jax.tree.leaves(nnx.state(policy))}
 
-    def own(x: jax.Array) -> jax.Array:
-        if x.dtype != dtype:
-            return x.astype(dtype)
-        return jnp.copy(x) if id(x) in policys else x
+    def own(x: Any) -> Any:
+        if x.dtype == dtype and id(x) not in policys:
+            return x
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+        return x.astype(dtype) if x.dtype != dtype else jnp.copy(x)
 
     graphdef, params = nnx.split(source)
     params = jax.tree.map(own, params)

@@ -17,18 +17,23 @@ from jaxtyping import Array, Float, Int, Key
 from dpo_kernels import TokenLogprobs, sequence_sums, token_logprobs
 from engine.models import Decoder
 from engine.objective.gather import compact_index, take_distinct_rows
-from engine.parallel.batch import Batch
+from engine.parallel.batch import PADDED, Arrangement, Batch
 from engine.parallel.sharding import FSDP, VOCAB
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringOptions:
-    """How the op is called: see `dpo_kernels.token_logprobs`; and what is summed."""
+    """How the models and the op are called, and what is summed.
+
+    See `dpo_kernels.token_logprobs`.
+    """
 
     workspace_bytes: int = 256 * 2**20
     implementation: str = "auto"
     # The weight of tokens past the length of the pair's shorter completion; None: 1.
     ld_alpha: float | None = None
+    arrangement: Arrangement = PADDED  # of the batches that are scored
+    attention: str = "auto"  # of the models: see `engine.models.attention`
 
 
 class GroupTokens(NamedTuple):
@@ -89,7 +94,13 @@ def score_completions(
 ) -> SequenceLogps:
     """Run the model on this device's rows; score the tokens of the fsdp group."""
     rows = microbatch.rows
-    hidden_WSD = model(jnp.asarray(rows.tokens), dropout_key, rows.spans)
+    hidden_WSD = model(
+        jnp.asarray(rows.tokens),
+        dropout_key,
+        rows.spans,
+        arrangement=options.arrangement,
+        attention=options.attention,
+    )
     positions = microbatch.scored.positions[0]
     count = microbatch.scored.counts[0].sum()
     used = jnp.arange(positions.shape[0], dtype=jnp.int32) < count

@@ -25,6 +25,7 @@ class Arrangement:
 
     packing: bool = False  # one after another in a single row
     share_prompt: bool = False  # what both sequences of a pair begin with, once
+    longest: int | None = None  # tokens that no sequence has more of, where known
 
     @property
     def with_spans(self) -> bool:

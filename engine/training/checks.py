@@ -10,14 +10,15 @@ from transformers import PreTrainedTokenizerBase
 from dpo_kernels.op import tiling
 from dpo_kernels.op.backends import load_backend
 from dpo_kernels.op.devices import Device
+from dpo_kernels.pallas_tpu import backward_tiling as tpu_tiling
 from engine.config.dpo import DPOConfig
 from engine.config.lora import check_dropout
 from engine.data.doubts import check_answers_differ
 from engine.data.pairs import PairTokens
 from engine.data.reference_logps import check_values
-from engine.data.stream_plans import Plan
+from engine.data.shapes import Sizes
 from engine.errors import InputError
-from engine.models import DecoderConfig
+from engine.models import DecoderConfig, attention
 from engine.objective.references import check_comparable
 from engine.parallel.sharding import FSDP, TENSOR, check_mesh, padded_vocab
 from engine.training.streams import unknown_id
@@ -94,18 +95,28 @@ def op_problem(
 
 
 def check_op(
-    config: DPOConfig, model: DecoderConfig, dtype: Any, plan: Plan, mesh: Mesh
+    config: DPOConfig, model: DecoderConfig, dtype: Any, plan: Sizes, mesh: Mesh
 ) -> None:
-    """Refuse a workspace that nothing fits in, and a backend that cannot run here.
+    """Refuse a workspace that nothing fits in, and what cannot run here.
 
     Raises:
-        InputError: with the reason that the op would give.
+        InputError: with the reason that the op, or attention, would give.
     """
+    attention.choose(
+        config.attention, mesh.devices.flat[0].platform, config.arrangement
+    )
     for _, capacity in plan.shapes:
         problem = op_problem(config, model, dtype, capacity, mesh)
         try:
             backend = load_backend(config.implementation, problem)
             if backend.backward is None:
                 tiling.backward_tile(problem, fused=backend.fused_dlogits)
+            elif tpu_tiling.backward_tile(problem) is None:  # the only one of its own
+                raise ValueError(
+                    f"workspace_bytes={config.workspace_bytes} is too small for the "
+                    f"gradients of {problem.T} rows; give at least "
+                    f"{tpu_tiling.least_workspace(problem)}, or raise "
+                    "gradient_accumulation_steps"
+                )
         except (ValueError, NotImplementedError) as error:
             raise InputError(str(error)) from error

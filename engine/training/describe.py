@@ -12,7 +12,7 @@ from engine.data.batches import BatchPlan
 from engine.data.pair_streams import PairStream
 from engine.data.pairs import PairTokens
 from engine.data.stream_plans import Plan
-from engine.models import DecoderConfig
+from engine.models import DecoderConfig, attention
 from engine.training.checks import op_problem
 from engine.training.compilation import Compiled
 from engine.training.prepare import Prepared
@@ -34,7 +34,7 @@ def describe(run: Prepared, programs: Iterable[Compiled] = ()) -> dict[str, str]
         "mesh": _mesh(run),
         "precision": f"computes in {about.dtype}, parameters {about.param_dtype}",
         "scoring": _scoring(run),
-        "attention": "plain JAX, in tiles of 128 MiB of scores, not all at once",
+        "attention": _attention(run),
         "train": _stream(run.train)
         if isinstance(run.train, PairStream)
         else _pairs(run.train),
@@ -118,6 +118,21 @@ def _scoring(run: Prepared) -> str:
             found[name] = None
     mib = run.arguments.workspace_bytes / 2**20
     return f"{', '.join(found)}, in a workspace of {mib:,.0f} MiB"
+
+
+def _attention(run: Prepared) -> str:
+    """Which implementation of attention there is, and why not a TPU's own on one."""
+    arguments, platform = run.arguments, run.mesh.devices.flat[0].platform
+    arrangement = arguments.arrangement
+    name = attention.choose(arguments.attention, platform, arrangement)
+    words = {
+        "tiles": "tiles: plain JAX, a tile of queries and keys at a time",
+        "splash": "splash: the kernels for TPUs that come with JAX",
+    }[name]
+    why = attention.unsupported("splash", platform, arrangement)
+    if platform == "tpu" and arguments.attention == "auto" and why:
+        words += f"; not splash, as {why}"
+    return words
 
 
 def _pairs(pairs: PairTokens) -> str:

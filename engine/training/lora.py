@@ -1,6 +1,7 @@
 """LoRA's part of a run: the policy on its frozen base, and references that share it."""
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,11 +73,16 @@ def reference_decoder(
     adapter: str | None,
     synced: bool,
     dtype: str | None = None,
+    load: Callable[..., Decoder] = load_reference,
+    adapt: Callable[..., Decoder] = load_adapter,
 ) -> Decoder | None:
     """The reference that a run names; None: the policy as it is before training.
 
     Where the policy is an adapter on `base`, and `name` is that very model or None, its
     arrays are shared, unless the reference computes in another dtype.
+
+    Args:
+        load: makes a model of a name, and `adapt` puts an adapter on it.
     """
     if name is None and adapter is None:
         return None
@@ -86,10 +92,10 @@ def reference_decoder(
     if name is None or (same and policy is not base and _is_from(base, name)):
         reference = base
     else:
-        reference = load_reference(name, policy, synced=synced, dtype=dtype)
+        reference = load(name, policy, synced=synced, dtype=dtype)
     if adapter is None:
         return reference
-    return load_adapter(reference, adapter, what=_REFERENCES)
+    return adapt(reference, adapter, what=_REFERENCES)
 
 
 def _is_from(model: Decoder, name: str | Path) -> bool:

@@ -30,14 +30,7 @@ from engine.objective.scoring import (
     score_completions,
 )
 from engine.parallel import processes
-from engine.parallel.batch import (
-    PADDED,
-    Arrangement,
-    Batch,
-    abstract_batch,
-    batch_specs,
-    put_batch,
-)
+from engine.parallel.batch import Batch, abstract_batch, batch_specs, put_batch
 from engine.parallel.collectives import after
 from engine.parallel.sharding import DATA, param_specs, place
 from engine.training.compilation import Compiled, Request, compile_all, enough_memory
@@ -123,17 +116,20 @@ def tokens_key(pairs: PairTokens) -> str:
 _NOT_SCORED = ("rows", "weights", "cut", "ref_logps")
 
 
+_ROUNDING = ("implementation", "workspace_bytes", "arrangement", "attention")
+
+
 def reference_key(decoder: Decoder, scoring: ScoringOptions) -> str:
     """A hash of all of the reference and of the scoring that changes a value.
 
     The weights count as what is computed with them, wherever they come from. How the op
-    is run (`implementation`, `workspace_bytes`, mesh, batches) changes rounding alone,
-    and is left out; every other option of scoring is in.
+    and attention are run, mesh and batches change rounding alone, and are left out;
+    every other option of scoring is in.
     """
     counts = {
         field.name: getattr(scoring, field.name)
         for field in dataclasses.fields(scoring)
-        if field.name not in ("implementation", "workspace_bytes")
+        if field.name not in _ROUNDING
     }
     config = decoder.config
     if config.adapter is not None:
@@ -185,9 +181,7 @@ def _part(key: str, pairs: PairTokens, plan: BatchPlan, reference: str) -> Part:
     return Part(name, pairs, plan, stored, batches, shapes)
 
 
-def make_scoring_step(
-    decoder: Decoder, scoring: ScoringOptions, arrangement: Arrangement = PADDED
-):
+def make_scoring_step(decoder: Decoder, scoring: ScoringOptions):
     """The jitted scoring: (the decoder's arrays, batch) -> [A, 2, pairs of it]."""
     graphdef = nnx.graphdef(decoder)
 
@@ -207,7 +201,7 @@ def make_scoring_step(
         mesh=decoder.mesh,
         in_specs=(
             param_specs(decoder.config, decoder.mesh),
-            batch_specs(arrangement=arrangement),
+            batch_specs(arrangement=scoring.arrangement),
         ),
         out_specs=P(None, None, DATA),
     )
@@ -223,8 +217,7 @@ def _score(
     num_batches: int,
 ) -> None:
     """Every batch of every part; what is done stays on disk, whatever comes then."""
-    arrangement, params = run.arguments.arrangement, nnx.state(decoder)
-    step = make_scoring_step(decoder, scoring, arrangement)
+    step, params = make_scoring_step(decoder, scoring), nnx.state(decoder)
     operands = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
     )
@@ -232,7 +225,9 @@ def _score(
     for part in parts:
         grid = part.plan.layout.grid
         for shape in part.shapes if len(part.batches) else ():
-            batch = abstract_batch(shape, grid, run.mesh, arrangement=arrangement)
+            batch = abstract_batch(
+                shape, grid, run.mesh, arrangement=scoring.arrangement
+            )
             arguments = operands, batch
             shapes.setdefault(grid, {})[shape] = arguments
     compiled = compile_all([Request(step, arguments) for arguments in shapes.values()])

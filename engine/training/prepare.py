@@ -285,9 +285,10 @@ def step_options(config: DPOConfig) -> StepOptions:
             workspace_bytes=config.workspace_bytes,
             implementation=config.implementation,
             ld_alpha=config.ld_alpha,
+            arrangement=config.arrangement,
+            attention=config.attention,
         ),
         max_grad_norm=config.max_grad_norm,
-        arrangement=config.arrangement,
         skip_nonfinite=config.on_nonfinite == "skip",
         seed=config.seed,
     )

@@ -1,22 +1,26 @@
 """The programs of a run: its steps, compiled for each shape of batch that they meet."""
 
 import functools
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
-from engine.data.stream_plans import Plan
+from engine.config.dpo import DPOConfig
+from engine.data.shapes import Sizes
 from engine.models import Decoder
+from engine.objective.interface import LossOptions
 from engine.objective.references import Reference
 from engine.parallel.batch import Batch, abstract_batch, put_whole
+from engine.parallel.sharding import place
 from engine.training.compilation import Compiled, Request, Shape, compile_all
 from engine.training.gradients import Params
 from engine.training.metrics import Sums
-from engine.training.prepare import Prepared, loss_options, step_options
+from engine.training.prepare import loss_options, step_options
 from engine.training.resume import abstract_arrays
 from engine.training.schedules import learning_rate_schedule
 from engine.training.step import (
@@ -29,6 +33,36 @@ from engine.training.step import (
 )
 
 
+@runtime_checkable
+class Outline(Protocol):
+    """What the programs of a run depend on, besides its models; `Prepared` is one."""
+
+    @property
+    def arguments(self) -> DPOConfig:
+        """Every option."""
+        ...
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices."""
+        ...
+
+    @property
+    def plan(self) -> Sizes:
+        """The batches of training."""
+        ...
+
+    @property
+    def eval_plans(self) -> Mapping[str, Sizes]:
+        """Those of evaluations."""
+        ...
+
+    @property
+    def reads_values(self) -> bool:
+        """Whether steps read the reference's log-probabilities from the batch."""
+        ...
+
+
 class Programs:
     """The train step and the eval step of a run; nothing is compiled before `compile`.
 
@@ -38,7 +72,7 @@ class Programs:
 
     def __init__(
         self,
-        run: Prepared,
+        run: Outline,
         model: Decoder,
         reference: Reference,
         optimizer: optax.GradientTransformation,
@@ -49,12 +83,16 @@ class Programs:
         self._model = nnx.merge(self.graphdef, *abstract_arrays((params, self.frozen)))
         self._reference = reference
         self._optimizer = optimizer
-        self._numbers = jax.tree.map(
-            lambda x: put_whole(np.float32(x), model.mesh),
-            loss_options(run.arguments),
-        )
         self._train: Compiled | None = None
         self._evaluation: Compiled | None = None
+
+    @functools.cached_property
+    def _numbers(self) -> LossOptions:
+        """What the loss is given, on every device."""
+        return jax.tree.map(
+            lambda x: put_whole(np.float32(x), self._run.mesh),
+            loss_options(self._run.arguments),
+        )
 
     @property
     def compiled(self) -> list[Compiled]:
@@ -65,7 +103,7 @@ class Programs:
         """Make the train step, if asked to, and the eval step, if there is a set."""
         requests: dict[str, Request] = {}
         if training and self._train is None:
-            requests["train"] = self._train_request()
+            requests["train"] = self.train_request()
         if self._run.eval_plans and self._evaluation is None:
             requests["evaluation"] = self._eval_request()
         if requests:
@@ -88,7 +126,8 @@ class Programs:
         """What a step is given behind what it changes or scores."""
         return self.frozen, self._reference.operands, batch, self._numbers
 
-    def _train_request(self) -> Request:
+    def train_request(self) -> Request:
+        """The train step and all that it is compiled for."""
         run = self._run
         step = make_train_step(
             self._model,
@@ -111,12 +150,15 @@ class Programs:
         return abstract_state(self._model, self._optimizer)
 
     def _abstract_arguments(
-        self, plans: Iterable[Plan], first: TrainState | Params
+        self, plans: Iterable[Sizes], first: TrainState | Params
     ) -> dict[Shape, tuple[Any, ...]]:
         """What a step is compiled for, by shape; `first`: what it changes or scores."""
         run = self._run
-        frozen, operands, numbers = abstract_arrays(
-            (self.frozen, self._reference.operands, self._numbers)
+        frozen, operands = abstract_arrays((self.frozen, self._reference.operands))
+        whole = place(PartitionSpec(), run.mesh)
+        numbers = jax.tree.map(
+            lambda _: jax.ShapeDtypeStruct((), np.float32, sharding=whole),
+            loss_options(run.arguments),
         )
         return {
             shape: (

@@ -17,13 +17,7 @@ from engine.models.dropout import step_key
 from engine.objective.losses import Loss
 from engine.objective.references import Reference, reads_values
 from engine.objective.scoring import ScoringOptions
-from engine.parallel.batch import (
-    PADDED,
-    Arrangement,
-    Batch,
-    batch_specs,
-    put_whole,
-)
+from engine.parallel.batch import Batch, batch_specs, put_whole
 from engine.parallel.collectives import global_norm
 from engine.parallel.sharding import DATA, param_specs, place
 from engine.training.gradients import Objective, Params
@@ -58,7 +52,6 @@ class StepOptions:
     loss: Loss
     scoring: ScoringOptions
     max_grad_norm: float | None = None
-    arrangement: Arrangement = PADDED  # of the batches that it is given
     skip_nonfinite: bool = False  # leave out an update that is not finite
     seed: int = 0  # of the rounding of parameters that are not float32
 
@@ -230,7 +223,7 @@ def make_train_step(
             specs_in,
             frozen_specs,
             reference.specs,
-            batch_specs(reads_values(reference), options.arrangement),
+            batch_specs(reads_values(reference), options.scoring.arrangement),
             P(),
         ),
         out_specs=(specs_in, P()),
@@ -278,7 +271,7 @@ def _eval_step(
             specs,
             frozen_specs,
             reference.specs,
-            batch_specs(reads_values(reference), options.arrangement),
+            batch_specs(reads_values(reference), options.scoring.arrangement),
             P(),
         ),
         out_specs=P(DATA) if each_pair else P(),

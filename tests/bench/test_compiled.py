@@ -57,11 +57,11 @@ def test_the_sources_are_those_of_the_target_and_of_nothing_else():
     assert kernels / "mosaic_gpu" / "kernels.py" in gpu
     assert kernels / "triton" / "kernels.py" in gpu
     assert kernels / "op" / "backward.py" in tpu & gpu
-    assert rows.ROOT / "bench" / "gpu" / "h200.textproto" in gpu
+    assert rows.ROOT / "engine" / "planning" / "h200.textproto" in gpu
     assert not tpu & set((kernels / "triton").glob("*.py"))
     assert not gpu & set((kernels / "pallas_tpu").glob("*.py"))
     others = {path.relative_to(rows.ROOT).parts[0] for path in tpu | gpu}
-    assert others == {"dpo_kernels", "bench"}
+    assert others == {"dpo_kernels", "bench", "engine"}
 
 
 @pytest.mark.parametrize(

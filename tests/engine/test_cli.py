@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import engine
-from engine import cli
 from engine.cli import main
+from engine.commands import xla_flags
 from engine.errors import InputError, Interrupted
 from engine.training.evaluation import NotFinite
 
@@ -221,13 +221,13 @@ def test_several_cpu_devices_may_wait_for_each_other(
     for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, value)
-    cli._let_cpu_devices_wait()
+    xla_flags.let_cpu_devices_wait()
     flags = os.environ.get("XLA_FLAGS", "")
-    assert (cli._PATIENCE in flags) == added
+    assert (xla_flags._PATIENCE in flags) == added
     assert variable != "XLA_FLAGS" or flags.startswith(value)
-    monkeypatch.setenv("XLA_FLAGS", f"{value} {cli._PATIENCE}=7")
-    cli._let_cpu_devices_wait()  # the user's own stays
-    assert flags.count(cli._PATIENCE) == added
+    monkeypatch.setenv("XLA_FLAGS", f"{value} {xla_flags._PATIENCE}=7")
+    xla_flags.let_cpu_devices_wait()  # the user's own stays
+    assert flags.count(xla_flags._PATIENCE) == added
     assert os.environ["XLA_FLAGS"].endswith("=7")
 
 

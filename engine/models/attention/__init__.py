@@ -1,5 +1,87 @@
-"""Attention, a file an implementation."""
+"""Attention, a file an implementation, and which of them a run has."""
 
-from engine.models.attention.tiles import attend
+from collections.abc import Sequence
+from functools import partial
 
-__all__ = ["attend"]
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from engine.errors import InputError
+from engine.models.attention import tiles
+from engine.parallel.batch import Arrangement, KeySpans
+
+IMPLEMENTATIONS = ("tiles", "splash")
+
+__all__ = ["IMPLEMENTATIONS", "attend", "choose", "unsupported"]
+
+
+def unsupported(name: str, platform: str, arrangement: Arrangement) -> str | None:
+    """Why an implementation cannot be had, or None.
+
+    Args:
+        platform: of the devices: cpu, gpu or tpu.
+    """
+    if name == "tiles":
+        return None
+    if platform != "tpu":
+        return f"it is for TPUs, and the devices are of platform {platform}"
+    if arrangement.share_prompt:
+        return "its rows have no place for what two sequences share (share_prompt)"
+    return None
+
+
+def choose(asked: str, platform: str, arrangement: Arrangement) -> str:
+    """The implementation that a run has: the asked one, or with auto the fastest.
+
+    Raises:
+        InputError: the asked one cannot be had.
+    """
+    if asked == "auto":
+        usable = (x for x in reversed(IMPLEMENTATIONS))
+        return next(x for x in usable if not unsupported(x, platform, arrangement))
+    if why := unsupported(asked, platform, arrangement):
+        raise InputError(f"attention={asked!r} cannot be: {why}; use auto or tiles")
+    return asked
+
+
+def attend(
+    name: str,
+    query: Float[Array, "R S N H"],
+    key: Float[Array, "R S K H"],
+    value: Float[Array, "R S K H"],
+    *,
+    scale: float,
+    softcap: float | None,
+    windows: Sequence[int | None],
+    which: Int[Array, ""],
+    spans: KeySpans | None,
+    longest: int | None,
+) -> Float[Array, "R S N H"]:
+    """softmax(cap(scale * q . k)) v over the keys that each query sees.
+
+    Args:
+        name: one of `IMPLEMENTATIONS`.
+        windows: what layers have: how many tokens of its sequence a query sees, itself
+            included; None: all up to it.
+        which: the number of this layer's window.
+        spans: the keys of each query's sequence; None: all of its row up to it.
+        longest: tokens that no sequence has more of.
+    """
+    options = {"scale": scale, "softcap": softcap, "spans": spans}
+    if name == "tiles":
+        window, length = None, query.shape[1]
+        widths = [length if x is None else min(x, length) for x in windows]
+        if min(widths) < length:  # else nothing is hidden
+            window = jnp.asarray(widths, jnp.int32)[which]
+        return tiles.attend(query, key, value, window=window, **options)
+    assert name == "splash"
+    # Here, since it takes Pallas's time to be imported.
+    from engine.models.attention import splash
+
+    kernels = [
+        partial(splash.attend, window=x, longest=longest, **options) for x in windows
+    ]
+    if len(kernels) == 1:
+        return kernels[0](query, key, value)
+    return lax.switch(which, kernels, query, key, value)

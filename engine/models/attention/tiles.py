@@ -24,6 +24,7 @@ from engine.parallel.batch import KeySpans
 from engine.parallel.collectives import zeros_like
 
 TILE = 128  # queries and keys of a tile, at most
+SCOPE = "attention"
 
 # Finite, not -inf: a query may see no key of a tile, and must not make a NaN.
 _MASKED = float(jnp.finfo(jnp.float32).min)
@@ -62,7 +63,9 @@ def attend(
 
     sight = Sight.of(spans, window, count, size)
     keys = tiled(key)[:, :, :, 0], tiled(value)[:, :, :, 0]
-    out: Any = _attend(_Scores(scale, softcap), tiled(query), *keys, sight)
+    # By this name `planning.hlo` knows its loops, whose lengths are in the data.
+    with jax.named_scope(SCOPE):
+        out: Any = _attend(_Scores(scale, softcap), tiled(query), *keys, sight)
     out = out.transpose(1, 0, 4, 2, 3, 5)
     return out.reshape(query.shape[0], count * size, *query.shape[2:])[:, :length]
 

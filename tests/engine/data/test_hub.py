@@ -1,6 +1,7 @@
 """What is asked of a hub, and what is read of its files; no hub is there."""
 
 import json
+import logging
 import types
 
 import datasets
@@ -95,3 +96,22 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
         "a/b cannot be read as a hub id, and is no folder here: "
         "Couldn't reach 'a/b' on the Hub (offline)"
     )
+
+
+def test_without_a_network_two_lines_are_all(monkeypatch, caplog):
+    """The library has one for each of its tries."""
+    library = logging.getLogger("huggingface_hub.utils._http")
+
+    def find(*args, **options):
+        library.warning("Retrying in 8s [Retry 5/5].")
+        raise ConnectionError("Couldn't reach 'someone/pairs' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", find)
+    level = library.getEffectiveLevel()
+    with (
+        caplog.at_level(logging.INFO, logger="engine"),
+        pytest.raises(InputError, match="someone/pairs cannot be read as a hub id"),
+    ):
+        load("someone/pairs", type="hf")
+    assert caplog.messages == ["asking the hub for someone/pairs ..."]
+    assert library.getEffectiveLevel() == level

@@ -1,5 +1,7 @@
 """Which problems the TPU kernels take, and with which blocks."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import pytest
 
@@ -125,3 +127,16 @@ def test_the_forward_s_blocks_are_none_that_a_compiler_refused(
     tile = tpu_tiling.forward_tile(asked, states=states)
     assert tile is not None
     assert (tile.block_t, tile.block_v, tile.pieces_ahead) < refused
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize("rows", [100, 5000, 2**19])
+def test_the_least_workspace_is_enough_and_a_tenth_less_is_not(rows, cores):
+    kind = {1: "TPU v6e", 2: "TPU v5p"}[cores]
+    device = Device(platform="tpu", kind=kind, num_cores=cores)
+    asked = problem(T=rows, D=4096, V=128256, device=device)
+    least = tpu_backward_tiling.least_workspace(asked)
+    for share, fits in ((1.0, True), (0.9, False)):
+        given = replace(asked, workspace_bytes=int(share * least))
+        found = tpu_backward_tiling.backward_tile(given)
+        assert (found is not None) is fits

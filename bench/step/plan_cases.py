@@ -1,0 +1,188 @@
+"""The cases of `bench.step.plan`, and plain JAX's head in the engine's step."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+}
+LLAMA_8B = _LLAMA | {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
+LLAMA_70B = _LLAMA | {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
+GEMMA2_9B = {
+    "model_type": "gemma2",
+    "vocab_size": 256000,
+    "hidden_size": 3584,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 42,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "sliding_window": 4096,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+}
+QWEN3_8B = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+}
+# No model that there is: the vocabulary and the width of one whose layers are not
+# Qwen3's, on Qwen3's layers.
+WIDE_2B = QWEN3_8B | {
+    "vocab_size": 248320,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model on a target; `ours` and `plain`: pairs on each device to compile.
+
+    The border between what fits and what does not is meant to lie between them.
+    """
+
+    name: str
+    values: dict[str, Any]  # of config.json
+    target: str
+    ours: tuple[int, ...]
+    plain: tuple[int, ...]
+    lora: bool = False
+
+
+CASES = (
+    Case(
+        name="Llama-3.1-8B",
+        values=LLAMA_8B,
+        target="h200:8",
+        ours=(32, 50, 64),
+        plain=(8, 16),
+    ),
+    Case(
+        name="Qwen3-8B, LoRA",
+        values=QWEN3_8B,
+        target="h200:1",
+        lora=True,
+        ours=(32, 47, 64),
+        plain=(8, 15),
+    ),
+    Case(
+        name="D=2048, V=248320",
+        values=WIDE_2B,
+        target="h200:1",
+        ours=(64, 83, 128),
+        plain=(8, 9),
+    ),
+    # To compile for a TPU takes several minutes of a core, but what does not fit is
+    # refused soon, with what it would take.
+    Case(
+        name="Llama-3.1-8B", values=LLAMA_8B, target="v5e:4x4", ours=(4, 1), plain=(4,)
+    ),
+    Case(name="Gemma-2-9B", values=GEMMA2_9B, target="v6e:4x4", ours=(8,), plain=(8,)),
+    Case(
+        name="Llama-3.1-70B",
+        values=LLAMA_70B,
+        target="v5p:4x4x4",
+        ours=(4, 2),
+        plain=(16,),
+    ),
+)
+
+
+def full_logits(
+    hidden: Any,
+    head: Any,
+    targets: Any,
+    *,
+    axis_name: Any,
+    num_valid: Any = None,
+    bias: Any = None,
+    softcap: float | None = None,
+    stats: tuple[str, ...] = (),
+    **_: Any,
+) -> Any:
+    """What a JAX user writes in the place of `token_logprobs`.
+
+    float32 logits of all rows, over the devices' shards of the vocabulary, and their
+    log-softmax at the targets. It is spared the stats, which are zeros.
+    """
+    import jax.numpy as jnp
+    from jax import lax
+
+    from dpo_kernels import TokenLogprobs
+
+    z_TV = jnp.einsum("TD,VD->TV", hidden, head, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        z_TV = softcap * jnp.tanh(z_TV / softcap)
+    if bias is not None:
+        z_TV += bias[None, :]
+    top = lax.pmax(lax.stop_gradient(z_TV.max(axis=1)), axis_name)
+    total = lax.psum(jnp.exp(z_TV - top[:, None]).sum(axis=1), axis_name)
+    local = targets - lax.axis_index(axis_name) * head.shape[0]
+    own = (local >= 0) & (local < head.shape[0])
+    picked = jnp.take_along_axis(z_TV, jnp.where(own, local, 0)[:, None], axis=1)[:, 0]
+    lse = top + jnp.log(total)
+    logprob = lax.psum(jnp.where(own, picked, 0.0), axis_name) - lse
+    valid = jnp.arange(targets.shape[0], dtype=jnp.int32) < num_valid
+    zeros = jnp.zeros_like(lse)
+    spared = {name: zeros for name in stats if name != "top1"}
+    if "top1" in stats:
+        spared["top1"] = zeros > 0
+    return TokenLogprobs(logprob=jnp.where(valid, logprob, 0.0), lse=lse, **spared)
+
+
+@contextlib.contextmanager
+def plain_head() -> Iterator[None]:
+    """Within it the engine's step has plain JAX's head."""
+    from engine.objective import scoring
+
+    ours = scoring.token_logprobs
+    scoring.token_logprobs = full_logits
+    try:
+        yield
+    finally:
+        scoring.token_logprobs = ours
+
+
+def write_config(case: Case, folder: Path) -> Path:
+    """A checkpoint's directory without weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(case.values))
+    return folder

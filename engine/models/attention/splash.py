@@ -1,0 +1,142 @@
+"""Attention on TPUs: the kernels that come with JAX (`splash_attention`).
+
+They look at blocks of keys alone that causality or a window leaves visible; sequences
+that share a row are told apart by segment ids. One that shares its beginning with
+another has no place in that: `check` refuses it.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as kernels,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask as masks,
+)
+from jaxtyping import Array, Float
+
+from engine.models.attention import untyped
+from engine.parallel.batch import KeySpans
+
+_LANES = 128  # blocks are multiples of it
+BLOCK = 512  # queries and keys of a block, at most
+
+
+def attend(
+    query: Float[Array, "R S N H"],
+    key: Float[Array, "R S K H"],
+    value: Float[Array, "R S K H"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    spans: KeySpans | None = None,
+    longest: int | None = None,
+    interpret: bool = False,
+) -> Float[Array, "R S N H"]:
+    """softmax(cap(scale * q . k)) v over the keys that each query sees.
+
+    Scores and softmax are float32; queries are scaled in their own dtype.
+
+    Args:
+        window: how many tokens of its sequence a query sees, itself included; None: all
+            up to it.
+        spans: the keys of each query's sequence, of which none shares its beginning;
+            None: all of its row up to it.
+        longest: tokens that no sequence has more of: keys further away are skipped.
+    """
+    R, S, N, H = query.shape
+    K = key.shape[2]
+    unit = _LANES if S <= BLOCK else BLOCK
+    length = -(-S // unit) * unit
+    pad = ((0, 0), (0, length - S), (0, 0), (0, 0))
+
+    def rows(x: Array) -> Array:
+        """[R, K, .., length, H]"""
+        x = jnp.pad(x, pad).reshape(R, length, K, -1, H)
+        return x.transpose(0, 2, 3, 1, 4)
+
+    segments = None
+    if spans is not None:
+        # What is behind the row comes after all that is in it: nobody sees it.
+        edge = ((0, 0), (0, length - S))
+        segments = jnp.pad(jnp.asarray(spans.begin), edge, mode="edge")
+    reach = min(x for x in (window, longest, length) if x is not None)
+    kernel = _kernel(length, N // K, reach, softcap, interpret)
+    scaled = query * jnp.asarray(scale, query.dtype)
+    out: Any = _attend(
+        kernel, rows(scaled), rows(key)[:, :, 0], rows(value)[:, :, 0], segments
+    )
+    return out.transpose(0, 3, 1, 2, 4).reshape(R, length, N, H)[:, :S]
+
+
+@functools.cache
+def _kernel(
+    length: int, group: int, reach: int, softcap: float | None, interpret: bool
+) -> Any:
+    """The call for one kv head and its group of query heads, in one row.
+
+    reach: how many keys a query sees at most, itself included.
+    """
+    block = next(x for x in range(BLOCK, 0, -_LANES) if length % x == 0)
+    sizes = kernels.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    shape = (length, length)
+    mask: Any = masks.CausalMask(shape)
+    if reach < length:
+        mask = masks.LocalMask(shape, window_size=(reach - 1, 0), offset=0)
+
+    def attend(query: Array, key: Array, value: Array, segments: Any) -> Any:
+        call = kernels.make_splash_mqa_single_device(
+            mask=masks.MultiHeadMask([mask] * group),
+            block_sizes=sizes,
+            attn_logits_soft_cap=softcap,
+            interpret=interpret,
+        )
+        ids = None if segments is None else kernels.SegmentIds(segments, segments)
+        return call(query, key, value, segment_ids=ids)
+
+    over_heads = jax.vmap(attend, in_axes=(0, 0, 0, None))
+    return jax.vmap(over_heads)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    kernel: Any,
+    query: Float[Array, "R K G S H"],
+    key: Float[Array, "R K S H"],
+    value: Float[Array, "R K S H"],
+    segments: Any,
+) -> Float[Array, "R K G S H"]:
+    return untyped.call(kernel, query, key, value, segments)
+
+
+def _forward(
+    kernel: Any, query: Array, key: Array, value: Array, segments: Any
+) -> tuple[Array, Any]:
+    def with_pullback(query: Array, key: Array, value: Array, segments: Any) -> Any:
+        return jax.vjp(lambda *x: kernel(*x, segments), query, key, value)
+
+    return untyped.call(with_pullback, query, key, value, segments)
+
+
+def _backward(
+    kernel: Any, pullback: Any, dout: Float[Array, "R K G S H"]
+) -> tuple[Array, Array, Array, None]:
+    del kernel
+    found = untyped.call(lambda pullback, dout: pullback(dout), pullback, dout)
+    return *found, None
+
+
+_attend.defvjp(_forward, _backward)

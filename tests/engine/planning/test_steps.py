@@ -1,0 +1,50 @@
+import pytest
+
+from engine.config.run import ShardingConfig
+from engine.errors import InputError
+from engine.planning.targets import parse_target
+from tests.engine.planning.runs import tiny_run, tiny_step
+
+WIDE = {"hidden_size": 128, "num_attention_heads": 8}
+
+
+@pytest.fixture
+def tpu(monkeypatch):
+    target = "v6e:1x1"
+    for name, value in parse_target(target).environment.items():
+        monkeypatch.setenv(name, value)
+    return target
+
+
+def test_the_largest_batch_is_planned(tmp_path):
+    step = tiny_step(tiny_run(tmp_path, gradient_accumulation_steps=2), "cpu:2")
+    assert step.run.plan.grid == (2, 2, 1)
+    # 32 scored tokens of each of two sequences, in units of 128.
+    assert step.shape == (64, 128)
+    assert step.positions == 2 * 2 * 2 * 64
+    packed = tiny_step(tiny_run(tmp_path, packing=True), "cpu:2")
+    assert packed.positions == 2 * 4 * 64 and packed.shape == (256, 128)
+
+
+def test_a_workspace_that_is_too_small_on_a_tpu_is_refused(tmp_path, tpu):
+    def run(workspace):
+        return tiny_run(tmp_path, WIDE, workspace_bytes=workspace)
+
+    tiny_step(run(2**20), tpu)
+    with pytest.raises(InputError, match="=1024 is too small for the gradients of 256"):
+        tiny_step(run(1024), tpu)
+
+
+def test_what_training_refuses_is_refused(tmp_path):
+    for sharding, message in (
+        (ShardingConfig(fsdp=3), "does not fit 2 devices"),
+        (ShardingConfig(data=2, fsdp=1), None),
+    ):
+        run = tiny_run(tmp_path, sharding=sharding)
+        if message is None:
+            assert tiny_step(run, "cpu:2").run.plan.grid == (1, 2, 2)
+            continue
+        with pytest.raises(InputError, match=message):
+            tiny_step(run, "cpu:2")
+    with pytest.raises(InputError, match="total_batch_size=3 pairs cannot be split"):
+        tiny_step(tiny_run(tmp_path, total_batch_size=3), "cpu:2")
