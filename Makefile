@@ -26,6 +26,9 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # Tests and the demo run on the CPU unless told otherwise: JAX_PLATFORMS=cuda make demo.
 export JAX_PLATFORMS ?= cpu
+# What pytest and jaxtyping make of our modules is kept beside them, also where this is
+# set: otherwise each worker of each run spends four seconds on it.
+unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@sed -n 's/^#   //p' Makefile

@@ -55,7 +55,7 @@ def done(tmp_path_factory):
 
 
 @given(ARGUMENTS)
-@examples(100)
+@examples(50)
 def test_fuzz_arguments(done, capsys, words):
     done.clear()
     try:

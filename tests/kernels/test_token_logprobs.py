@@ -49,7 +49,6 @@ def test_errors_are_within_the_bound_that_plain_jax_sets(x64, dtype, shape, case
     assert row.passed, str(row)
 
 
-@pytest.mark.numerics
 @pytest.mark.parametrize("case", CASES[2:4], ids=lambda case: case.name)
 def test_each_option_alone(x64, case):
     assert verify.verify_case("xla", "float32", verify.SHAPES[2], case).passed

@@ -91,14 +91,14 @@ def test_what_is_mutated_is_valid(path):
 
 
 @given(mutated(VALID))
-@examples(60)
+@examples(30)
 def test_fuzz_values_of_a_run_file(path, tree):
     found = load(path, yaml.safe_dump(tree, allow_unicode=True), [])
     assert isinstance(found, RunConfig | str)
 
 
 @given(KEYS.filter(lambda key: "." in key), JSON)
-@examples(60)
+@examples(30)
 def test_fuzz_the_key_that_is_wrong_is_named(path, key, value):
     tree = yaml.safe_load(yaml.safe_dump(VALID))
     *above, last = ["config", *key.split(".")]
@@ -115,12 +115,12 @@ def test_fuzz_the_key_that_is_wrong_is_named(path, key, value):
 
 
 @given(st.one_of(PIECES, st.binary(max_size=40)))
-@examples(200)
+@examples(100)
 def test_fuzz_text_of_a_run_file(path, text):
     load(path, text, [])
 
 
 @given(WORDS)
-@examples(60)
+@examples(30)
 def test_fuzz_overrides(path, words):
     load(path, yaml.safe_dump(VALID), words)

@@ -95,7 +95,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @given(ANY_ROW.filter(lambda row: isinstance(row, dict)))
-@examples(200)
+@examples(100)
 def test_fuzz_the_forms_of_a_row(row):
     found = one_line_or_success(read_pairs, row, "a.jsonl, row 3")
     if isinstance(found, str):
@@ -108,7 +108,7 @@ def test_fuzz_the_forms_of_a_row(row):
     st.sampled_from(list(TOKENIZERS)),
     st.sampled_from(["completion", "assistant", "last_turn"]),
 )
-@examples(150)
+@examples(75)
 def test_fuzz_rows_given_from_python(rows, tokenizer, score):
     def work():
         before, last = rows
@@ -154,7 +154,7 @@ def damaged(draw: st.DrawFn, whole: st.SearchStrategy[bytes]) -> bytes:
 
 
 @given(damaged(JSON_TEXT), st.booleans())
-@examples(200)
+@examples(100)
 def test_fuzz_files_of_json(folder, data, streamed):
     path = folder / "a.jsonl"
     path.write_bytes(data)
@@ -186,7 +186,7 @@ TABLES = st.one_of(
 
 
 @given(damaged(TABLES))
-@examples(200)
+@examples(100)
 def test_fuzz_files_of_csv(folder, data):
     path = folder / "a.csv"
     path.write_bytes(data)
@@ -214,7 +214,7 @@ TEMPLATES = st.lists(st.sampled_from(PIECES) | TEXT, max_size=6).map("".join)
     st.sampled_from(CHATS),
     st.sampled_from(["completion", "assistant", "last_turn"]),
 )
-@examples(100)
+@examples(50)
 def test_fuzz_chat_templates(template, row, score):
     tokenizer = tiny_tokenizers.make(template=template)
     rows = as_rows([row])

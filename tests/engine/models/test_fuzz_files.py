@@ -74,7 +74,7 @@ def dumped(tree: Any) -> bytes:
 
 
 @given(st.sampled_from(CONFIGS).flatmap(lambda x: mutated(x | MORE)))
-@examples(100)
+@examples(50)
 def test_fuzz_config_json(folder, tree):
     path = spoilt(folder, "config.json", dumped(tree))
     found = one_line_or_success(check_checkpoint, path)
@@ -90,7 +90,7 @@ def checked(path: Path) -> bool:
 
 
 @given(mutated(content(TRL / "config.json") | LLAMA3, JSON | NUMBERS))
-@examples(100)
+@examples(50)
 def test_fuzz_the_config_of_weights_that_are_there(folder, tree):
     path = spoilt(folder, "config.json", dumped(tree))
     found = one_line_or_success(checked, path)
@@ -128,7 +128,7 @@ def read_all(path: Path) -> int:
 
 
 @given(weights())
-@examples(100)
+@examples(50)
 def test_fuzz_safetensors(folder, data):
     found = one_line_or_success(read_all, spoilt(folder, "model.safetensors", data))
     if isinstance(found, str):
@@ -141,7 +141,7 @@ def model():
 
 
 @given(mutated(ADAPTER))
-@examples(100)
+@examples(50)
 def test_fuzz_adapter_config_json(folder, model, tree):
     (folder / "adapter_config.json").write_bytes(dumped(tree))
     found = one_line_or_success(read_adapter_config, folder, model)
@@ -163,7 +163,7 @@ SETTINGS = content(TRL / "tokenizer_config.json")
         mutated({"<x>": 500}).map(lambda tree: ("added_tokens.json", tree)),
     )
 )
-@examples(40)
+@examples(20)
 def test_fuzz_tokenizers(folder, spoil):
     name, tree = spoil
     path = spoilt(folder, name, dumped(tree))

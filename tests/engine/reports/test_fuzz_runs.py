@@ -45,7 +45,7 @@ def lines(values: Any) -> str:
         ),
     )
 )
-@examples(100)
+@examples(50)
 def test_fuzz_folders_of_runs(folder, spoilt):
     (folder / "metrics.jsonl").write_text(lines(LINES))
     (folder / "run.json").write_text(json.dumps(RECORD))

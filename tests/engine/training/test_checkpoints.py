@@ -25,7 +25,11 @@ EVERY = {"save_steps": 1, "save_total_limit": None}
 SETTINGS: dict[str, Any] = {"num_train_epochs": 2, "train_dataset": SHORT} | EVERY
 FORMS: dict[str, dict[str, Any]] = {
     "evaluations": {"eval_steps": 2},
-    "accumulation": {"gradient_accumulation_steps": 2, "evaluate": False},
+    "accumulation": {
+        "gradient_accumulation_steps": 2,
+        "evaluate": False,
+        "lr_scheduler_type": "constant",
+    },
     "lora": {"lora": LoraConfig(r=2, lora_alpha=4), "evaluate": False},
     "synced": {"sync_ref_model": True, "ref_model_sync_steps": 2, "evaluate": False},
 }
@@ -174,17 +178,13 @@ def test_harmless_changes_go_on_with_a_line(whole, tmp_path, caplog):
     ]
 
 
-def test_more_steps_where_the_schedule_has_no_end(tmp_path):
-    options: dict[str, Any] = settings("accumulation") | {
-        "lr_scheduler_type": "constant"
-    }
-    long = make_trainer(tmp_path / "long", **options)
-    long.train()
+def test_more_steps_where_the_schedule_has_no_end(whole, tmp_path):
+    options, (_, trained) = settings("accumulation"), whole("accumulation")
     short = tmp_path / "short"
     make_trainer(short, **options, max_training_steps=3).train()
     more = make_trainer(short, **options)
     more.train()
-    assert weights(more) == weights(long)
+    assert weights(more) == trained
     # The line of step 3 alone ends the shorter run.
     assert [x["step"] for x in lines(short)] == [2, 3, 4, 6]
     fewer = make_trainer(short, **options, max_training_steps=2)

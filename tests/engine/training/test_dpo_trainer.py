@@ -13,7 +13,13 @@ from transformers import AutoTokenizer
 
 from engine import DPOConfig, DPOTrainer, InputError, load_model
 from engine.cli import main
-from tests.engine.training.runs import FIXTURE, ROWS, make_trainer, one_device
+from tests.engine.training.runs import (
+    FIXTURE,
+    ONE_SHAPE,
+    ROWS,
+    make_trainer,
+    one_device,
+)
 from tests.engine.tutorial import TUTORIAL
 from tests.json_lines import read_lines
 
@@ -24,11 +30,11 @@ def test_the_tutorials_yaml_runs_as_it_stands(tmp_path, monkeypatch):
     shutil.copytree(FIXTURE / "model", "meta-llama/Llama-3.1-8B-Instruct")
     folder = Path("trl-lib/ultrafeedback_binarized")
     folder.mkdir(parents=True)
-    datasets.Dataset.from_list(ROWS).to_parquet(folder / "train-00000.parquet")
+    datasets.Dataset.from_list(ONE_SHAPE).to_parquet(folder / "train-00000.parquet")
     Path("dpo.yaml").write_text(TUTORIAL)
     assert main(["--config", "dpo.yaml"]) == 0
     lines = read_lines(Path("dpo_checkpoints/metrics.jsonl"))
-    assert lines[-1]["step"] == 6  # 19 pairs, 16 a batch, three epochs
+    assert lines[-1]["step"] == 6  # 21 pairs, 16 a batch, three epochs
     assert lines[-1]["epoch"] == 3.0
     trained = load_file("dpo_checkpoints/model.safetensors")
     before = load_file(FIXTURE / "model" / "model.safetensors")
@@ -57,7 +63,7 @@ def test_python_as_in_the_tutorial(tmp_path):
         model=load_model(name),
         reference_model=load_model(name),
         arguments=config,
-        train_dataset=datasets.Dataset.from_list(ROWS),
+        train_dataset=datasets.Dataset.from_list(ONE_SHAPE),
         processing_class=tokenizer,
     )
     latest = trainer.train()

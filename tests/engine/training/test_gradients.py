@@ -50,7 +50,6 @@ def test_a_whole_batch_loss_is_that_of_the_whole_batch(whole_batch_loss):
     losses = {"loss_type": ("hinge", "sft"), "loss_weights": (1.0, 0.3)}
     options = {"steps": 1, "pairs": pairs, "ld_alpha": 0.5} | losses
     want = run((1, 1, 1), **options)
-    assert_same(run((1, 1, 1), gradient_accumulation_steps=2, **options), want)
     assert_same(run((2, 2, 1), gradient_accumulation_steps=4, **options), want)
     # Pair by pair, each is alone with itself: the margin's mean would be another.
     assert want.lines[0]["centre"] == pytest.approx(
@@ -116,7 +115,7 @@ def test_what_is_not_trained_stays_and_has_no_state(monkeypatch):
     np.testing.assert_array_equal(frozen["embed"][...], before[1]["embed"][...])
 
 
-def test_gradients_are_added_up_in_float32(whole_batch_loss):
+def test_gradients_are_added_up_in_float32():
     """Of bfloat16 parameters too, over sixteen microbatches: the same norm."""
     options = {"param_dtype": "bfloat16"}
     norms = [

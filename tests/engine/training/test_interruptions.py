@@ -22,8 +22,10 @@ config:
   mixture: {{informs: [{{data_files: '{fixture}/data.jsonl'}}]}}
   trainer:
     total_batch_size: 2
-    max_length: 24
-    num_train_epochs: 8
+    max_length: 16
+    max_prompt_length: 8
+    num_train_epochs: 20
+    max_training_steps: 80
     log_steps: 3
     save_steps: 4
     learning_rate: 1e-3

@@ -29,12 +29,9 @@ from tests.engine.training.step_runs import (
     sum_error,
 )
 
-MESHES = [
-    (8, 1, 1),
-    pytest.param((1, 8, 1), marks=pytest.mark.numerics),
-    pytest.param((2, 2, 2), marks=pytest.mark.numerics),
-    (1, 2, 4),
-]
+# All axes at once; a vocabulary of which the last device has almost nothing. (1, 2, 4),
+# where devices share a kv head, is in test_arrangements.py.
+MESHES = [pytest.param((2, 2, 2), marks=pytest.mark.numerics), (1, 8, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +53,18 @@ def test_the_comparison_would_notice(one_device):
 
 
 def test_accumulation_equals_the_whole_batch(one_device):
-    assert_same(run((1, 1, 1), gradient_accumulation_steps=4), one_device)
+    """On several devices; on one, in four microbatches: test_arrangements.py."""
     assert_same(run((2, 2, 2), gradient_accumulation_steps=2), one_device)
 
 
 def test_padding_pairs_weigh_nothing():
-    """Sixteen places for three pairs, alone and over eight devices."""
+    """Sixteen places for three pairs; of several devices some have none."""
     pairs = make_pairs(3)  # a single batch
     want = run((1, 1, 1), pairs=pairs, total_batch_size=3)
     alone = run((1, 1, 1), pairs=pairs)
     assert alone.pairs == want.pairs == 3
     assert_same(alone, want)
-    assert_same(run((8, 1, 1), pairs=pairs), want)
+    assert_same(run((2, 2, 2), pairs=pairs), want)
 
 
 def test_a_weight_counts_as_so_many_pairs():
@@ -79,17 +76,17 @@ def test_a_weight_counts_as_so_many_pairs():
     fields["offsets"] = np.append(0, np.cumsum(pairs.lengths[sequences]))
     repeated = dataclasses.replace(make_pairs(6), **fields)
     pairs = dataclasses.replace(pairs, weights=np.array([1, 2, 3], np.float32))
-    want = run((1, 1, 1), pairs=repeated, steps=1)
-    assert_same(run((1, 1, 1), pairs=pairs, steps=1), want)
-    assert_same(run((2, 4, 1), pairs=pairs, steps=1), want)
+    want = run((1, 1, 1), pairs=repeated)
+    assert want.pairs == 6  # in a single batch, as the three are
+    assert_same(run((1, 1, 1), pairs=pairs), want)
+    assert_same(run((2, 2, 2), pairs=pairs), want)
 
 
 @pytest.mark.parametrize(
     "sizes, remat",
     [
-        pytest.param((1, 1, 1), "none", marks=pytest.mark.numerics),
-        pytest.param((2, 2, 2), "dots", marks=pytest.mark.numerics),
-        ((2, 2, 2), "full"),
+        ((1, 1, 1), "none"),
+        pytest.param((2, 2, 2), "full", marks=pytest.mark.numerics),
     ],
     ids=str,
 )
@@ -103,12 +100,6 @@ def test_margins_start_at_zero_to_the_rounding_of_the_sums(sizes, remat):
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
         assert abs(line[name]) <= bound, name
     assert line["loss"] == pytest.approx(np.log(2), abs=bound)
-
-
-def test_no_reference_scores_as_zeros():
-    line = run((1, 1, 1), steps=1, seeds=(0,), reference_free=True).lines[0]
-    rewards = BETA * line["logps/chosen"]
-    assert line["rewards/chosen"] == pytest.approx(rewards, rel=1e-6)
 
 
 def test_evaluation_gives_the_sums_of_the_training_step():
@@ -134,16 +125,25 @@ def test_evaluation_gives_the_sums_of_the_training_step():
         np.testing.assert_allclose(value, trained[name], rtol=1e-5, atol=1e-5)
 
 
-def test_clipping_bounds_the_update(one_device):
-    """Plain Adam does not see a scale of g, but its epsilon does: here it dominates."""
-    clipped = run(
-        (1, 1, 1), batches=1, adam_epsilon=1.0, max_grad_norm=1e-3, learning_rate=1.0
+def test_without_a_reference_and_with_clipping():
+    """One step of both, which have nothing to do with each other."""
+    ran = run(
+        (1, 1, 1),
+        batches=1,
+        seeds=(0,),
+        reference_free=True,
+        adam_epsilon=1.0,
+        max_grad_norm=1e-3,
+        learning_rate=1.0,
     )
-    norm = clipped.lines[0]["grad_norm"]  # of the gradient before it is clipped
-    assert norm == pytest.approx(one_device.lines[0]["grad_norm"], rel=1e-5)
-    assert norm > 0.1
+    (line,) = ran.lines
+    # No reference scores as zeros.
+    rewards = BETA * line["logps/chosen"]
+    assert line["rewards/chosen"] == pytest.approx(rewards, rel=1e-6)
+    # Plain Adam does not see a scale of g, but its epsilon does: here it dominates.
+    assert line["grad_norm"] > 0.1  # of the gradient before it is clipped
     start = jax.device_get(split_model(model_on((1, 1, 1)))[1])
-    moved = jax.tree.map(lambda a, b: np.square(a - b).sum(), clipped.params, start)
+    moved = jax.tree.map(lambda a, b: np.square(a - b).sum(), ran.params, start)
     # The first update is g / (|g| + 1), about g for a small g.
     change = np.sqrt(sum(jax.tree.leaves(moved)))
     assert change == pytest.approx(1e-3, rel=0.01)
