@@ -303,6 +303,6 @@ def test_a_workspace_that_is_too_small_is_refused():
         options = {"workspace_bytes": 20_000, "implementation": "pallas_tpu"}
         return token_logprobs(hidden, head, targets, **options).logprob.sum()
 
-    # 48 rows of 256 logits of two bytes each, and a sixteenth of all for what is beside.
+    # 48 rows of 256 logits of two bytes each, and a sixteenth of all for the rest.
     with pytest.raises(ValueError, match="=20000 is too small .* give at least 26215"):
         jax.grad(loss)(hidden)
