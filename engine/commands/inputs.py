@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from engine.config.run import RunConfig
@@ -21,7 +22,7 @@ from engine.parallel import processes
 from engine.parallel.sharding import make_mesh
 from engine.training.about import About, reference_words
 from engine.training.compilation import keep_programs
-from engine.training.lora import reference_config, with_lora
+from engine.training.lora import named_reference, with_lora
 from engine.training.prepare import EVAL, Prepared, prepare, prepare_pairs
 from engine.training.streams import prepare_stream
 
@@ -85,6 +86,22 @@ def prepare_run(run: RunConfig, data: RunData | None = None) -> Prepared:
     reference = reference_of(run, model)
     model = with_lora(model, run.lora, run.model.name_or_path)
     data = data or read_data(run)
+    return prepare_data(run, data, mesh=mesh, model=model, reference=reference)
+
+
+def prepare_data(
+    run: RunConfig,
+    data: RunData,
+    *,
+    mesh: Mesh,
+    model: DecoderConfig,
+    reference: DecoderConfig | None,
+) -> Prepared:
+    """The run on data that is read, with these models, on this mesh.
+
+    Raises:
+        InputError: whatever does not fit together.
+    """
     evaluations = dict(data.pairs)
     held = evaluations.pop("", None)
     train = data.stream or held
@@ -125,14 +142,9 @@ def about(run: RunConfig) -> About:
 
 def reference_of(run: RunConfig, base: DecoderConfig) -> DecoderConfig | None:
     """The configuration of the reference that a run file names; None: it names none."""
-    given = run.reference_model
-    if given is None:
-        return None
-    config = base
-    if given.name_or_path is not None:
-        config = check_checkpoint(resolve_directory(given.name_or_path))
-    name = given.name_or_path or run.model.name_or_path
-    return reference_config(config, given.adapter, name)
+    return named_reference(
+        run, base, lambda name: check_checkpoint(resolve_directory(name))
+    )
 
 
 def check_destination(run: RunConfig) -> None:

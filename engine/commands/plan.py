@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from engine.commands.inputs import RunData, about, read_data
+from engine.commands.inputs import RunData, prepare_data, read_data
 from engine.commands.plan_options import PlanOptions
 from engine.config.run import RunConfig
 from engine.data.shapes import Sizes
@@ -25,7 +25,6 @@ from engine.planning.sweep import Point, show, sweep
 from engine.planning.sweep import as_json as sweep_as_json
 from engine.training.compilation import keep_programs
 from engine.training.plans import plan_stream, plan_training
-from engine.training.prepare import prepare
 
 logger = logging.getLogger(__name__)
 
@@ -94,27 +93,12 @@ def _shapes(run: RunConfig, options: PlanOptions, mesh: Mesh) -> _Shapes:
 
 def _shapes_of_data(run: RunConfig, data: RunData, mesh: Mesh) -> _Shapes:
     model, reference = model_configs(run)
-    evaluations = dict(data.pairs)
-    held = evaluations.pop("", None)
-    train = data.stream or held
-    assert train is not None
-    prepared = prepare(
-        run.trainer,
-        mesh=mesh,
-        model=model,
-        reference=reference,
-        tokenizer=data.tokenizer,
-        train=train,
-        evaluations=evaluations,
-        about=about(run),
-        reference_dtype=run.reference_model and run.reference_model.dtype,
-    )
+    prepared = prepare_data(run, data, mesh=mesh, model=model, reference=reference)
 
     def sizes_of(run: RunConfig, mesh: Mesh) -> Sizes:
         if data.stream is not None:
             return plan_stream(run.trainer, data.stream, mesh)
-        assert held is not None
-        return plan_training(run.trainer, held, mesh)
+        return plan_training(run.trainer, data.pairs[""], mesh)
 
     number = len(prepared.plan.shapes)
     words = "the largest batch of the run's own data"

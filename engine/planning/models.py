@@ -21,7 +21,7 @@ from engine.models import (
 from engine.models.adapters import decoder_like
 from engine.models.architecture import Origin
 from engine.models.init import placed_parameters, stored_dtype
-from engine.training.lora import reference_config, reference_decoder, with_lora
+from engine.training.lora import named_reference, reference_decoder, with_lora
 
 
 def with_local_models(run: RunConfig) -> RunConfig:
@@ -65,14 +65,8 @@ def model_configs(run: RunConfig) -> tuple[DecoderConfig, DecoderConfig | None]:
     Raises:
         InputError: models and adapters that training would refuse.
     """
-    base, given = model_config(run.model.name_or_path), run.reference_model
-    reference = None
-    if given is not None:
-        reference = base
-        if given.name_or_path is not None:
-            reference = model_config(given.name_or_path)
-        name = given.name_or_path or run.model.name_or_path
-        reference = reference_config(reference, given.adapter, name)
+    base = model_config(run.model.name_or_path)
+    reference = named_reference(run, base, model_config)
     return with_lora(base, run.lora, run.model.name_or_path), reference
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine.config.lora import LoraConfig
+from engine.config.run import RunConfig
 from engine.models import (
     Adapter,
     Decoder,
@@ -39,6 +40,23 @@ def _adapter(lora: LoraConfig, config: DecoderConfig, base: str | None) -> Adapt
     directory = resolve_directory(lora.adapter, "lora.adapter")
     found = check_adapter(directory, config, base)
     return replace(found, dropout=lora.lora_dropout, base=base or found.base)
+
+
+def named_reference(
+    run: RunConfig, base: DecoderConfig, read: Callable[[str], DecoderConfig]
+) -> DecoderConfig | None:
+    """The configuration of the reference that a run file names; None: it names none.
+
+    Args:
+        base: that of the policy's base, which an adapter alone is on.
+        read: gives that of a model by its name.
+    """
+    given = run.reference_model
+    if given is None:
+        return None
+    config = base if given.name_or_path is None else read(given.name_or_path)
+    name = given.name_or_path or run.model.name_or_path
+    return reference_config(config, given.adapter, name)
 
 
 def lora_policy(
