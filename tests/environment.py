@@ -10,14 +10,18 @@ DEVICES = "--xla_force_host_platform_device_count"
 PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds"
 CACHE_BYTES = 2**30
 # A run with this flag (`make test-isa`) is of few tests, compiled as users compile. All
-# tests are compiled without LLVM's optimisations: that takes half of the time, and
-# rounds in yet another way.
+# tests are compiled without LLVM's optimisations, and each fusion without a pipeline of
+# MLIR's passes of its own: that takes a third of the time, and rounds in other ways.
 OLDER = "--xla_cpu_max_isa"
+QUICK = {
+    "--xla_backend_extra_options": "xla_cpu_disable_new_fusion_emitters",
+    "--xla_cpu_parallel_codegen_split_count": "1",  # each worker has a core
+}
 
 
 def xla_flags(given: str) -> str:
     """The flags that were given, and ours where they say nothing of it."""
-    ours = {DEVICES: 8, PATIENCE: 600}
+    ours = {DEVICES: "8", PATIENCE: "600"} | ({} if OLDER in given else QUICK)
     added = [f"{flag}={value}" for flag, value in ours.items() if flag not in given]
     return " ".join([*given.split(), *added])
 

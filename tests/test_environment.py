@@ -14,10 +14,13 @@ from tests import environment
 @pytest.mark.parametrize(
     ("given", "added"),
     [
-        ("", (environment.DEVICES, environment.PATIENCE)),
+        ("", (environment.DEVICES, environment.PATIENCE, *environment.QUICK)),
         ("--xla_cpu_max_isa=AVX2", (environment.DEVICES, environment.PATIENCE)),
         (f"{environment.DEVICES}=2 --xla_cpu_max_isa=AVX2", (environment.PATIENCE,)),
-        (f"{environment.PATIENCE}=2", (environment.DEVICES,)),
+        (
+            f"{environment.PATIENCE}=2 --xla_backend_extra_options=",
+            (environment.DEVICES, "--xla_cpu_parallel_codegen_split_count"),
+        ),
     ],
 )
 def test_flags_that_are_given_stay(given, added):
