@@ -12,6 +12,7 @@ import pytest
 
 from engine.errors import Interrupted
 from engine.training.events import Listener
+from tests import environment
 from tests.engine.training.runs import FIXTURE, make_trainer
 from tests.engine.training.test_checkpoints import lines, settings, weights
 
@@ -35,8 +36,8 @@ config:
 
 def child(words: list[str], directory: Path) -> subprocess.CompletedProcess[str]:
     """A process of one CPU device."""
-    env = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"}
-    env |= {"PYTHONPATH": str(ROOT)}
+    flags = environment.xla_flags(f"{environment.DEVICES}=1")
+    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
     return subprocess.run(
         [sys.executable, *words], cwd=directory, env=env, capture_output=True, text=True
     )

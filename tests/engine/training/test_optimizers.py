@@ -165,9 +165,9 @@ def test_muon_is_that_of_optax():
         # Five steps of a quintic, whose slope at 0 is 3.4445, on what is rounded.
         assert_near(got["layers"][name], want["layers"][name], 3.4445**5 * EPS)
     for name in ("embed", "head", "final_norm"):
-        np.testing.assert_array_equal(got[name], adamw[name])
+        assert_near(got[name], adamw[name], 4 * EPS)
     for name in ("attn_norm", "q_norm", "q_bias"):
-        np.testing.assert_array_equal(got["layers"][name], adamw["layers"][name])
+        assert_near(got["layers"][name], adamw["layers"][name], 4 * EPS)
 
 
 MESHES = [

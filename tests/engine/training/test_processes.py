@@ -50,7 +50,7 @@ def runs(folder):
     programs = environment.compilation_cache(ROOT)
     env = os.environ | {
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"{environment.DEVICES}=4",
+        "XLA_FLAGS": environment.xla_flags(f"{environment.DEVICES}=4"),
         "JAX_COMPILATION_CACHE_DIR": str(programs),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # and other rounding, as elsewhere
