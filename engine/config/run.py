@@ -25,7 +25,8 @@ class ModelConfig:
     tokenizer: str | None = None  # likewise; None: the one beside the model
     dtype: Dtype = "bfloat16"  # of the computation
     param_dtype: Dtype = "float32"  # of the parameters and the optimizer's state
-    remat: Literal["none", "dots", "full"] = "full"  # what the backward recomputes
+    # What the backward recomputes; auto: the least that fits into the devices' memory.
+    remat: Literal["auto", "none", "dots", "full"] = "full"
 
     def __post_init__(self):
         check_types(self)

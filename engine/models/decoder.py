@@ -21,7 +21,9 @@ from engine.models.rope import rope_tables, rotate
 from engine.parallel.batch import PADDED, Arrangement, KeySpans
 from engine.parallel.sharding import FSDP, TENSOR, ParameterPath, variable_type
 
+# From what keeps most to what keeps least; auto is for who compiles steps to replace.
 REMAT = ("none", "dots", "full")
+AUTO = "auto"
 DTYPES = ("bfloat16", "float16", "float32")
 _BLOCK_OUT = "block_out"
 
@@ -52,7 +54,10 @@ def _save_activations(prim: Any, *avals: Any, **params: Any) -> bool:
 
 
 def _policy(remat: str) -> Callable[..., bool]:
-    """What the backward pass keeps of a layer; never its gathered weights."""
+    """What the backward pass keeps of a layer; never its gathered weights.
+
+    With auto nothing: where no step chooses, there is no backward pass.
+    """
     keep = jax.checkpoint_policies
     if remat == "none":
         return _save_activations
@@ -84,8 +89,8 @@ class Decoder(nnx.Module):
         """`arrays`: a value for each path of `config.parameters()`."""
         if dtype not in DTYPES:
             raise InputError(f"model dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
-        if remat not in REMAT:
-            allowed = ", ".join(REMAT)
+        if remat not in (AUTO, *REMAT):
+            allowed = ", ".join((AUTO, *REMAT))
             raise InputError(f"model remat={remat!r}; allowed: {allowed}")
         self.config = config
         self.mesh = mesh

@@ -26,6 +26,7 @@ from engine.planning.steps import Step
 from engine.planning.targets import Target
 from engine.planning.traffic import Traffic, traffic_of
 from engine.planning.work import PHASES, Work, work_of
+from engine.training.memory import taken_by
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _REFUSALS = (
@@ -155,29 +156,17 @@ def take_account(step: Step, target: Target) -> Account:
             raise
         words = " ".join(str(error).split())
         return finished(refusal=words[:300], peak=needed(words))
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    cost = compiled.cost_analysis() or {}
     program = parse(compiled.as_text())
-    held, temporaries = _taken(memory, target)
+    taken = taken_by(compiled, target.chip.platform)
+    assert taken is not None
     return finished(
-        temporaries=temporaries,
-        peak=held + temporaries,
+        temporaries=taken.temporary,
+        peak=taken.peak,
         traffic=traffic_of(program, dict(step.run.mesh.shape)),
         compiler_flops=cost.get("flops"),
         compiler_bytes=cost.get("bytes accessed"),
     )
-
-
-def _taken(memory: Any, target: Target) -> tuple[int, int]:
-    """Bytes of what a program is given and returns, and those besides at most at once.
-
-    A TPU's compiler counts more temporaries than are ever there at once, and says the
-    peak as well; elsewhere a program has all of its temporaries from its start.
-    """
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    held += memory.generated_code_size_in_bytes - memory.alias_size_in_bytes
-    if target.chip.platform == "tpu" and memory.peak_memory_in_bytes > held:
-        return held, memory.peak_memory_in_bytes - held
-    return held, memory.temp_size_in_bytes
 
 
 def held_by(step: Step) -> Held:

@@ -9,10 +9,9 @@ from engine.config.lora import LoraConfig
 from engine.config.run import RunConfig
 from engine.errors import InputError
 from engine.planning.account import Account
-from engine.planning.planner import Planner
+from engine.planning.planner import REMATS, Planner
 from engine.planning.steps import with_options
 
-_REMATS = ("none", "dots", "full")  # from what keeps most to what keeps least
 _RANK = 16
 _MOST_TENSOR = 8
 
@@ -46,7 +45,9 @@ def accumulations(run: RunConfig, shards: int) -> Iterator[Variant]:
 
 def remats(run: RunConfig) -> Iterator[Variant]:
     """What keeps less for the backward pass."""
-    for remat in _REMATS[_REMATS.index(run.model.remat) + 1 :]:
+    if run.model.remat == "auto":  # which has tried them
+        return
+    for remat in REMATS[REMATS.index(run.model.remat) + 1 :]:
         yield Variant(
             (f"model.remat={remat}",),
             replace(run, model=replace(run.model, remat=remat)),

@@ -2,8 +2,8 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from jax.sharding import Mesh
 
@@ -17,6 +17,8 @@ from engine.planning.targets import Target
 
 logger = logging.getLogger(__name__)
 
+# From what keeps most to what keeps least.
+REMATS: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
 # The batches of a variant of the run on its mesh; None: the largest by its options.
 SizesOf = Callable[[RunConfig, Mesh], Sizes | None]
 
@@ -43,7 +45,22 @@ class Planner:
         )
 
     def account(self, run: RunConfig, words: str = "") -> Account:
-        """Compile it; `words`: what is said of it in the log."""
+        """Compile it; `words`: what is said of it in the log.
+
+        With `model.remat: auto` as training would have it: the first that fits, from
+        what keeps most on; on CPUs, which do not say what they have, the last.
+        """
+        if run.model.remat != "auto":
+            return self._account(run, words)
+        runs = [replace(run, model=replace(run.model, remat=x)) for x in REMATS]
+        *keeping, last = runs[-1:] if self.target.chip.platform == "cpu" else runs
+        for one in keeping:
+            account = self._account(one, f"{words} remat={one.model.remat}".strip())
+            if account.fits:
+                return account
+        return self._account(last, f"{words} remat={last.model.remat}".strip())
+
+    def _account(self, run: RunConfig, words: str) -> Account:
         step = self.step(run)
         logger.info("compiling for %s %s...", self.target.text, words and f"{words} ")
         account = take_account(step, self.target)

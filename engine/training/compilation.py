@@ -13,11 +13,16 @@ import jax
 from engine.data.cache import default_cache_dir
 from engine.errors import InputError, one_line
 from engine.parallel.batch import Batch
+from engine.training.memory import Taken, taken_by
 
 logger = logging.getLogger(__name__)
 
 Shape = tuple[int, int]  # Batch.shape
 _KEPT_BYTES = 4 * 2**30  # of programs; those used longest ago go first
+
+
+class TooLittleMemory(InputError):
+    """A program, or its arrays, for which a device has no room."""
 
 
 class Request(NamedTuple):
@@ -36,6 +41,12 @@ class Compiled:
 
     def __init__(self, programs: Mapping[Shape, jax.stages.Compiled]):
         self.programs = programs
+
+    def taken(self, platform: str) -> Taken | None:
+        """What the program that takes most of a device takes of it."""
+        found = [taken_by(program, platform) for program in self.programs.values()]
+        known = [taken for taken in found if taken is not None]
+        return max(known, key=lambda taken: taken.peak, default=None)
 
     def __call__(self, *arguments: Any) -> Any:
         """The step's result."""
@@ -89,14 +100,14 @@ def enough_memory() -> Iterator[None]:
     """Says in one line what to do where a device has too little memory.
 
     Raises:
-        InputError: in place of the runtime's error.
+        TooLittleMemory: in place of the runtime's error.
     """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise InputError(
+        raise TooLittleMemory(
             f"a device has too little memory ({one_line(error)}); raise "
             "gradient_accumulation_steps, lower max_length or total_batch_size, set "
             "model.remat to full, or shard the model over more devices"

@@ -49,7 +49,7 @@ def describe(run: Prepared, programs: Iterable[Compiled] = ()) -> dict[str, str]
         facts["best"] = f"{run.best_model.rule()}{saved}"
     if arguments.generation_num_prompts and run.evaluations:
         facts["answers"] = _answers(run)
-    if memory := _memory(programs):
+    if memory := _memory(programs, run.mesh.devices.flat[0].platform):
         facts["memory"] = memory
     facts["writes to"] = _written(arguments)
     return facts
@@ -199,26 +199,16 @@ def _answers(run: Prepared) -> str:
     return f"of {who} to {count} held-out prompts{of}, at most {most} tokens, {how}"
 
 
-def _memory(programs: Iterable[Compiled]) -> str:
-    """The most that a program needs of a device, as its compiler says.
-
-    What a program takes and returns is counted, once where it is donated.
-    """
-    found = [p.memory_analysis() for x in programs for p in x.programs.values()]
-    needs = [
-        (
-            m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes,
-            m.temp_size_in_bytes,
-        )
-        for m in found
-        if m is not None
-    ]
-    if not needs:
+def _memory(programs: Iterable[Compiled], platform: str) -> str:
+    """The most that a program needs of a device, as its compiler says."""
+    found = [program.taken(platform) for program in programs]
+    known = [taken for taken in found if taken is not None]
+    if not known:
         return ""
-    held, temporary = max(needs, key=sum)
+    most = max(known, key=lambda taken: taken.peak)
     return (
-        f"{_bytes(held + temporary)} a device: {_bytes(held)} held, "
-        f"{_bytes(temporary)} during a step"
+        f"{_bytes(most.peak)} a device: {_bytes(most.held)} held, "
+        f"{_bytes(most.temporary)} during a step"
     )
 
 

@@ -1,8 +1,11 @@
-"""What the devices say of their memory."""
+"""What the devices say of their memory, and a compiler of what its program takes."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
+
+from engine.parallel import processes
 
 
 def memory_metrics(mesh: Mesh) -> dict[str, float]:
@@ -25,3 +28,38 @@ def fullest(stats: Iterable[Mapping[str, int] | None]) -> dict[str, float]:
     if peaks and limits:
         metrics["memory/limit_bytes"] = min(limits)
     return metrics
+
+
+def limit_bytes(mesh: Mesh) -> int | None:
+    """What the smallest device of all processes has, in bytes; None: not known."""
+    found = [device.memory_stats() or {} for device in mesh.local_devices]
+    least = min(one.get("bytes_limit", 0) for one in found)
+    return min(processes.gather(least)) or None
+
+
+class Taken(NamedTuple):
+    """Bytes of a device that a compiled program takes, by its compiler's account."""
+
+    held: int  # what it is given and returns, once where it is donated, and its code
+    temporary: int  # besides, at most at once
+
+    @property
+    def peak(self) -> int:
+        """Both."""
+        return self.held + self.temporary
+
+
+def taken_by(compiled: Any, platform: str) -> Taken | None:
+    """What a program takes; None: the compiler does not say.
+
+    A TPU's compiler counts more temporaries than are ever there at once, and says the
+    peak as well; elsewhere a program has all of its temporaries from its start.
+    """
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return None
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    held += memory.generated_code_size_in_bytes - memory.alias_size_in_bytes
+    if platform == "tpu" and memory.peak_memory_in_bytes > held:
+        return Taken(held, memory.peak_memory_in_bytes - held)
+    return Taken(held, memory.temp_size_in_bytes)

@@ -1,6 +1,9 @@
 """The programs of a run: its steps, compiled for each shape of batch that they meet."""
 
+import contextlib
 import functools
+import logging
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,12 +16,20 @@ from jax.sharding import Mesh, PartitionSpec
 from engine.config.dpo import DPOConfig
 from engine.data.shapes import Sizes
 from engine.models import Decoder
+from engine.models.decoder import AUTO, REMAT
 from engine.objective.interface import LossOptions
 from engine.objective.references import Reference
 from engine.parallel.batch import Batch, abstract_batch, put_whole
 from engine.parallel.sharding import place
-from engine.training.compilation import Compiled, Request, Shape, compile_all
+from engine.training.compilation import (
+    Compiled,
+    Request,
+    Shape,
+    TooLittleMemory,
+    compile_all,
+)
 from engine.training.gradients import Params
+from engine.training.memory import limit_bytes
 from engine.training.metrics import Sums
 from engine.training.prepare import loss_options, step_options
 from engine.training.resume import abstract_arrays
@@ -31,6 +42,11 @@ from engine.training.step import (
     make_train_step,
     split_model,
 )
+
+logger = logging.getLogger(__name__)
+
+# Of a device's memory by its own account; some is lost between arrays.
+_USABLE = 0.95
 
 
 @runtime_checkable
@@ -103,7 +119,10 @@ class Programs:
         """Make the train step, if asked to, and the eval step, if there is a set."""
         requests: dict[str, Request] = {}
         if training and self._train is None:
-            requests["train"] = self.train_request()
+            if self._model.remat == AUTO:
+                self._train = self._least_recomputed()
+            else:
+                requests["train"] = self.train_request()
         if self._run.eval_plans and self._evaluation is None:
             requests["evaluation"] = self._eval_request()
         if requests:
@@ -111,6 +130,30 @@ class Programs:
             made = dict(zip(requests, found, strict=True))
             self._train = made.get("train", self._train)
             self._evaluation = made.get("evaluation", self._evaluation)
+
+    def _least_recomputed(self) -> Compiled:
+        """The train step that recomputes no more than the devices' memory demands.
+
+        Where devices do not say what they have, as CPUs, it recomputes all: there, what
+        is kept costs more time to move than it saves.
+        """
+        platform = self._run.mesh.devices.flat[0].platform
+        limit = limit_bytes(self._run.mesh)
+        most = math.inf if limit is None else _USABLE * limit
+        *keeping, last = REMAT if limit is not None else REMAT[-1:]
+        for remat in keeping:
+            self._model.remat = remat
+            with contextlib.suppress(TooLittleMemory):
+                (step,) = compile_all([self.train_request()])
+                taken = step.taken(platform)
+                if taken is not None and taken.peak <= most:
+                    logger.info("model.remat=auto is %s, which fits", remat)
+                    return step
+            logger.info("model.remat=auto: %s does not fit", remat)
+        self._model.remat = last
+        logger.info("model.remat=auto is %s", last)
+        (step,) = compile_all([self.train_request()])
+        return step
 
     def train(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepOut]:
         """A step of training, which uses the state up."""

@@ -1,13 +1,11 @@
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import jax
 import pytest
 
 from engine.config.lora import LoraConfig
 from engine.config.run import ShardingConfig
-from engine.planning import account as accounts
 from engine.planning.account import as_json, held_by, needed, take_account
 from engine.planning.report import report, verdict
 from engine.planning.targets import Target, parse_target
@@ -98,21 +96,6 @@ def test_it_fits_where_the_peak_is_within_the_capacity(account, monkeypatch):
     # A TPU's compiler has placed what it did not refuse.
     tpu = dataclasses.replace(account, target=parse_target("v5e:1x2"))
     assert tpu.fits and not dataclasses.replace(tpu, refusal="x").fits
-
-
-def test_of_a_tpu_the_peak_is_what_its_compiler_says():
-    memory = SimpleNamespace(
-        argument_size_in_bytes=100,
-        output_size_in_bytes=90,
-        alias_size_in_bytes=80,
-        generated_code_size_in_bytes=5,
-        temp_size_in_bytes=70,
-        peak_memory_in_bytes=150,
-    )
-    assert accounts._taken(memory, parse_target("v5e:2x2")) == (115, 35)
-    assert accounts._taken(memory, CPU) == (115, 70)
-    memory.peak_memory_in_bytes = 0  # not said
-    assert accounts._taken(memory, parse_target("v5e:2x2")) == (115, 70)
 
 
 def test_time_is_a_roofline(account):

@@ -1,10 +1,11 @@
 """The devices' memory in lines of metrics: there where a device counts it."""
 
 import json
+from types import SimpleNamespace
 
 from engine.reports.page import page
 from engine.reports.runs import read_run
-from engine.training.memory import fullest, memory_metrics
+from engine.training.memory import fullest, memory_metrics, taken_by
 from tests.engine.training.runs import one_device
 
 
@@ -31,3 +32,19 @@ def test_the_report_has_it_where_it_is_known(tmp_path):
     text = page([read_run(tmp_path)], {})
     assert "<figcaption>Memory<" in text and "1.50 GiB" in text
     assert '"points":[[1,1.0],[2,1.5]]' in text  # GiB in the curve, too
+
+
+def test_of_a_tpu_the_peak_is_what_its_compiler_says():
+    memory = SimpleNamespace(
+        argument_size_in_bytes=100,
+        output_size_in_bytes=90,
+        alias_size_in_bytes=80,
+        generated_code_size_in_bytes=5,
+        temp_size_in_bytes=70,
+        peak_memory_in_bytes=150,
+    )
+    program = SimpleNamespace(memory_analysis=lambda: memory)
+    assert taken_by(program, "tpu") == (115, 35)
+    assert taken_by(program, "cpu") == (115, 70)
+    memory.peak_memory_in_bytes = 0  # not said
+    assert taken_by(program, "tpu") == (115, 70)
