@@ -52,11 +52,14 @@ ALIASES = {
     ),
     "optim_args": Alias(None, "each optimizer's options are trainer's own"),
     "extra_optimizer_kwargs": Alias(None, "each optimizer's options are trainer's own"),
-    "tx_mu_dtype": Alias("trainer.mu_dtype", "float32 or bfloat16"),
-    "nu_dtype": Alias(None, "second moments are float32: in bfloat16 they only grow"),
+    "tx_mu_dtype": Alias("trainer.mu_dtype", "float32, bfloat16 or 8bit"),
     "momentum": Alias("trainer.sgd_momentum"),
     "nesterov": Alias("trainer.sgd_nesterov"),
-    "optim": Alias("trainer.optimizer", "adamw, lion, adafactor, sgd or muon"),
+    "optim": Alias(
+        "trainer.optimizer",
+        "adamw, lion, adafactor, sgd or muon; adamw_8bit is adamw with mu_dtype and "
+        "nu_dtype 8bit",
+    ),
     "adam_eps": Alias("trainer.adam_epsilon"),
     "label_smoothing_factor": Alias("trainer.label_smoothing"),
     "clip_grad": Alias("trainer.max_grad_norm"),
