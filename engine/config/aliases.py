@@ -73,6 +73,8 @@ ALIASES = {
     "tokenizer_name_or_path": Alias("model.tokenizer"),
     "bf16": Alias("model.dtype", _DTYPE),
     "fp16": Alias("model.dtype", _DTYPE),
+    "grad_reduce_dtype": Alias("model.reduce_dtype"),
+    "communication_data_type": Alias("model.reduce_dtype"),
     "tf32": Alias("model.dtype", _DTYPE),
     "torch_dtype": Alias("model.dtype", _DTYPE),
     "model_init_kwargs": Alias("model", "its keys are the options of loading"),

@@ -26,6 +26,9 @@ class ModelConfig:
     dtype: Dtype = "bfloat16"  # of the computation
     param_dtype: Dtype = "float32"  # of the parameters and the optimizer's state
     remat: Literal["none", "dots", "full"] = "full"  # what the backward recomputes
+    # In which layers' gradients are added up over fsdp; null: in `dtype`. (Over data
+    # they are in float32.)
+    reduce_dtype: Dtype | None = None
 
     def __post_init__(self):
         check_types(self)
