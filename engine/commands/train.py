@@ -27,6 +27,7 @@ def load_models(
         dtype=run.model.dtype,
         param_dtype=run.model.param_dtype if adapter is None else run.model.dtype,
         remat=run.model.remat,
+        reduce_dtype=run.model.reduce_dtype,
     )
     model, reference = base, None
     if run.lora is not None and adapter is not None:

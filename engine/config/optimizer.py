@@ -54,11 +54,11 @@ SCHEDULE_OPTIONS: Mapping[str, frozenset[str]] = {
 # What each optimizer reads, beside the learning rate and `weight_decay`.
 _ADAM = frozenset({"adam_beta1", "adam_beta2", "adam_epsilon"})
 OPTIMIZER_OPTIONS: Mapping[str, frozenset[str]] = {
-    "adamw": _ADAM | {"mu_dtype"},
+    "adamw": _ADAM | {"mu_dtype", "nu_dtype"},
     "lion": frozenset({"lion_beta1", "lion_beta2", "mu_dtype"}),
     "adafactor": frozenset(),
     "sgd": frozenset({"sgd_momentum", "sgd_nesterov", "mu_dtype"}),
-    "muon": _ADAM | {"muon_momentum", "muon_match_rms", "mu_dtype"},
+    "muon": _ADAM | {"muon_momentum", "muon_match_rms", "mu_dtype", "nu_dtype"},
 }
 # The decay of each first moment that `mu_dtype` is the dtype of.
 _DECAYS = {
@@ -123,9 +123,12 @@ class OptimizerConfig:
     # Scales a matrix's update to this root mean square, about that of adamw, so that
     # learning_rate fits both; None: by sqrt(max(1, out / in)), as Muon began.
     muon_match_rms: float | None = 0.2
-    # Of first moments. Second moments are float32 always: in bfloat16 their decay by
-    # adam_beta2 rounds to none, and they would only ever grow.
-    mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    # How first moments are stored. 8bit: blocks of small floats, as adamw_8bit has
+    # elsewhere; norms and biases stay float32.
+    mu_dtype: Literal["float32", "bfloat16", "8bit"] = "float32"
+    # The same of second moments. What is not float32 is rounded at random: to nearest,
+    # their decay by adam_beta2 would round to none, and they would only ever grow.
+    nu_dtype: Literal["float32", "bfloat16", "8bit"] = "float32"
 
     def warmup(self, total_steps: int) -> int:
         """Steps of warm-up in a run of so many."""
@@ -174,20 +177,20 @@ class OptimizerConfig:
         others = every - OPTIMIZER_OPTIONS[self.optimizer]
         if self.optimizer == "adafactor" and self.mu_dtype != "float32":
             raise InputError(
-                "mu_dtype='bfloat16' has no effect with optimizer 'adafactor', which "
-                "keeps no first moment; remove it"
+                f"mu_dtype={self.mu_dtype!r} has no effect with optimizer 'adafactor', "
+                "which keeps no first moment; remove it"
             )
         check_unused(self, f"with optimizer {self.optimizer!r}", *sorted(others))
         if self.optimizer == "sgd" and not self.sgd_momentum:
             check_unused(self, "without sgd_momentum", "sgd_nesterov", "mu_dtype")
-        if self.mu_dtype == "float32":
+        if self.mu_dtype != "bfloat16":
             return
         for name in _DECAYS[self.optimizer]:
             if getattr(self, name) > _BFLOAT16_DECAY:
                 raise InputError(
                     f"{name}={getattr(self, name)!r} cannot be with mu_dtype="
                     "'bfloat16', in which a moment times it rounds to the moment "
-                    f"itself; give at most {_BFLOAT16_DECAY}, or mu_dtype 'float32'"
+                    f"itself; give at most {_BFLOAT16_DECAY}, or another mu_dtype"
                 )
 
     def _check_schedule(self) -> None:

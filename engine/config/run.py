@@ -27,6 +27,9 @@ class ModelConfig:
     param_dtype: Dtype = "float32"  # of the parameters and the optimizer's state
     # What the backward recomputes; auto: the least that fits into the devices' memory.
     remat: Literal["auto", "none", "dots", "full"] = "full"
+    # In which layers' gradients are added up over fsdp; null: in `dtype`. (Over data
+    # they are in float32.)
+    reduce_dtype: Dtype | None = None
 
     def __post_init__(self):
         check_types(self)

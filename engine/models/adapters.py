@@ -119,7 +119,12 @@ def decoder_like(
 ) -> Decoder:
     """Another decoder, which computes as `model` does."""
     return Decoder(
-        config, arrays, mesh=model.mesh, dtype=model.dtype.name, remat=model.remat
+        config,
+        arrays,
+        mesh=model.mesh,
+        dtype=model.dtype.name,
+        remat=model.remat,
+        reduce_dtype=model.reduce_dtype,
     )
 
 

@@ -85,8 +85,12 @@ class Decoder(nnx.Module):
         mesh: Mesh,
         dtype: str = "bfloat16",
         remat: str = "full",
+        reduce_dtype: str | None = None,
     ):
-        """`arrays`: a value for each path of `config.parameters()`."""
+        """`arrays`: a value for each path of `config.parameters()`.
+
+        reduce_dtype: of the sums of layers' gradients over `fsdp`; None: `dtype`.
+        """
         if dtype not in DTYPES:
             raise InputError(f"model dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
         if remat not in (AUTO, *REMAT):
@@ -96,6 +100,7 @@ class Decoder(nnx.Module):
         self.mesh = mesh
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
+        self.reduce_dtype = reduce_dtype or dtype
         variables = {
             path: variable_type(parameter)(arrays[path])
             for path, parameter in config.parameters().items()
@@ -164,6 +169,7 @@ class Decoder(nnx.Module):
                 rope=rope,
                 attend=attend_as,
                 dropout=dropout_of(number),
+                reduce_dtype=self.reduce_dtype,
             ), None
 
         layer = jax.checkpoint(layer, policy=_policy(self.remat), prevent_cse=False)
@@ -221,7 +227,16 @@ def _kv_slice(config: DecoderConfig, x: Array) -> Array:
 
 
 def _layer(
-    config: DecoderConfig, hidden, weights, window, kind, *, rope, attend, dropout
+    config: DecoderConfig,
+    hidden,
+    weights,
+    window,
+    kind,
+    *,
+    rope,
+    attend,
+    dropout,
+    reduce_dtype,
 ):
     """One layer: `weights` are this device's shards, `hidden` is whole on `tensor`."""
 
@@ -232,7 +247,12 @@ def _layer(
         # Here, not at each use: one sum over `tensor` in the backward pass, not three.
         return lax.pcast(x, TENSOR, to="varying")
 
-    linears = Linears(weights=weights, adapter=config.adapter, dropout=dropout)
+    linears = Linears(
+        weights=weights,
+        adapter=config.adapter,
+        dropout=dropout,
+        reduce_dtype=reduce_dtype,
+    )
     column = linears.column
 
     def row(x: Array, name: str) -> Array:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Key, UInt32
 from engine.parallel.batch import KeySpans
 
 _IMPL = "threefry2x32"  # not JAX's default, which the user may have changed
-_GOLDEN = 0x9E3779B9  # 2**32 over the golden ratio: an odd step through all integers
+GOLDEN = 0x9E3779B9  # 2**32 over the golden ratio: an odd step through all integers
 
 
 def step_key(seed: int, step: Int[Array, ""]) -> Key[Array, ""]:
@@ -27,7 +27,7 @@ def step_key(seed: int, step: Int[Array, ""]) -> Key[Array, ""]:
     return jax.random.fold_in(jax.random.key(seed, impl=_IMPL), step)
 
 
-def _mixed(x: Array) -> Array:
+def mixed(x: Array) -> Array:
     """A bijection of 32-bit integers in which every bit depends on every bit.
 
     Source: Appleby 2011, MurmurHash3, the 32-bit finalizer (public domain).
@@ -43,8 +43,8 @@ def prefix_hashes(
     """For each token a number of what it sees: its sequence up to and with itself."""
     index = jnp.arange(tokens.shape[1], dtype=jnp.uint32)[None, :]
     position = index if spans is None else spans.positions.astype(jnp.uint32)
-    mixed = _mixed(_mixed(tokens.astype(jnp.uint32)) + position * jnp.uint32(_GOLDEN))
-    through = jnp.cumsum(mixed, axis=1, dtype=jnp.uint32)
+    each = mixed(mixed(tokens.astype(jnp.uint32)) + position * jnp.uint32(GOLDEN))
+    through = jnp.cumsum(each, axis=1, dtype=jnp.uint32)
     if spans is None:
         return through
     before = jnp.pad(through, ((0, 0), (1, 0)))
@@ -77,7 +77,7 @@ class Dropout:
         words = threefry_2x32(jax.random.key_data(key), jnp.concatenate(counts))
         one, other = words.reshape(2, W, S, 1)
         feature = jnp.arange(size, dtype=jnp.uint32) + jnp.asarray(first, jnp.uint32)
-        spread = (feature * jnp.uint32(_GOLDEN))[None, None, :]
-        bits = _mixed(_mixed(one + spread) ^ other)
+        spread = (feature * jnp.uint32(GOLDEN))[None, None, :]
+        bits = mixed(mixed(one + spread) ^ other)
         keep = bits >= jnp.uint32(min(round(self.rate * 2**32), 2**32 - 1))
         return jnp.where(keep, x / (1 - self.rate), jnp.zeros((), x.dtype))

@@ -59,6 +59,7 @@ def init_model(
     dtype: str = "bfloat16",
     param_dtype: str = "float32",
     remat: str = "full",
+    reduce_dtype: str | None = None,
 ) -> Decoder:
     """Random weights, made where they live; the same ones on every mesh.
 
@@ -87,7 +88,14 @@ def init_model(
             dtype=stored,
             sharding=sharding,
         )
-    return Decoder(config, arrays, mesh=mesh, dtype=dtype, remat=remat)
+    return Decoder(
+        config,
+        arrays,
+        mesh=mesh,
+        dtype=dtype,
+        remat=remat,
+        reduce_dtype=reduce_dtype,
+    )
 
 
 def abstract_model(
@@ -97,6 +105,7 @@ def abstract_model(
     dtype: str = "bfloat16",
     param_dtype: str = "float32",
     remat: str = "full",
+    reduce_dtype: str | None = None,
 ) -> Decoder:
     """A decoder of `jax.ShapeDtypeStruct`s, to compile for absent devices.
 
@@ -109,4 +118,11 @@ def abstract_model(
         )
         for path, param, shape, sharding in placed_parameters(config, mesh)
     }
-    return Decoder(config, arrays, mesh=mesh, dtype=dtype, remat=remat)
+    return Decoder(
+        config,
+        arrays,
+        mesh=mesh,
+        dtype=dtype,
+        remat=remat,
+        reduce_dtype=reduce_dtype,
+    )

@@ -1,8 +1,11 @@
 """A layer's linear modules on the mesh, and the adapters beside them."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -16,8 +19,32 @@ def _project(x: Array, weight: Array) -> Array:
     return jnp.einsum("RSI,OI->RSO", x, weight)
 
 
-def _gathered(shard: Array, axis: int) -> Array:
-    return lax.all_gather(shard, FSDP, axis=axis, tiled=True)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gathered(shard: Array, axis: int, dtype: str, reduce_dtype: str) -> Array:
+    """A weight whole along `fsdp`, in `dtype`.
+
+    Its gradient is this device's shard of the sum over `fsdp`, added up in
+    `reduce_dtype`: of the cast's and the gather's own that would be `dtype`.
+    """
+    del reduce_dtype
+    return lax.all_gather(shard.astype(dtype), FSDP, axis=axis, tiled=True)
+
+
+def _gather(shard: Array, axis: int, dtype: str, reduce_dtype: str) -> Any:
+    # Of the shard nothing but its dtype is needed.
+    return gathered(shard, axis, dtype, reduce_dtype), jnp.zeros((0,), shard.dtype)
+
+
+def _reduce_scatter(
+    axis: int, dtype: str, reduce_dtype: str, like: Array, gradient: Array
+) -> tuple[Array]:
+    del dtype
+    parts = gradient.astype(reduce_dtype)
+    total = lax.psum_scatter(parts, FSDP, scatter_dimension=axis, tiled=True)
+    return (total.astype(like.dtype),)
+
+
+gathered.defvjp(_gather, _reduce_scatter)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +57,7 @@ class Linears:
     weights: Mapping[str, Array]
     adapter: Adapter | None
     dropout: Dropout | None  # of what goes into the adapters
+    reduce_dtype: str  # of the sums of gradients over fsdp
 
     def column(
         self, x: Array, name: str, cut: Callable[[Array], Array] = lambda w: w
@@ -53,13 +81,18 @@ class Linears:
         Where `row`, both are this device's part of a sum over `tensor`.
         """
         weights, dtype = self.weights, x.dtype
-        weight = cut(weights[name]).astype(dtype)
-        out = _project(x, _gathered(weight, 0 if row else 1))
+
+        def whole(shard: Array, axis: int) -> Array:
+            return gathered(shard, axis, dtype.name, self.reduce_dtype)
+
+        out = _project(x, whole(cut(weights[name]), 0 if row else 1))
         if self.adapter is None or name + "_lora_a" not in weights:
             return out
-        a = weights[name + "_lora_a"].astype(dtype)
-        b = cut(weights[name + "_lora_b"]).astype(dtype)
-        a, b = (a, _gathered(b, 0)) if row else (_gathered(a, 1), b)
+        a, b = weights[name + "_lora_a"], cut(weights[name + "_lora_b"])
+        if row:
+            a, b = a.astype(dtype), whole(b, 0)
+        else:
+            a, b = whole(a, 1), b.astype(dtype)
         if self.dropout is not None:
             first = lax.axis_index(TENSOR) * x.shape[-1] if row else 0
             x = self.dropout(x, name, first)

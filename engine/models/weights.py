@@ -64,6 +64,7 @@ def load_model(
     dtype: str = "bfloat16",
     param_dtype: str = "float32",
     remat: str = "full",
+    reduce_dtype: str | None = None,
 ) -> Decoder:
     """A decoder from a checkpoint directory or a hub id, sharded over `mesh`.
 
@@ -72,6 +73,7 @@ def load_model(
     Args:
         mesh: all local devices on the fsdp axis where not given.
         dtype: of the computation. param_dtype: of the stored parameters.
+        reduce_dtype: of the sums of gradients over fsdp; None: `dtype`.
 
     Raises:
         InputError: an unsupported model; missing, extra or mis-shaped tensors.
@@ -94,4 +96,11 @@ def load_model(
                 return read_block(reader, param, index, shape, stored)
 
             arrays[path] = sharded(shape, sharding, make)
-    return Decoder(config, arrays, mesh=mesh, dtype=dtype, remat=remat)
+    return Decoder(
+        config,
+        arrays,
+        mesh=mesh,
+        dtype=dtype,
+        remat=remat,
+        reduce_dtype=reduce_dtype,
+    )

@@ -85,6 +85,7 @@ def abstract_models(
         dtype=options.dtype,
         param_dtype=options.param_dtype,
         remat=options.remat,
+        reduce_dtype=options.reduce_dtype,
     )
     base, reference, given = policy, None, run.reference_model
     if run.lora is not None:

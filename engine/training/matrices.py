@@ -82,9 +82,12 @@ def parameter_blocks(decoder: DecoderConfig, mesh: Mesh) -> Blocks:
     return blocks
 
 
-def _block_at(blocks: Blocks, path: Any) -> Block:
-    keys = (key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-    return blocks[tuple(keys)]
+def block_at(blocks: Blocks, path: Any) -> Block | None:
+    """That of the parameter which a path ends with, or None where it ends with none."""
+    keys = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+    return next(
+        (blocks[keys[i:]] for i in range(len(keys)) if keys[i:] in blocks), None
+    )
 
 
 def _map_blocks(
@@ -92,7 +95,7 @@ def _map_blocks(
 ) -> Any:
     """`function(block, x, ...)` for each parameter that `tree` has."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, *x: function(_block_at(blocks, path), *x), tree, *more
+        lambda path, *x: function(block_at(blocks, path), *x), tree, *more
     )
 
 

@@ -14,11 +14,14 @@ from jaxtyping import Array
 
 from engine.config.dpo import DPOConfig
 from engine.models import DecoderConfig
+from engine.parallel.sharding import TENSOR
 from engine.training.matrices import (
+    Blocks,
     orthogonalized_momentum,
     parameter_blocks,
     scale_by_adafactor,
 )
+from engine.training.moments import with_small_moments
 from engine.training.schedules import learning_rate_schedule
 
 
@@ -28,12 +31,29 @@ def make_optimizer(
     """The optimizer, for use on each device's shards inside `shard_map`.
 
     It decays matrices and embeddings, not norms or biases, as transformers does. Its
-    gradients and parameters are float32, and so are its second moments, whatever the
-    dtype of the stored parameters: in bfloat16 the decay of the second moment by 0.999
-    rounds to none. Gradients reach it clipped: their global norm needs the mesh, see
+    gradients and parameters are float32, whatever the dtype of the stored parameters,
+    and so are its moments while it updates them; they are stored as `mu_dtype` and
+    `nu_dtype` say. Gradients reach it clipped: their global norm needs the mesh, see
     `step.py`.
     """
     blocks = parameter_blocks(decoder, mesh)
+    optimizer = _by_name(config, blocks, total_steps)
+    if config.mu_dtype != "8bit" and config.nu_dtype == "float32":
+        return optimizer
+    return with_small_moments(
+        optimizer,
+        blocks,
+        mu=config.mu_dtype,
+        nu=config.nu_dtype,
+        tensor=mesh.shape[TENSOR],
+        seed=config.seed,
+    )
+
+
+def _by_name(
+    config: DPOConfig, blocks: Blocks, total_steps: int
+) -> optax.GradientTransformation:
+    """With float32 moments, but for first ones in bfloat16."""
     rate = learning_rate_schedule(config, total_steps)
     decay = config.weight_decay
     decayed = nnx.State(unflatten_dict({path: x.decayed for path, x in blocks.items()}))

@@ -81,7 +81,7 @@ def opt_state_specs(optimizer: optax.GradientTransformation, params, specs) -> A
     Where an axis was summed over, and has length 1, it is not sharded.
     """
     of = {
-        path: (x.shape, spec)
+        path: (x.ndim, spec)
         for (path, x), spec in zip(
             jax.tree.leaves_with_path(params), jax.tree.leaves(specs), strict=True
         )
@@ -89,11 +89,11 @@ def opt_state_specs(optimizer: optax.GradientTransformation, params, specs) -> A
 
     def spec_of(path: Any, leaf: Any) -> P:
         found = (of[path[i:]] for i in range(len(path)) if path[i:] in of)
-        shape, spec = next(found, ((), P()))
-        if leaf.ndim != len(shape):  # a count
+        ndim, spec = next(found, (0, P()))
+        if leaf.ndim != ndim:  # a count
             return P()
-        entries = zip(leaf.shape, shape, spec, strict=False)
-        return P(*(entry if size == whole else None for size, whole, entry in entries))
+        entries = zip(leaf.shape, spec, strict=False)
+        return P(*(None if size == 1 else entry for size, entry in entries))
 
     return jax.tree.map_with_path(spec_of, jax.eval_shape(optimizer.init, params))
 

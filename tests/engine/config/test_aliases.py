@@ -54,14 +54,14 @@ def test_every_alias_leads_to_an_option_that_there_is():
         (
             "trainer",
             "tx_mu_dtype",
-            "; here it is 'trainer.mu_dtype' (float32 or bfloat16)",
+            "; here it is 'trainer.mu_dtype' (float32, bfloat16 or 8bit)",
         ),
         ("trainer", "bf16", "; here it is 'model.dtype' (bfloat16 or float32)"),
         (
             "trainer",
-            "nu_dtype",
-            "; nothing here is like it: second moments are float32: in bfloat16 they "
-            "only grow; remove it",
+            "optim_args",
+            "; nothing here is like it: each optimizer's options are trainer's own; "
+            "remove it",
         ),
         ("model", "torch_dtype", "; here it is 'model.dtype' (bfloat16 or float32)"),
         (

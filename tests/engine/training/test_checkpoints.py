@@ -28,9 +28,15 @@ FORMS: dict[str, dict[str, Any]] = {
     "accumulation": {
         "gradient_accumulation_steps": 2,
         "evaluate": False,
+        "nu_dtype": "bfloat16",
         "lr_scheduler_type": "constant",
     },
-    "lora": {"lora": LoraConfig(r=2, lora_alpha=4), "evaluate": False},
+    "lora": {
+        "lora": LoraConfig(r=8, lora_alpha=4),
+        "evaluate": False,
+        "mu_dtype": "8bit",
+        "nu_dtype": "8bit",
+    },
     "synced": {"sync_ref_model": True, "ref_model_sync_steps": 2, "evaluate": False},
 }
 

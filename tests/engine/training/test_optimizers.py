@@ -17,83 +17,26 @@ from jax.sharding import PartitionSpec as P
 
 from engine.config.dpo import DPOConfig
 from engine.errors import InputError
-from engine.parallel.sharding import make_mesh, place, stored_shape
+from engine.parallel.sharding import make_mesh, place
 from engine.training.matrices import parameter_blocks, scale_by_adafactor
 from engine.training.optimizer import make_optimizer
 from engine.training.schedules import check_schedule, learning_rate_schedule
-from engine.training.step import opt_state_specs, split_model, split_specs
-from tests.engine.tiny_models import tiny_config, tiny_model, vocab_rows
+from engine.training.step import split_model
+from tests.engine.tiny_models import tiny_model
+from tests.engine.training.optimizer_runs import (
+    CONFIG,
+    EPS,
+    KINDS,
+    STEPS,
+    assert_near,
+    gradients,
+    moved,
+    settings,
+)
 
 RECORDED = json.loads(
     (Path(__file__).parents[2] / "fixtures" / "optimizers.json").read_text()
 )
-# Biases, norms and untied head, a vocabulary (101) that every mesh pads.
-CONFIG = tiny_config("qwen3")
-EPS = float(np.finfo(np.float32).eps)
-KINDS: dict[str, Any] = {
-    "adamw": {},
-    "lion": {"lion_beta1": 0.8},
-    "adafactor": {},
-    "sgd": {"sgd_momentum": 0.9, "sgd_nesterov": True},
-    "muon": {"muon_match_rms": None},
-}
-STEPS = 2
-
-
-def settings(name: Any, **more) -> DPOConfig:
-    return DPOConfig(
-        optimizer=name,
-        learning_rate=0.01,
-        weight_decay=0.3,
-        lr_scheduler_type="constant",
-        **KINDS[name] | more,
-    )
-
-
-def gradients(model, step):
-    """Seeded numbers, the same on every mesh; 0 where the vocabulary is padded."""
-    table = CONFIG.parameters()
-
-    def draw(path, x):
-        one = table[tuple(key.key for key in path[:-1])]
-        rng = np.random.default_rng((step, len(str(path)), *map(ord, str(path))))
-        true = x.shape[: x.ndim - len(one.shape)] + one.shape
-        drawn = rng.standard_normal(true).astype(np.float32)
-        pads = [(0, n - m) for n, m in zip(x.shape, true, strict=True)]
-        assert x.shape == stored_shape(one, CONFIG, model.mesh)
-        return jax.device_put(np.pad(drawn, pads), x.sharding)
-
-    return jax.tree_util.tree_map_with_path(draw, split_model(model)[1])
-
-
-def moved(config, sizes):
-    """The parameters after two updates on a mesh, and the state's arrays."""
-    mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
-    model = tiny_model(CONFIG, mesh)
-    params, specs = split_model(model)[1], split_specs(model)[0]
-    optimizer = make_optimizer(config, CONFIG, mesh, STEPS)
-    state_specs = opt_state_specs(optimizer, params, specs)
-    shardings = jax.tree.map(lambda spec: place(spec, mesh), state_specs)
-    state = jax.jit(optimizer.init, out_shardings=shardings)(params)
-
-    def update(params, state, grads):
-        with jax.numpy_dtype_promotion("standard"):
-            updates, state = optimizer.update(grads, state, params)
-        return jax.tree.map(jnp.add, params, updates), state
-
-    step = jax.jit(
-        jax.shard_map(
-            update,
-            mesh=mesh,
-            in_specs=(specs, state_specs, specs),
-            out_specs=(specs, state_specs),
-        )
-    )
-    for number in range(STEPS):
-        params, state = step(params, state, gradients(model, number))
-    assert [x.sharding for x in jax.tree.leaves(state)] == jax.tree.leaves(shardings)
-    found = vocab_rows(nnx.to_pure_dict(jax.device_get(params)), CONFIG.vocab_size)
-    return found, state
 
 
 @functools.cache
@@ -139,17 +82,6 @@ def peer(name):
             updates, state = update(gradients(model, number), state, params)
             params = optax.apply_updates(params, updates)
     return nnx.to_pure_dict(jax.device_get(params))
-
-
-def assert_near(got, want, rel):
-    """To `rel` of the largest number of each parameter."""
-    for (path, x), y in zip(
-        jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True
-    ):
-        assert x.shape == y.shape, path
-        np.testing.assert_allclose(
-            x, y, rtol=0, atol=rel * np.abs(y).max(), err_msg=str(path)
-        )
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd"])
@@ -264,14 +196,21 @@ def test_first_moments_may_be_bfloat16_and_second_ones_not():
         ({"sgd_momentum": 0.9}, "sgd_momentum=0.9 has no effect with optimizer 'adamw"),
         ({"optimizer": "sgd", "sgd_nesterov": True}, "without sgd_momentum"),
         ({"optimizer": "sgd", "mu_dtype": "bfloat16"}, "without sgd_momentum"),
-        ({"optimizer": "adafactor", "mu_dtype": "bfloat16"}, "keeps no first moment"),
+        ({"optimizer": "adafactor", "mu_dtype": "8bit"}, "keeps no first moment"),
         (
             {"mu_dtype": "bfloat16", "adam_beta1": 0.999},
             "adam_beta1=0.999 cannot be with mu_dtype='bfloat16'",
         ),
-        ({"mu_dtype": "float16"}, "must be one of float32, bfloat16"),
-        ({"nu_dtype": "bfloat16"}, "second moments are float32"),
-        ({"optim": "adamw_torch"}, "here it is 'optimizer'"),
+        ({"mu_dtype": "float16"}, "must be one of float32, bfloat16, 8bit"),
+        (
+            {"optimizer": "lion", "nu_dtype": "8bit"},
+            "nu_dtype='8bit' has no effect with optimizer 'lion'; remove it",
+        ),
+        (
+            {"optim": "adamw_8bit"},
+            "here it is 'optimizer' (adamw, lion, adafactor, sgd or muon; adamw_8bit "
+            "is adamw with mu_dtype and nu_dtype 8bit)",
+        ),
         ({"warmup_steps": 3, "warmup_ratio": 0.1}, "has no effect with warmup_steps=3"),
         ({"warmup_ratio": 1.0}, "warmup_ratio=1.0 must be at least 0 and below 1"),
         (

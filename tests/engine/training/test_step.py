@@ -57,6 +57,22 @@ def test_accumulation_equals_the_whole_batch(one_device):
     assert_same(run((2, 2, 2), gradient_accumulation_steps=2), one_device)
 
 
+def test_a_run_with_small_moments_stays_near(one_device):
+    """What the parameters are off by is as good as random: right on average, and of one
+    number not that of another. So a loss is off by a normal number, whose deviation is
+    the gradient's norm times the parameters' (a root mean square)."""
+    got = run((1, 1, 1), mu_dtype="8bit", nu_dtype="8bit")
+    leaves = zip(*map(jax.tree.leaves, (got.params, one_device.params)), strict=True)
+    off = np.concatenate([np.ravel(x - y) for x, y in leaves])
+    deviation = np.sqrt(np.mean(np.square(off, dtype=np.float64)))
+    # Three updates of about the learning rate, of which the first is exact.
+    assert 0 < deviation < 0.01
+    for line, wanted in zip(got.lines, one_device.lines, strict=True):
+        bound = 5 * wanted["grad_norm"] * deviation + 1e-6
+        assert line["loss"] == pytest.approx(wanted["loss"], abs=bound)
+        assert line["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=0.02)
+
+
 def test_padding_pairs_weigh_nothing():
     """Sixteen places for three pairs; of several devices some have none."""
     pairs = make_pairs(3)  # a single batch

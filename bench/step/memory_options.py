@@ -1,0 +1,164 @@
+"""What each option saves of a device's memory: Llama-3.1-8B on eight absent H200s.
+
+    JAX_PLATFORMS=cpu python -m bench.step.memory_options [--only 8bit] [--show]
+
+The engine's own step (policy, reference, backward, AdamW; parameters float32, products
+bfloat16, remat full, every device on the fsdp axis), two pairs of 2,048 tokens on each
+device, compiled ahead of time as `dpo plan` does; nothing runs. Bytes are a device's:
+
+    held_bytes        what it holds throughout, by what it is
+    peak_bytes        that and the step's temporaries
+    temporary_bytes   of which gradient_bytes are the gradients
+    collectives       what a step moves between devices
+
+Rows are written as they come, those of other options stay.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from bench import processes, rows
+from bench.step.plan_cases import LLAMA_8B, Case, write_config
+
+TARGET = "h200:8"
+PAIRS, LENGTH = 2, 2048
+PATH = rows.RESULTS / "memory_options.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """A run with some options that are not at their defaults."""
+
+    name: str
+    trainer: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+
+
+OPTIONS = (
+    Option(name="float32 moments"),
+    Option(name="bfloat16 first moments", trainer={"mu_dtype": "bfloat16"}),
+    Option(
+        name="bfloat16 moments",
+        trainer={"mu_dtype": "bfloat16", "nu_dtype": "bfloat16"},
+    ),
+    Option(name="8bit moments", trainer={"mu_dtype": "8bit", "nu_dtype": "8bit"}),
+    Option(name="gradients added up in float32", model={"reduce_dtype": "float32"}),
+)
+
+
+def row_of(option: Option, folder: Path) -> rows.Row:
+    """Compile the step, and what its compiler says of it."""
+    from engine.config.dpo import DPOConfig
+    from engine.config.run import MixtureConfig, ModelConfig, RunConfig, SourceConfig
+    from engine.planning.account import as_json, take_account
+    from engine.planning.devices import devices_of
+    from engine.planning.models import model_configs
+    from engine.planning.steps import make_step, mesh_of
+    from engine.planning.targets import parse_target
+
+    case = Case(
+        name="Llama-3.1-8B", values=LLAMA_8B, target=TARGET, ours=(PAIRS,), plain=()
+    )
+    target = parse_target(TARGET)
+    run = RunConfig(
+        model=ModelConfig(name_or_path=str(write_config(case, folder)), **option.model),
+        mixture=MixtureConfig(informs=(SourceConfig(data_files="none.jsonl"),)),
+        trainer=DPOConfig(
+            total_batch_size=PAIRS * target.count,
+            max_length=LENGTH,
+            max_prompt_length=LENGTH // 2,
+            max_completion_length=LENGTH // 2,
+            **option.trainer,
+        ),
+    )
+    mesh = mesh_of(run, devices_of(target))
+    found = as_json(take_account(make_step(run, *model_configs(run), mesh), target))
+    kept = ("fits", "capacity_bytes", "held_bytes", "gradient_bytes")
+    kept += ("temporary_bytes", "collectives", "least_s", "most_s", "compile_s")
+    return rows.row(
+        "DPO step, planned",
+        option.name,
+        T=found["scored_capacity"],
+        D=LLAMA_8B["hidden_size"],
+        V=LLAMA_8B["vocab_size"],
+        dtype="bfloat16",
+        device=f"{TARGET}, ahead of time",
+        peak_bytes=found["peak_bytes"],
+        model=case.name,
+        target=TARGET,
+        compiler=f"{found['compiler']} {version(found['compiler'])}",
+        options=option.trainer | option.model,
+        pairs=PAIRS,
+        length=LENGTH,
+        **{name: found[name] for name in kept},
+    )
+
+
+def show(results: Sequence[rows.Row]) -> str:
+    """The table, in GiB of a device."""
+
+    def gib(value: int) -> str:
+        return f"{value / 2**30:.2f}"
+
+    lines = []
+    for row in results:
+        wire = sum(x["wire"] for x in row["collectives"])
+        held, temporary = row["held_bytes"], row["temporary_bytes"]
+        lines.append(
+            (
+                row["implementation"],
+                gib(held["optimizer"]),
+                gib(sum(held.values())),
+                gib(temporary - row["gradient_bytes"]),
+                gib(row["peak_bytes"]),
+                gib(wire),
+            )
+        )
+    header = ("options", "optimizer", "held", "activations", "peak", "received")
+    return rows.table(header, lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table and write the rows; 1 where a step does not fit."""
+    parser = argparse.ArgumentParser(prog="python -m bench.step.memory_options")
+    parser.add_argument("--only", metavar="WORDS", help="options whose name has them")
+    parser.add_argument("--show", action="store_true", help="the rows that there are")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.worker is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            processes.answer(row_of(OPTIONS[args.worker], Path(folder)))
+        return 0
+    for index, option in enumerate([] if args.show else OPTIONS):
+        if args.only in (None, "") or args.only in option.name:
+            run_option(index)
+    results = rows.read(PATH)
+    print(show(results))
+    return 0 if all(row["fits"] for row in results) else 1
+
+
+def run_option(index: int) -> None:
+    """Compile in a process of its own, in which JAX is set up for the target."""
+    from engine.planning.targets import parse_target
+
+    environment = parse_target(TARGET).environment
+    words = ["--worker", str(index)]
+    row = processes.ask("bench.step.memory_options", words, environment)
+    order = [x.name for x in OPTIONS]
+    others = [
+        x for x in rows.read(PATH) if x["implementation"] != row["implementation"]
+    ]
+    rows.write_to(
+        PATH, sorted([*others, row], key=lambda x: order.index(x["implementation"]))
+    )
+    print(show([row]).splitlines()[-1], f"{row['compile_s']} s", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
