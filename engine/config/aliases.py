@@ -78,7 +78,7 @@ ALIASES = {
     "tf32": Alias("model.dtype", _DTYPE),
     "torch_dtype": Alias("model.dtype", _DTYPE),
     "model_init_kwargs": Alias("model", "its keys are the options of loading"),
-    "gradient_checkpointing": Alias("model.remat", "auto, none, dots or full"),
+    "gradient_checkpointing": Alias("model.remat", "auto, none, dots, full or offload"),
     "attn_implementation": Alias("trainer.attention", "auto, tiles or splash"),
     "peft_config": Alias("lora", "a section of PEFT's names"),
     "use_peft": Alias("lora", "a section; without it all parameters are trained"),

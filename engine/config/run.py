@@ -25,8 +25,9 @@ class ModelConfig:
     tokenizer: str | None = None  # likewise; None: the one beside the model
     dtype: Dtype = "bfloat16"  # of the computation
     param_dtype: Dtype = "float32"  # of the parameters and the optimizer's state
-    # What the backward recomputes; auto: the least that fits into the devices' memory.
-    remat: Literal["auto", "none", "dots", "full"] = "full"
+    # What the backward recomputes; offload: as full, and what is kept is in the host's
+    # memory; auto: the least that fits into the devices'.
+    remat: Literal["auto", "none", "dots", "full", "offload"] = "full"
     # In which layers' gradients are added up over fsdp; null: in `dtype`. (Over data
     # they are in float32.)
     reduce_dtype: Dtype | None = None

@@ -22,10 +22,11 @@ from engine.parallel.batch import PADDED, Arrangement, KeySpans
 from engine.parallel.sharding import FSDP, TENSOR, ParameterPath, variable_type
 
 # From what keeps most to what keeps least; auto is for who compiles steps to replace.
-REMAT = ("none", "dots", "full")
+REMAT = ("none", "dots", "full", "offload")
 AUTO = "auto"
 DTYPES = ("bfloat16", "float16", "float32")
 _BLOCK_OUT = "block_out"
+_LAYER_IN = "layer_in"
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -66,6 +67,14 @@ def _policy(remat: str) -> Callable[..., bool]:
         return keep.save_from_both_policies(
             keep.dots_with_no_batch_dims_saveable,
             keep.save_only_these_names(_BLOCK_OUT),
+        )
+    if remat == "offload":
+        # As with full, a layer's input is all that stays: in the host's memory.
+        return keep.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[_LAYER_IN],
+            offload_src="device",
+            offload_dst="pinned_host",
         )
     return keep.nothing_saveable
 
@@ -162,6 +171,7 @@ class Decoder(nnx.Module):
 
         def layer(hidden, xs):
             number, *xs = xs
+            hidden = checkpoint_name(hidden, _LAYER_IN)
             return _layer(
                 config,
                 hidden,

@@ -9,7 +9,7 @@ from engine.config.lora import LoraConfig
 from engine.config.run import RunConfig
 from engine.errors import InputError
 from engine.planning.account import Account
-from engine.planning.planner import REMATS, Planner
+from engine.planning.planner import REMATS, Planner, Remat
 from engine.planning.steps import with_options
 
 _RANK = 16
@@ -48,10 +48,19 @@ def remats(run: RunConfig) -> Iterator[Variant]:
     if run.model.remat == "auto":  # which has tried them
         return
     for remat in REMATS[REMATS.index(run.model.remat) + 1 :]:
-        yield Variant(
-            (f"model.remat={remat}",),
-            replace(run, model=replace(run.model, remat=remat)),
-        )
+        if remat != "offload":
+            yield _with_remat(run, remat)
+
+
+def offloads(run: RunConfig, platform: str) -> Iterator[Variant]:
+    """What is kept for the backward pass in the host's memory, if it has its own."""
+    if platform != "cpu" and run.model.remat not in ("auto", "offload"):
+        yield _with_remat(run, "offload")
+
+
+def _with_remat(run: RunConfig, remat: Remat) -> Variant:
+    model = replace(run.model, remat=remat)
+    return Variant((f"model.remat={remat}",), replace(run, model=model))
 
 
 def meshes(run: RunConfig, devices: int) -> Iterator[Variant]:
@@ -121,7 +130,7 @@ def smallest_changes(run: RunConfig, planner: Planner) -> list[Fitting]:
     _, shards, _ = planner.step(run).run.plan.grid
     kinds = [
         list(accumulations(run, shards)),
-        list(remats(run)),
+        [*remats(run), *offloads(run, planner.target.chip.platform)],
         _fewer_positions(run, planner),
         [x for x in meshes(run, planner.target.count) if x.run != run],
         list(precomputations(run)),

@@ -17,8 +17,9 @@ from engine.planning.targets import Target
 
 logger = logging.getLogger(__name__)
 
+Remat = Literal["none", "dots", "full", "offload"]
 # From what keeps most to what keeps least.
-REMATS: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
+REMATS: tuple[Remat, ...] = ("none", "dots", "full", "offload")
 # The batches of a variant of the run on its mesh; None: the largest by its options.
 SizesOf = Callable[[RunConfig, Mesh], Sizes | None]
 
@@ -48,12 +49,13 @@ class Planner:
         """Compile it; `words`: what is said of it in the log.
 
         With `model.remat: auto` as training would have it: the first that fits, from
-        what keeps most on; on CPUs, which do not say what they have, the last.
+        what keeps most on; on CPUs, which do not say what they have, full.
         """
         if run.model.remat != "auto":
             return self._account(run, words)
-        runs = [replace(run, model=replace(run.model, remat=x)) for x in REMATS]
-        *keeping, last = runs[-1:] if self.target.chip.platform == "cpu" else runs
+        remats = ("full",) if self.target.chip.platform == "cpu" else REMATS
+        runs = [replace(run, model=replace(run.model, remat=x)) for x in remats]
+        *keeping, last = runs
         for one in keeping:
             account = self._account(one, f"{words} remat={one.model.remat}".strip())
             if account.fits:

@@ -140,7 +140,7 @@ class Programs:
         platform = self._run.mesh.devices.flat[0].platform
         limit = limit_bytes(self._run.mesh)
         most = math.inf if limit is None else _USABLE * limit
-        *keeping, last = REMAT if limit is not None else REMAT[-1:]
+        *keeping, last = REMAT if limit is not None else ("full",)
         for remat in keeping:
             self._model.remat = remat
             with contextlib.suppress(TooLittleMemory):

@@ -119,7 +119,7 @@ def test_every_mesh_gives_the_gradients_of_one_device(
     assert_same_gradients(gradients(model_type, mesh_shape, early_sum), want)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots"])
+@pytest.mark.parametrize("remat", ["none", "dots", "offload"])
 def test_rematerialisation_changes_no_gradient(remat):
     want = gradients("gemma2", (1, 8, 1), False)
     assert_same_gradients(gradients("gemma2", (1, 8, 1), False, remat), want)

@@ -38,7 +38,7 @@ TPU = parse_target("v5e:2x2")
         ("v5e:2x2", {"none", "dots", "full"}, ["none"]),
         ("v5e:2x2", {"dots", "full"}, ["none", "dots"]),
         ("v5e:2x2", {"full"}, ["none", "dots", "full"]),
-        ("v5e:2x2", set(), ["none", "dots", "full"]),
+        ("v5e:2x2", set(), ["none", "dots", "full", "offload"]),
         ("cpu:1", {"none", "dots", "full"}, ["full"]),
     ],
 )

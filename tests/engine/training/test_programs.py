@@ -26,7 +26,11 @@ class Step(Compiled):
         super().__init__({})
         text = str(request.step.trace(*next(iter(request.arguments.values()))).jaxpr)
         # By its policy; the reference's, which has no backward pass, keeps nothing.
-        policies = {"_save_activations": 300, "save_from_both_policies": 200}
+        policies = {
+            "_save_activations": 300,
+            "save_from_both_policies": 200,
+            "SaveAndOffloadOnlyTheseNames": 50,
+        }
         self.peak = next((x for name, x in policies.items() if name in text), 100)
 
     def taken(self, platform):
@@ -35,7 +39,7 @@ class Step(Compiled):
 
 @pytest.mark.parametrize(
     ("limit", "chosen"),
-    [(316, "none"), (315, "dots"), (211, "dots"), (210, "full"), (1, "full")],
+    [(316, "none"), (315, "dots"), (211, "dots"), (210, "full"), (1, "offload")],
 )
 def test_auto_recomputes_no_more_than_memory_demands(
     trainer, monkeypatch, caplog, limit, chosen
@@ -48,7 +52,7 @@ def test_auto_recomputes_no_more_than_memory_demands(
     caplog.set_level("INFO", "engine")
     trainer._programs.compile(training=True)
     assert f"{CHOSEN}{chosen}" in caplog.text
-    keeps = {"none": 300, "dots": 200, "full": 100}
+    keeps = {"none": 300, "dots": 200, "full": 100, "offload": 50}
     assert trainer._programs._train.peak == keeps[chosen]
 
 
