@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from engine.models.adapter import Adapter
 from engine.models.dropout import Dropout
-from engine.parallel.sharding import FSDP, TENSOR
+from engine.parallel.sharding import SPLIT, TENSOR
 
 
 def _project(x: Array, weight: Array) -> Array:
@@ -17,7 +17,7 @@ def _project(x: Array, weight: Array) -> Array:
 
 
 def _gathered(shard: Array, axis: int) -> Array:
-    return lax.all_gather(shard, FSDP, axis=axis, tiled=True)
+    return lax.all_gather(shard, SPLIT, axis=axis, tiled=True)
 
 
 @dataclass(frozen=True, kw_only=True)

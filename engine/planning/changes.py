@@ -54,8 +54,11 @@ def remats(run: RunConfig) -> Iterator[Variant]:
 
 
 def meshes(run: RunConfig, devices: int) -> Iterator[Variant]:
-    """Parameters over all devices; then each layer's work over more and more."""
-    tensor = 1
+    """Parameters over all devices; then each layer's work over more and more.
+
+    Rows stay spread over as many devices as they are.
+    """
+    tensor, devices = 1, devices // run.sharding.sequence
     while tensor <= min(devices, _MOST_TENSOR):
         if devices % tensor == 0:
             sizes = {"data": 1, "fsdp": devices // tensor, "tensor": tensor}

@@ -1,5 +1,6 @@
 """Small seeded decoders, the same on every mesh; and how tests compare arrays."""
 
+import math
 import zlib
 
 import jax
@@ -28,6 +29,12 @@ CONFIGS = {
 
 def one_device():
     return make_mesh(1, 1, 1, jax.devices()[:1])
+
+
+def mesh_of(sizes):
+    """A mesh of (data, fsdp, tensor), or (data, fsdp, tensor, sequence)."""
+    devices = jax.devices()[: math.prod(sizes)]
+    return make_mesh(*sizes[:3], devices, sequence=(*sizes, 1)[3])
 
 
 def tiny_config(model_type, **changes):

@@ -114,6 +114,10 @@ def test_random_weights_are_the_same_on_every_mesh():
         ({"tensor": 3, "devices": 3}, "tensor=3 does not divide.*attention_heads=8"),
         ({"fsdp": 5, "devices": 5}, "fsdp=5 does not divide.*hidden_size=32"),
         ({"data": 3}, "data=3, fsdp=-1, tensor=1 does not fit 8 devices"),
+        (
+            {"fsdp": 2, "sequence": 3, "devices": 6},
+            r"fsdp \* sequence=6 does not divide.*hidden_size=32",
+        ),
         ({"data": -1}, "at most one of them -1"),
         ({"tensor": 0}, "must be positive"),
     ],

@@ -22,7 +22,7 @@ from engine.training.matrices import parameter_blocks, scale_by_adafactor
 from engine.training.optimizer import make_optimizer
 from engine.training.schedules import check_schedule, learning_rate_schedule
 from engine.training.step import opt_state_specs, split_model, split_specs
-from tests.engine.tiny_models import tiny_config, tiny_model, vocab_rows
+from tests.engine.tiny_models import mesh_of, tiny_config, tiny_model, vocab_rows
 
 RECORDED = json.loads(
     (Path(__file__).parents[2] / "fixtures" / "optimizers.json").read_text()
@@ -68,7 +68,7 @@ def gradients(model, step):
 
 def moved(config, sizes):
     """The parameters after two updates on a mesh, and the state's arrays."""
-    mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+    mesh = mesh_of(sizes)
     model = tiny_model(CONFIG, mesh)
     params, specs = split_model(model)[1], split_specs(model)[0]
     optimizer = make_optimizer(config, CONFIG, mesh, STEPS)
@@ -173,6 +173,9 @@ def test_muon_is_that_of_optax():
 MESHES = [
     *((name, (2, 2, 1)) for name in KINDS),
     *((name, (1, 2, 2)) for name in KINDS),
+    # Matrices over two axes at once.
+    ("adafactor", (1, 2, 1, 2)),
+    ("muon", (1, 2, 1, 2)),
     # Two kv heads for four devices, which so hold whole copies of them.
     ("adafactor", (1, 1, 4)),
     ("muon", (1, 1, 4)),
