@@ -30,7 +30,7 @@ def spread():
         return {
             "own": own[None],
             "starts": jnp.stack(parts.starts)[None],
-            "gathered": parts.gather(own)[None],
+            "gathered": parts.gather(own.astype(jnp.float32))[None],
             "spread": spread_rows(taken, mine),
             "sum": parts.sum_scatter(alike * (1 + lax.axis_index(SEQUENCE)))[None],
             "spans": parts.own(spans).begin[None],
