@@ -26,13 +26,13 @@ def spread():
         own = parts.own(whole)
         index, mine = parts.find(positions)
         taken = own.reshape(-1, 1)[index].astype(jnp.float32)
-        alike = whole[..., None].astype(jnp.float32)
+        alike = whole[..., None] * (1 + lax.axis_index(SEQUENCE))
         return {
             "own": own[None],
             "starts": jnp.stack(parts.starts)[None],
             "gathered": parts.gather(own.astype(jnp.float32))[None],
             "spread": spread_rows(taken, mine),
-            "sum": parts.sum_scatter(alike * (1 + lax.axis_index(SEQUENCE)))[None],
+            "sum": parts.sum_scatter(alike.astype(jnp.float32))[None],
             "spans": parts.own(spans).begin[None],
         }
 
