@@ -128,8 +128,7 @@ CASES = (
     ),
 )
 
-# Rows of 65,536 tokens, spread over devices and each on one.
-LONG = 65536
+# Long rows, spread over devices and each on one.
 LONG_CASES = tuple(
     Case(
         name="Llama-3.1-8B",
@@ -137,10 +136,16 @@ LONG_CASES = tuple(
         target=target,
         ours=(1,),
         plain=(),
-        length=LONG,
+        length=length,
         sequence=sequence,
     )
-    for target, sequence in (("h200:8", 8), ("h200:8", 1), ("v5p:4x4x4", 16))
+    for target, length, sequence in (
+        ("h200:8", 65536, 8),
+        ("h200:8", 65536, 1),
+        ("h200:8", 131072, 8),
+        ("h200:8", 131072, 1),
+        ("v5p:4x4x4", 65536, 16),
+    )
 )
 
 

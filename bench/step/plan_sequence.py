@@ -2,10 +2,10 @@
 
     python -m bench.step.plan_sequence [--only h200:8] [--show]
 
-The step of `bench.step.plan` for rows of 65,536 tokens, of which half are scored, with
-`sharding.sequence` and without; all devices share the parameters either way. A row is a
-compilation; its `pairs` are those of the `sequence` devices that have rows together.
-What fits is said by `fits`; nothing runs.
+The step of `bench.step.plan` for rows of 65,536 and more tokens, of which half are
+scored, with `sharding.sequence` and without; all devices share the parameters either
+way. A row is a compilation; its `pairs` are those of the `sequence` devices that have
+rows together. What fits is said by `fits`; nothing runs.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def run_case(index: int, case: Case) -> None:
     environment = parse_target(case.target).environment
     words = ["--worker", str(index)]
     for row in processes.ask_as_it_goes("bench.step.plan_sequence", words, environment):
-        key = ("model", "target", "sequence")
+        key = ("model", "target", "length", "sequence")
         kept = [
             x for x in rows.read(PATH) if any(x.get(name) != row[name] for name in key)
         ]

@@ -303,22 +303,3 @@ def test_a_full_disk_fails_the_save_and_training_goes_on(
         "goes on",
         said,
     )
-
-
-def test_any_mesh_goes_on_with_another_ones_checkpoint(whole, tmp_path):
-    """From one device to rows over two, from these to parameters over two."""
-    directory, trained = whole("accumulation")
-    want = [np.frombuffer(x, np.float32) for x in trained]
-    before = directory
-    for name, step, sizes in (("rows", 3, (1, 1, 1, 2)), ("split", 5, (1, 2, 1))):
-        cut = as_killed(before, tmp_path / name, step)
-        options = settings("accumulation") | {"sizes": sizes}
-        trainer = make_trainer(cut, **options)
-        trainer.train()
-        before = cut
-        for got, line in zip(lines(cut), lines(directory), strict=True):
-            assert got == pytest.approx(line, rel=1e-4, abs=1e-5)
-        state = jax.device_get(jax.tree.leaves(nnx.state(trainer.model)))
-        for got, wanted in zip(state, want, strict=True):
-            # Adam's steps of 1e-3, of gradients that are rounded otherwise.
-            np.testing.assert_allclose(got.ravel(), wanted, rtol=1e-3, atol=2e-4)
