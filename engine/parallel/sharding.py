@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from flax import nnx
 from flax.traverse_util import unflatten_dict
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
@@ -133,7 +134,12 @@ def make_mesh(
         )
     shape = tuple(sizes[axis] for axis in AXES)
     auto = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+    except NotImplementedError:
+        # Of a torus an axis takes whole dimensions, unless it is told not to.
+        found = create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(found, AXES, axis_types=auto)
 
 
 def mesh_words(sizes: Mapping[str, int]) -> str:
