@@ -33,8 +33,9 @@ def one_device():
 
 def mesh_of(sizes):
     """A mesh of (data, fsdp, tensor), or (data, fsdp, tensor, sequence)."""
+    data, fsdp, tensor, *sequence = sizes
     devices = jax.devices()[: math.prod(sizes)]
-    return make_mesh(*sizes[:3], devices, sequence=(*sizes, 1)[3])
+    return make_mesh(data, fsdp, tensor, devices, sequence=math.prod(sequence))
 
 
 def tiny_config(model_type, **changes):
