@@ -88,7 +88,7 @@ def test_rows_go_over_several_devices_where_one_has_no_memory_for_a_pair(tmp_pat
     assert overrides == (
         *("sharding.data=1", "sharding.fsdp=1", "sharding.tensor=1"),
         "trainer.precompute_ref_log_probs=true",
-        *("trainer.gradient_accumulation_steps=16", "sharding.sequence=4"),
+        *("trainer.gradient_accumulation_steps=32", "sharding.sequence=4"),
     )
     load_run_config(tmp_path / "run.yaml", list(overrides))
 

@@ -31,14 +31,11 @@ def weights(directory):
 
 
 def test_rows_and_parameters_over_others_than_before(tmp_path):
-    """One device's checkpoint for rows over two, that one's for parameters over two.
-
-    The vocabulary of 435 is padded on two devices, and not on one.
-    """
-    make_trainer(tmp_path / "whole", **SETTINGS).train()
+    """Parameters over two devices, then rows as well, then again parameters alone."""
+    make_trainer(tmp_path / "whole", **SETTINGS, sizes=(1, 2, 1)).train()
     lines, trained = metrics(tmp_path / "whole"), weights(tmp_path / "whole")
     before = tmp_path / "whole"
-    for name, step, sizes in (("rows", 3, (1, 1, 1, 2)), ("split", 5, (1, 2, 1))):
+    for name, step, sizes in (("rows", 3, (1, 1, 1, 2)), ("again", 5, (1, 2, 1))):
         cut = tmp_path / name
         for number in range(1, step + 1):
             saved = f"checkpoints/step-{number:08d}"
