@@ -90,7 +90,6 @@ def test_rows_go_over_several_devices_where_one_has_no_memory_for_a_pair(tmp_pat
         "trainer.precompute_ref_log_probs=true",
         *("trainer.gradient_accumulation_steps=32", "sharding.sequence=4"),
     )
-    load_run_config(tmp_path / "run.yaml", list(overrides))
 
 
 def test_rows_are_arranged_otherwise_where_that_makes_the_batch_smaller(tmp_path):
