@@ -24,7 +24,7 @@ from engine.models import Decoder, DecoderConfig, init_model, parse_hf_config
 from engine.objective.interface import LossOptions, PairLogps
 from engine.objective.losses import LOSSES
 from engine.parallel.batch import Batch, put_batch
-from engine.parallel.sharding import BATCH, make_mesh, param_specs
+from engine.parallel.sharding import BATCH, SEQUENCE, make_mesh, param_specs
 from engine.training.metrics import means
 from engine.training.optimizer import make_optimizer
 from engine.training.prepare import loss_options, step_options
@@ -208,7 +208,7 @@ def make_plain_step(
         lambda params, tokens: nnx.merge(graphdef, params)(tokens),
         mesh=model.mesh,
         in_specs=(param_specs(model.config, model.mesh), P(BATCH)),
-        out_specs=P(BATCH),
+        out_specs=P(BATCH, SEQUENCE),
     )
 
     def logps(

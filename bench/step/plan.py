@@ -33,16 +33,25 @@ from typing import Any
 from bench import processes, rows
 from bench.step.plan_cases import CASES, Case, plain_head, write_config
 
-LENGTH = 2048
 SIDES = ("dpo_kernels", "plain JAX")
 RANK = 16
 
 
 def account_of(case: Case, side: str, pairs: int, folder: Path) -> dict[str, Any]:
-    """Compile one step, `pairs` on each device; what `dpo plan --json` writes of it."""
+    """Compile one step; what `dpo plan --json` writes of it.
+
+    Args:
+        pairs: on each device, or on those together that a row is spread over.
+    """
     from engine.config.dpo import DPOConfig
     from engine.config.lora import LoraConfig
-    from engine.config.run import MixtureConfig, ModelConfig, RunConfig, SourceConfig
+    from engine.config.run import (
+        MixtureConfig,
+        ModelConfig,
+        RunConfig,
+        ShardingConfig,
+        SourceConfig,
+    )
     from engine.planning.account import as_json, take_account
     from engine.planning.devices import devices_of
     from engine.planning.models import model_configs
@@ -54,18 +63,19 @@ def account_of(case: Case, side: str, pairs: int, folder: Path) -> dict[str, Any
         model=ModelConfig(name_or_path=str(write_config(case, folder))),
         mixture=MixtureConfig(informs=(SourceConfig(data_files="none.jsonl"),)),
         lora=LoraConfig(r=RANK, target_modules="all-linear") if case.lora else None,
+        sharding=ShardingConfig(sequence=case.sequence),
         trainer=DPOConfig(
-            total_batch_size=pairs * target.count,
-            max_length=LENGTH,
-            max_prompt_length=LENGTH // 2,
-            max_completion_length=LENGTH // 2,
+            total_batch_size=pairs * target.count // case.sequence,
+            max_length=case.length,
+            max_prompt_length=case.length // 2,
+            max_completion_length=case.length // 2,
         ),
     )
     mesh = mesh_of(run, devices_of(target))
     sizes = sizes_by_limits(run.trainer, mesh)
     head = contextlib.nullcontext()
     if side != SIDES[0]:  # every row
-        shapes = ((LENGTH, 2 * pairs * LENGTH),)
+        shapes = ((case.length, 2 * pairs * case.length),)
         sizes = LimitSizes(steps=sizes.steps, shapes=shapes, grid=sizes.grid)
         head = plain_head()
     with head:
@@ -92,7 +102,8 @@ def row_of(case: Case, side: str, tried: dict[int, dict[str, Any]]) -> rows.Row:
         target=case.target,
         compiler=f"{found['compiler']} {version(found['compiler'])}",
         pairs=pairs,
-        length=LENGTH,
+        length=case.length,
+        sequence=case.sequence,
         too_large=larger,
         over_bytes=over and over["peak_bytes"],
         compiled={n: x["peak_bytes"] for n, x in sorted(tried.items())},

@@ -1,4 +1,4 @@
-"""The cases of `bench.step.plan`, and plain JAX's head in the engine's step."""
+"""The cases of `bench.step.plan` and `plan_sequence`, and plain JAX's head in it."""
 
 import contextlib
 import json
@@ -76,7 +76,8 @@ WIDE_2B = QWEN3_8B | {
 class Case:
     """A model on a target; `ours` and `plain`: pairs on each device to compile.
 
-    The border between what fits and what does not is meant to lie between them.
+    The border between what fits and what does not is meant to lie between them. Where
+    rows are spread over devices (`sequence`), pairs are those of so many together.
     """
 
     name: str
@@ -85,6 +86,8 @@ class Case:
     ours: tuple[int, ...]
     plain: tuple[int, ...]
     lora: bool = False
+    length: int = 2048  # of each sequence, of which half is scored
+    sequence: int = 1
 
 
 CASES = (
@@ -123,6 +126,26 @@ CASES = (
         ours=(4, 2),
         plain=(16,),
     ),
+)
+
+# Long rows, spread over devices and each on one.
+LONG_CASES = tuple(
+    Case(
+        name="Llama-3.1-8B",
+        values=LLAMA_8B,
+        target=target,
+        ours=(1,),
+        plain=(),
+        length=length,
+        sequence=sequence,
+    )
+    for target, length, sequence in (
+        ("h200:8", 65536, 8),
+        ("h200:8", 65536, 1),
+        ("h200:8", 131072, 8),
+        ("h200:8", 131072, 1),
+        ("v5p:4x4x4", 65536, 16),
+    )
 )
 
 

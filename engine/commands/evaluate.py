@@ -47,7 +47,8 @@ def main(run: RunConfig, options: EvaluateOptions) -> None:
     output = as_path(options.output or _default_output(run))
     _check_given(run, options, source)
     keep_programs()
-    mesh = make_mesh(run.sharding.data, run.sharding.fsdp, run.sharding.tensor)
+    sizes = run.sharding
+    mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor, sequence=sizes.sequence)
     # The tokens are those that training made.
     mixtures = {EVAL: run.eval_mixture} | ({"": run.mixture} if options.train else {})
     with processes.first_goes_first():

@@ -81,7 +81,8 @@ def prepare_run(run: RunConfig, data: RunData | None = None) -> Prepared:
     """
     check_destination(run)
     keep_programs()
-    mesh = make_mesh(run.sharding.data, run.sharding.fsdp, run.sharding.tensor)
+    sizes = run.sharding
+    mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor, sequence=sizes.sequence)
     model = check_checkpoint(resolve_directory(run.model.name_or_path))
     reference = reference_of(run, model)
     model = with_lora(model, run.lora, run.model.name_or_path)

@@ -137,9 +137,16 @@ class ShardingConfig:
     data: int = 1  # batches split, parameters copied
     fsdp: int = -1  # batches and parameters split
     tensor: int = 1  # each layer's work split
+    # Each row's tokens and the parameters split, for long rows; not -1.
+    sequence: int = 1
 
     def __post_init__(self):
         check_types(self)
+        if self.sequence < 1:
+            raise InputError(
+                f"sequence={self.sequence} must be at least 1: devices that the tokens "
+                "of each row are split over"
+            )
         sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
         for name, size in sizes.items():
             if size < 1 and size != -1:

@@ -19,7 +19,14 @@ from engine.models.dropout import Dropout, prefix_hashes
 from engine.models.linear import Linears
 from engine.models.rope import rope_tables, rotate
 from engine.parallel.batch import PADDED, Arrangement, KeySpans
-from engine.parallel.sharding import FSDP, TENSOR, ParameterPath, variable_type
+from engine.parallel.row_parts import RowParts
+from engine.parallel.sharding import (
+    FSDP,
+    TENSOR,
+    VOCAB,
+    ParameterPath,
+    variable_type,
+)
 
 # From what keeps most to what keeps least; auto is for who compiles steps to replace.
 REMAT = ("none", "dots", "full", "offload")
@@ -146,8 +153,10 @@ class Decoder(nnx.Module):
         *,
         arrangement: Arrangement = PADDED,
         attention: str = "auto",
-    ) -> Float[Array, "R S D"]:
+    ) -> Float[Array, "R s D"]:
         """Hidden states after the final norm, of this device's rows, right-padded.
+
+        Where rows are spread over devices, of its part of them: see `RowParts`.
 
         dropout_key: of a step of training; None, and nothing is dropped.
         spans: which keys each token sees; None: all before it.
@@ -155,19 +164,22 @@ class Decoder(nnx.Module):
         attention: an implementation's name, or auto.
         """
         config = self.config
+        parts = RowParts.of(tokens.shape[1])
+        tokens, spans = parts.pad(tokens, spans)
         layers = {name: param[...] for name, param in self.layers.items()}
-        kinds, rope = _layer_inputs(config, tokens.shape[1], spans)
+        kinds, rope = _layer_inputs(config, parts, spans)
         platform = self.mesh.devices.flat[0].platform
         attend_as = functools.partial(
             attend,
-            choose(attention, platform, arrangement),
+            choose(attention, platform, arrangement, parts.devices),
             scale=config.query_scale,
             softcap=config.attn_softcap,
             windows=config.windows,
-            spans=spans,
+            spans=parts.own(spans),
             longest=arrangement.longest,
+            starts=parts.starts,
         )
-        dropout_of = self._dropout(tokens, dropout_key, spans)
+        dropout_of = self._dropout(parts, tokens, dropout_key, spans)
 
         def layer(hidden, xs):
             number, *xs = xs
@@ -178,23 +190,29 @@ class Decoder(nnx.Module):
                 *xs,
                 rope=rope,
                 attend=attend_as,
+                parts=parts,
                 dropout=dropout_of(number),
                 reduce_dtype=self.reduce_dtype,
             ), None
 
         layer = jax.checkpoint(layer, policy=_policy(self.remat), prevent_cse=False)
         number_L = jnp.arange(config.num_layers, dtype=jnp.int32)
-        hidden, _ = lax.scan(layer, self._embed(tokens), (number_L, layers, *kinds))
+        hidden = self._embed(parts, tokens)
+        hidden, _ = lax.scan(layer, hidden, (number_L, layers, *kinds))
         return rms_norm(hidden, self.final_norm[...], config.rms_eps, config.gemma)
 
     def _dropout(
-        self, tokens: Array, key: Array | None, spans: KeySpans | None
+        self,
+        parts: RowParts,
+        tokens: Array,
+        key: Array | None,
+        spans: KeySpans | None,
     ) -> Callable[[Array], Any]:
         """Of a layer by its number, what drops elements there, or None."""
         adapter = self.config.adapter
         if adapter is None or not adapter.dropout or key is None:
             return lambda number: None
-        rate, prefixes_RS = adapter.dropout, prefix_hashes(tokens, spans)
+        rate, prefixes_RS = adapter.dropout, parts.own(prefix_hashes(tokens, spans))
 
         def of_layer(number: Array) -> Dropout:
             key_of_layer = jax.random.fold_in(key, number)
@@ -202,29 +220,29 @@ class Decoder(nnx.Module):
 
         return of_layer
 
-    def _embed(self, tokens: Array) -> Array:
+    def _embed(self, parts: RowParts, tokens: Array) -> Array:
         """Each device looks the ids of its fsdp row up in its own vocab slice."""
         table = self.embed[...]
-        shard = lax.axis_index(FSDP) * lax.axis_size(TENSOR) + lax.axis_index(TENSOR)
         ids = lax.all_gather(tokens, FSDP, axis=0, tiled=True, to="invarying")
-        ids = ids - shard * table.shape[0]
+        ids = ids - lax.axis_index(VOCAB) * table.shape[0]
         own = (ids >= 0) & (ids < table.shape[0])
         # Rows are cast after the look-up, so that their gradients add up unrounded.
         rows = table[jnp.where(own, ids, 0)].astype(self.dtype)
         rows = jnp.where(own[:, :, None], rows, jnp.zeros((), self.dtype))
         hidden = lax.psum_scatter(rows, FSDP, scatter_dimension=0, tiled=True)
-        hidden = lax.psum(hidden, TENSOR)
+        hidden = lax.psum(parts.sum_scatter(hidden), TENSOR)
         return hidden * jnp.asarray(self.config.embed_scale, self.dtype)
 
 
-def _layer_inputs(config: DecoderConfig, length: int, spans: KeySpans | None):
+def _layer_inputs(config: DecoderConfig, parts: RowParts, spans: KeySpans | None):
     """Numbers of each layer's window and rope for the scan, and the rope tables."""
     windows = [config.windows.index(window) for window in config.window_of_layer]
     window_L = jnp.asarray(windows, jnp.int32)
     kinds = tuple(dict.fromkeys(config.ropes))
     kind_L = jnp.asarray([kinds.index(rope) for rope in config.ropes], jnp.int32)
-    positions = jnp.arange(length)[None] if spans is None else spans.positions
-    return (window_L, kind_L), rope_tables(kinds, config.head_dim, positions)
+    positions = jnp.arange(parts.padded)[None] if spans is None else spans.positions
+    tables = rope_tables(kinds, config.head_dim, parts.own(positions))
+    return (window_L, kind_L), tables
 
 
 def _kv_slice(config: DecoderConfig, x: Array) -> Array:
@@ -245,6 +263,7 @@ def _layer(
     *,
     rope,
     attend,
+    parts,
     dropout,
     reduce_dtype,
 ):
@@ -282,8 +301,8 @@ def _layer(
     cos, sin = (table[kind] for table in rope)
     attended = attend(
         rotate(query, cos, sin),
-        rotate(key, cos, sin),
-        value,
+        parts.gather(rotate(key, cos, sin)),
+        parts.gather(value),
         which=window,
     )
     out = row(attended.reshape(*attended.shape[:2], -1), "o")

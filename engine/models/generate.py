@@ -14,7 +14,16 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from engine.errors import InputError
 from engine.models.decoder import Decoder
-from engine.parallel.sharding import BATCH, DATA, FSDP, VOCAB, param_specs, place
+from engine.parallel.row_parts import RowParts
+from engine.parallel.sharding import (
+    BATCH,
+    DATA,
+    FSDP,
+    SEQUENCE,
+    VOCAB,
+    param_specs,
+    place,
+)
 
 _LENGTH_STEP = 64  # buffers are a multiple of this long, so that few are compiled
 
@@ -36,14 +45,18 @@ def _forward(graphdef: Any, state: Any, tokens: Array, last: Array | None) -> Ar
 
     def shard(state, tokens):
         local = nnx.merge(graphdef, state)
-        return local(tokens), local.head_weight()
+        parts = RowParts.of(tokens.shape[1])
+        hidden = parts.gather(local(tokens))[:, : parts.length]
+        # All devices along `sequence` have the same, which the first one gives.
+        return hidden[None], local.head_weight()
 
     hidden, head = jax.shard_map(
         shard,
         mesh=mesh,
         in_specs=(param_specs(model.config, mesh), P(BATCH)),
-        out_specs=(P(BATCH), P(VOCAB)),
+        out_specs=(P(SEQUENCE, BATCH), P(VOCAB)),
     )(state, tokens)
+    hidden = hidden[0]
     if last is not None:
         hidden = hidden[jnp.arange(hidden.shape[0]), last]
     return _logits(model, hidden, head)

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from engine.models.adapter import Adapter
 from engine.models.dropout import Dropout
-from engine.parallel.sharding import FSDP, TENSOR
+from engine.parallel.sharding import SPLIT, TENSOR
 
 
 def _project(x: Array, weight: Array) -> Array:
@@ -21,13 +21,13 @@ def _project(x: Array, weight: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def gathered(shard: Array, axis: int, dtype: str, reduce_dtype: str) -> Array:
-    """A weight whole along `fsdp`, in `dtype`.
+    """A weight whole along `fsdp` and `sequence`, in `dtype`.
 
-    Its gradient is this device's shard of the sum over `fsdp`, added up in
+    Its gradient is this device's shard of the sum over these, added up in
     `reduce_dtype`: of the cast's and the gather's own that would be `dtype`.
     """
     del reduce_dtype
-    return lax.all_gather(shard.astype(dtype), FSDP, axis=axis, tiled=True)
+    return lax.all_gather(shard.astype(dtype), SPLIT, axis=axis, tiled=True)
 
 
 def _gather(shard: Array, axis: int, dtype: str, reduce_dtype: str) -> Any:
@@ -40,7 +40,7 @@ def _reduce_scatter(
 ) -> tuple[Array]:
     del dtype
     parts = gradient.astype(reduce_dtype)
-    total = lax.psum_scatter(parts, FSDP, scatter_dimension=axis, tiled=True)
+    total = lax.psum_scatter(parts, SPLIT, scatter_dimension=axis, tiled=True)
     return (total.astype(like.dtype),)
 
 

@@ -1,9 +1,10 @@
 """Log-probabilities of a microbatch's completions under one model, inside shard_map.
 
 The scored hidden states are gathered over `fsdp`; each device scores them against its
-own slice of the vocabulary, and all get the results of the whole fsdp group. Letters:
-F devices along `fsdp`; P pairs, Q = 2P sequences and T scored tokens at most on each of
-them; B = F P.
+own slice of the vocabulary, and all get the results of the whole fsdp group. Where rows
+are spread over `sequence`, each of its devices has those of its part first, and then as
+many as any other, in the order of the sequences. Letters: F devices along `fsdp`; P
+pairs, Q = 2P sequences and T scored tokens at most on each of them; B = F P.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from dpo_kernels import TokenLogprobs, sequence_sums, token_logprobs
 from engine.models import Decoder
 from engine.objective.gather import compact_index, take_distinct_rows
 from engine.parallel.batch import PADDED, Arrangement, Batch
-from engine.parallel.sharding import FSDP, VOCAB
+from engine.parallel.row_parts import RowParts, even_size, spread_rows
+from engine.parallel.sharding import FSDP, SPLIT, VOCAB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +67,16 @@ def _gather(x: np.ndarray | Array) -> Array:
 def group_tokens(microbatch: Batch) -> GroupTokens:
     """Gather which tokens are scored over `fsdp`, and close the gaps between them."""
     scored = microbatch.scored
-    counts_FQ = _gather(scored.counts)
-    order, total = compact_index(counts_FQ.sum(axis=1), scored.positions.shape[-1])
+    counts_FQ, capacity = _gather(scored.counts), scored.targets.shape[-1]
+    even = even_size(capacity)
+    targets = jnp.pad(scored.targets[0], (0, even - capacity))
+    order, total = compact_index(counts_FQ.sum(axis=1), even)
     # In the order of the devices, and on each of its sequences: ascending.
     ends = jnp.cumsum(counts_FQ.reshape(-1))
     return GroupTokens(
         order=order,
         total=total,
-        targets=_gather(scored.targets[0])[order],
+        targets=_gather(targets)[order],
         offsets=jnp.concatenate([jnp.zeros_like(ends[:1]), ends]),
         pair_weights=_gather(microbatch.pairs.weights[0]),
     )
@@ -104,11 +108,16 @@ def score_completions(
     positions = microbatch.scored.positions[0]
     count = microbatch.scored.counts[0].sum()
     used = jnp.arange(positions.shape[0], dtype=jnp.int32) < count
+    parts = RowParts.of(rows.tokens.shape[1])
+    if parts.devices > 1:
+        positions, own = parts.find(positions)
+        used = used & own
     hidden_TD = take_distinct_rows(
         hidden_WSD.reshape(-1, hidden_WSD.shape[-1]), positions, used
     )
-    # Typed as varying over fsdp: its gradient is then reduce-scattered, not summed.
-    hidden = lax.all_gather(hidden_TD, FSDP, axis=0, tiled=True)
+    # Typed as varying: its gradient is then reduce-scattered, not summed.
+    hidden_TD = spread_rows(hidden_TD, used)
+    hidden = lax.all_gather(hidden_TD, SPLIT, axis=0, tiled=True)
     if lax.axis_size(FSDP) > 1:
         valid = jnp.arange(hidden.shape[0], dtype=jnp.int32) < group.total
         hidden = take_distinct_rows(hidden, group.order, valid)

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from engine.parallel.sharding import BATCH
+from engine.parallel.sharding import TOKENS
 
 
 def axes_of(spec: P) -> tuple[str, ...]:
@@ -27,24 +27,24 @@ def zeros_like(x: Array | jax.ShapeDtypeStruct) -> Array:
     return lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 
-def vary_over_batch[Params](params: Params, specs: Params) -> Params:
-    """Parameters typed as varying over the batch axes.
+def vary_over_tokens[Params](params: Params, specs: Params) -> Params:
+    """Parameters typed as varying over the axes that tokens are split over.
 
-    Their gradients then stay this device's own until `sum_over_batch` adds them up:
+    Their gradients then stay this device's own until `sum_over_tokens` adds them up:
     once a step, not once a microbatch, and for a layer after its reduce-scatter.
     """
 
     def vary(x: Array, spec: P) -> Array:
-        missing = tuple(axis for axis in BATCH if axis not in axes_of(spec))
+        missing = tuple(axis for axis in TOKENS if axis not in axes_of(spec))
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(vary, params, specs)
 
 
-def sum_over_batch[Params](grads: Params, specs: Params) -> Params:
-    """The gradients of all devices along the batch axes, added up."""
+def sum_over_tokens[Params](grads: Params, specs: Params) -> Params:
+    """The gradients of all devices that have tokens of their own, added up."""
     return jax.tree.map(
-        lambda x, spec: lax.psum(x, tuple(a for a in BATCH if a not in axes_of(spec))),
+        lambda x, spec: lax.psum(x, tuple(a for a in TOKENS if a not in axes_of(spec))),
         grads,
         specs,
     )

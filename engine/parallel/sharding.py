@@ -10,14 +10,17 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from flax import nnx
 from flax.traverse_util import unflatten_dict
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from engine.errors import InputError, stage
 
-DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
+DATA, FSDP, SEQUENCE, TENSOR = AXES = ("data", "fsdp", "sequence", "tensor")
 BATCH = (DATA, FSDP)  # rows of a batch
-VOCAB = (FSDP, TENSOR)  # rows of the embedding and of the head
+TOKENS = (*BATCH, SEQUENCE)  # tokens that go through a model
+SPLIT = (FSDP, SEQUENCE)  # each parameter, besides what `tensor` does
+VOCAB = (*SPLIT, TENSOR)  # rows of the embedding and of the head
 
 ParameterPath = tuple[str, ...]  # of a parameter in the module
 
@@ -109,11 +112,13 @@ def make_mesh(
     fsdp: int = -1,
     tensor: int = 1,
     devices: Sequence[Any] | None = None,
+    *,
+    sequence: int = 1,
 ) -> Mesh:
     """A mesh over `devices` (all by default); one size may be -1: what is left."""
     devices = _all_devices() if devices is None else list(devices)
-    sizes = {DATA: data, FSDP: fsdp, TENSOR: tensor}
-    asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    sizes = {DATA: data, FSDP: fsdp, SEQUENCE: sequence, TENSOR: tensor}
+    asked = mesh_words(sizes)
     unknown = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(unknown) > 1 or known < 1 or min(sizes.values()) < -1:
@@ -129,14 +134,26 @@ def make_mesh(
         )
     shape = tuple(sizes[axis] for axis in AXES)
     auto = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+    except NotImplementedError:
+        # Of a torus an axis takes whole dimensions, unless it is told not to.
+        found = create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(found, AXES, axis_types=auto)
+
+
+def mesh_words(sizes: Mapping[str, int]) -> str:
+    """The sizes of a mesh's axes as a user gives them; what is not used is left out."""
+    used = {x: size for x, size in sizes.items() if x != SEQUENCE or size != 1}
+    return ", ".join(f"{axis}={size}" for axis, size in used.items())
 
 
 def check_mesh(config: ModelShape, mesh: Mesh) -> None:
     """Raises InputError where the mesh does not divide the model."""
-    fsdp, tensor = mesh.shape[FSDP], mesh.shape[TENSOR]
+    tensor = mesh.shape[TENSOR]
+    split = FSDP if mesh.shape[SEQUENCE] == 1 else f"{FSDP} * {SEQUENCE}"
     for name, size, axis, parts in (
-        ("hidden_size", config.hidden_size, FSDP, fsdp),
+        ("hidden_size", config.hidden_size, split, size_of(SPLIT, mesh)),
         ("num_attention_heads", config.num_heads, TENSOR, tensor),
         ("intermediate_size", config.ffn_size, TENSOR, tensor),
     ):
@@ -153,9 +170,14 @@ def check_mesh(config: ModelShape, mesh: Mesh) -> None:
         )
 
 
+def size_of(axes: Sequence[str], mesh: Mesh) -> int:
+    """Devices along some axes together."""
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
 def padded_vocab(config: ModelShape, mesh: Mesh) -> int:
-    """Rows of the stored embedding and head: a multiple of fsdp * tensor."""
-    parts = mesh.shape[FSDP] * mesh.shape[TENSOR]
+    """Rows of the stored embedding and head: a multiple of the devices they are on."""
+    parts = size_of(VOCAB, mesh)
     return -(-config.vocab_size // parts) * parts
 
 
@@ -174,16 +196,16 @@ def parameter_spec(parameter: Parameter, config: ModelShape, mesh: Mesh) -> P:
     kv = TENSOR if config.num_kv_heads % mesh.shape[TENSOR] == 0 else None
     return {
         Role.VOCAB: P(VOCAB, None),
-        Role.COLUMN: P(None, TENSOR, FSDP),
-        Role.KV_COLUMN: P(None, kv, FSDP),
-        Role.ROW: P(None, FSDP, TENSOR),
+        Role.COLUMN: P(None, TENSOR, SPLIT),
+        Role.KV_COLUMN: P(None, kv, SPLIT),
+        Role.ROW: P(None, SPLIT, TENSOR),
         Role.COLUMN_BIAS: P(None, TENSOR),
         Role.KV_COLUMN_BIAS: P(None, kv),
-        Role.COLUMN_A: P(None, None, FSDP),
+        Role.COLUMN_A: P(None, None, SPLIT),
         Role.COLUMN_B: P(None, TENSOR, None),
         Role.KV_COLUMN_B: P(None, kv, None),
         Role.ROW_A: P(None, None, TENSOR),
-        Role.ROW_B: P(None, FSDP, None),
+        Role.ROW_B: P(None, SPLIT, None),
         Role.REPLICATED: P(),
     }[parameter.role]
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from engine.parallel.sharding import FSDP
+from engine.parallel.sharding import FSDP, SEQUENCE
 from engine.planning.hlo import parse
 from engine.planning.steps import Step
 from engine.planning.targets import Target
@@ -157,13 +157,14 @@ def take_account(step: Step, target: Target) -> Account:
         words = " ".join(str(error).split())
         return finished(refusal=words[:300], peak=needed(words))
     cost = compiled.cost_analysis() or {}
-    program = parse(compiled.as_text())
+    mesh = dict(step.run.mesh.shape)
+    program = parse(compiled.as_text(), mesh[SEQUENCE])
     taken = taken_by(compiled, target.chip.platform)
     assert taken is not None
     return finished(
         temporaries=taken.temporary,
         peak=taken.peak,
-        traffic=traffic_of(program, dict(step.run.mesh.shape)),
+        traffic=traffic_of(program, mesh),
         compiler_flops=cost.get("flops"),
         compiler_bytes=cost.get("bytes accessed"),
     )

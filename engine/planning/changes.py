@@ -64,8 +64,11 @@ def _with_remat(run: RunConfig, remat: Remat) -> Variant:
 
 
 def meshes(run: RunConfig, devices: int) -> Iterator[Variant]:
-    """Parameters over all devices; then each layer's work over more and more."""
-    tensor = 1
+    """Parameters over all devices; then each layer's work over more and more.
+
+    Rows stay spread over as many devices as they are.
+    """
+    tensor, devices = 1, devices // run.sharding.sequence
     while tensor <= min(devices, _MOST_TENSOR):
         if devices % tensor == 0:
             sizes = {"data": 1, "fsdp": devices // tensor, "tensor": tensor}
@@ -75,6 +78,29 @@ def meshes(run: RunConfig, devices: int) -> Iterator[Variant]:
                 changed,
             )
         tensor *= 2
+
+
+def sequences(run: RunConfig) -> Iterator[Variant]:
+    """Each row over more and more devices, in as many more microbatches.
+
+    With no more of these a device would have as many tokens at once as before.
+    """
+    sharding, parts = run.sharding, 2
+    while sharding.fsdp > 0 and sharding.fsdp % parts == 0:
+        sizes = {
+            "fsdp": sharding.fsdp // parts,
+            "sequence": sharding.sequence * parts,
+        }
+        steps = run.trainer.gradient_accumulation_steps * parts
+        changed = replace(run, sharding=replace(sharding, **sizes))
+        yield Variant(
+            (
+                *(f"sharding.{axis}={size}" for axis, size in sizes.items()),
+                f"trainer.gradient_accumulation_steps={steps}",
+            ),
+            with_options(changed, gradient_accumulation_steps=steps),
+        )
+        parts *= 2
 
 
 def arrangements(run: RunConfig) -> Iterator[Variant]:
@@ -181,7 +207,8 @@ def _smallest(variants: Sequence[Variant], planner: Planner) -> Fitting | None:
 def _together(run: RunConfig, planner: Planner) -> Fitting | None:
     """Changes on top of each other until it fits; the result stays the same."""
     overrides: tuple[str, ...] = ()
-    for kind in ("remat", "arrangement", "mesh", "precompute", "accumulation"):
+    kinds = "remat", "arrangement", "mesh", "precompute", "accumulation", "sequence"
+    for kind in kinds:
         match kind:
             case "remat":
                 more = list(remats(run))[-1:]
@@ -191,15 +218,22 @@ def _together(run: RunConfig, planner: Planner) -> Fitting | None:
                 more = list(meshes(run, planner.target.count))[:1]
             case "precompute":
                 more = list(precomputations(run))
-            case _:
+            case "accumulation":
                 _, shards, _ = planner.step(run).run.plan.grid
                 more = list(accumulations(run, shards))
+            case _:
+                more = list(sequences(run))
         for variant in more:
-            found = _tried(
-                Variant((*overrides, *variant.overrides), variant.run), planner
-            )
+            words = _joined(overrides, variant.overrides)
+            found = _tried(Variant(words, variant.run), planner)
             if found is not None:
                 return found
         if more:
-            overrides, run = (*overrides, *more[-1].overrides), more[-1].run
+            overrides, run = _joined(overrides, more[-1].overrides), more[-1].run
     return None
+
+
+def _joined(before: Sequence[str], after: Sequence[str]) -> tuple[str, ...]:
+    """Overrides of which later ones replace earlier ones of the same key."""
+    found = {x.partition("=")[0]: x for x in (*before, *after)}
+    return tuple(found.values())

@@ -85,6 +85,7 @@ class Program:
     computations: Mapping[str, Computation]
     entry: str
     unknown_loops: set[str] = field(default_factory=set)
+    sequence: int = 1  # devices that the queries of a row are spread over
 
     def executed(self) -> Iterator[Executed]:
         """Every instruction that runs, in order."""
@@ -101,7 +102,7 @@ class Program:
                 count = self.trips(one, computation)
                 total = trips * (count or 1)
                 if count is None and _ATTENTION in one.attributes:
-                    total = trips * (around + 1) // 2
+                    total = trips * (around * self.sequence + 1) // 2
                 elif count is None:
                     self.unknown_loops.add(one.name)
                 for name in (called["condition"], called["body"]):
@@ -174,8 +175,8 @@ def size_of(shape: str, *, slow: bool = False) -> int:
     return math.ceil(total)
 
 
-def parse(text: str) -> Program:
-    """The program that XLA has written down."""
+def parse(text: str, sequence: int = 1) -> Program:
+    """The program that XLA has written down; `sequence`: see `Program`."""
     computations, entry = {}, ""
     found: dict[str, Instruction] = {}
     name = root = ""
@@ -194,7 +195,7 @@ def parse(text: str) -> Program:
             if line.lstrip().startswith("ROOT "):
                 root = one.name
     assert entry, "no entry in what should be a compiled program"
-    return Program(computations, entry)
+    return Program(computations, entry, sequence=sequence)
 
 
 def _instruction(line: str) -> Instruction:

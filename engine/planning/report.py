@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from engine.parallel.sharding import mesh_words
 from engine.planning.account import Account
 from engine.planning.work import PHASES
 
@@ -48,12 +49,11 @@ def count(number: int, what: str) -> str:
 def _run(account: Account, shapes: str) -> Iterator[str]:
     target, step = account.target, account.step
     (microbatches, _, pairs), (length, capacity) = step.run.plan.grid, step.shape
-    mesh = ", ".join(f"{axis}={size}" for axis, size in step.run.mesh.shape.items())
     yield (
         f"target       {target.text}: {count(target.count, 'device')} "
         f"({target.chip.name}), compiled by {target.chip.compiler}; nothing has run"
     )
-    yield f"mesh         {mesh}"
+    yield f"mesh         {mesh_words(step.run.mesh.shape)}"
     rows = step.run.arguments.arrangement.rows(pairs)
     yield (
         f"batch        {count(account.pairs, 'pair')} in "

@@ -72,8 +72,10 @@ class Step:
 
 def mesh_of(run: RunConfig, devices: list[Any]) -> Mesh:
     """The run's mesh on these devices."""
-    sharding = run.sharding
-    return make_mesh(sharding.data, sharding.fsdp, sharding.tensor, devices=devices)
+    sizes = run.sharding
+    return make_mesh(
+        sizes.data, sizes.fsdp, sizes.tensor, devices, sequence=sizes.sequence
+    )
 
 
 def sizes_by_limits(arguments: DPOConfig, mesh: Mesh) -> LimitSizes:

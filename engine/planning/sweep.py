@@ -55,8 +55,11 @@ def mesh_shapes(devices: int) -> Iterator[tuple[int, int, int]]:
 
 
 def sweep(run: RunConfig, planner: Planner) -> Iterator[Point]:
-    """Each mesh with 1, 2, 4, ... pairs a shard, until a batch does not fit."""
-    for mesh in mesh_shapes(planner.target.count):
+    """Each mesh with 1, 2, 4, ... pairs a shard, until a batch does not fit.
+
+    Rows stay spread over as many devices as they are.
+    """
+    for mesh in mesh_shapes(planner.target.count // run.sharding.sequence):
         data, fsdp, tensor = mesh
         sharding = replace(run.sharding, data=data, fsdp=fsdp, tensor=tensor)
         size = data * fsdp

@@ -5,7 +5,8 @@ a product counts as often as it runs. What is done for the backward pass a secon
 (`remat`) is told apart. XLA may still leave out what nobody needs.
 
 Attention goes over tiles of keys up to the queries' own: (n + 1) / 2 of n in the mean,
-which is the most that a row has; windows, and sequences that share a row, hide more.
+which is the most that a row has; windows, and sequences that share a row, hide more. So
+it is on each of the devices that the queries of a row are spread over.
 
 The head's products are in kernels and in loops that skip padding, which say nothing of
 their length; they are counted by the formula 2 T D V for each of: the reference's
@@ -24,7 +25,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import dpo_kernels
 from engine.objective.references import Cached, NoReference
-from engine.parallel.sharding import FSDP, TENSOR, padded_vocab
+from engine.parallel.sharding import FSDP, SEQUENCE, VOCAB, padded_vocab, size_of
 from engine.planning.steps import Step
 
 _HEAD = str(Path(dpo_kernels.__file__).parent)
@@ -51,6 +52,7 @@ class Work:
     # By part and by phase of the step.
     flops: dict[tuple[str, str], int] = field(default_factory=dict)
     uncounted: set[str] = field(default_factory=set)  # kernels that do not say theirs
+    sequence: int = 1  # devices that the queries of a row are spread over
 
     @property
     def total(self) -> int:
@@ -73,7 +75,7 @@ class Work:
 
 def work_of(step: Step) -> Work:
     """What a step computes."""
-    work = Work()
+    work = Work(sequence=step.run.mesh.shape[SEQUENCE])
     jaxpr = step.request.step.trace(*step.operands).jaxpr
     _count(jaxpr.jaxpr, 1, 1, "", work)
     head = 2 * _head_size(step)
@@ -90,9 +92,8 @@ def work_of(step: Step) -> Work:
 def _head_size(step: Step) -> int:
     """T D V of a device's share of the vocabulary, of all microbatches."""
     mesh = step.run.mesh
-    fsdp, tensor = mesh.shape[FSDP], mesh.shape[TENSOR]
-    vocab = padded_vocab(step.model, mesh) // (fsdp * tensor)
-    rows = step.run.plan.grid[0] * fsdp * step.shape[1]
+    vocab = padded_vocab(step.model, mesh) // size_of(VOCAB, mesh)
+    rows = step.run.plan.grid[0] * mesh.shape[FSDP] * step.shape[1]
     return rows * step.model.hidden_size * vocab
 
 
@@ -126,7 +127,7 @@ def _count(jaxpr: Jaxpr, times: int, around: int, within: str, work: Work) -> No
         elif name == "cond":
             branches = []
             for branch in _inside(equation.params):
-                found = Work()
+                found = Work(sequence=work.sequence)
                 _count(branch, times, around, where, found)
                 branches.append(found)
             largest = max(branches, key=lambda x: x.total)
@@ -144,7 +145,7 @@ def _count(jaxpr: Jaxpr, times: int, around: int, within: str, work: Work) -> No
             elif name == "while":
                 length = 1
                 if _part(equation) == ATTENTION:
-                    total = times * (around + 1) // 2
+                    total = times * (around * work.sequence + 1) // 2
             for one in _inside(equation.params):
                 _count(one, total, length, where, work)
 

@@ -20,7 +20,14 @@ from engine.data.shapes import Sizes
 from engine.errors import InputError
 from engine.models import DecoderConfig, attention
 from engine.objective.references import check_comparable
-from engine.parallel.sharding import FSDP, TENSOR, check_mesh, padded_vocab
+from engine.parallel.sharding import (
+    FSDP,
+    SEQUENCE,
+    VOCAB,
+    check_mesh,
+    padded_vocab,
+    size_of,
+)
 from engine.training.streams import unknown_id
 
 
@@ -82,11 +89,10 @@ def op_problem(
 ) -> tiling.Problem:
     """What the op is asked of a batch with `capacity` scored tokens on each device."""
     device = mesh.devices.flat[0]
-    fsdp, tensor = mesh.shape[FSDP], mesh.shape[TENSOR]
     return tiling.Problem(
-        T=fsdp * capacity,
+        T=mesh.shape[FSDP] * capacity,
         D=model.hidden_size,
-        V=padded_vocab(model, mesh) // (fsdp * tensor),
+        V=padded_vocab(model, mesh) // size_of(VOCAB, mesh),
         dtype=jnp.dtype(dtype),
         workspace_bytes=config.workspace_bytes,
         device=Device(platform=device.platform, kind=device.device_kind),
@@ -103,7 +109,10 @@ def check_op(
         InputError: with the reason that the op, or attention, would give.
     """
     attention.choose(
-        config.attention, mesh.devices.flat[0].platform, config.arrangement
+        config.attention,
+        mesh.devices.flat[0].platform,
+        config.arrangement,
+        mesh.shape[SEQUENCE],
     )
     for _, capacity in plan.shapes:
         problem = op_problem(config, model, dtype, capacity, mesh)

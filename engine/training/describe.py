@@ -13,6 +13,7 @@ from engine.data.pair_streams import PairStream
 from engine.data.pairs import PairTokens
 from engine.data.stream_plans import Plan
 from engine.models import DecoderConfig, attention
+from engine.parallel.sharding import SEQUENCE, mesh_words
 from engine.training.checks import op_problem
 from engine.training.compilation import Compiled
 from engine.training.prepare import Prepared
@@ -97,7 +98,7 @@ def _reference(run: Prepared) -> str:
 
 def _mesh(run: Prepared) -> str:
     devices = run.mesh.devices
-    axes = ", ".join(f"{name}={size}" for name, size in run.mesh.shape.items())
+    axes = mesh_words(run.mesh.shape)
     kind = devices.flat[0].device_kind
     count = f"{devices.size} device{'s' * (devices.size != 1)}"
     processes = jax.process_count()
@@ -123,13 +124,13 @@ def _scoring(run: Prepared) -> str:
 def _attention(run: Prepared) -> str:
     """Which implementation of attention there is, and why not a TPU's own on one."""
     arguments, platform = run.arguments, run.mesh.devices.flat[0].platform
-    arrangement = arguments.arrangement
-    name = attention.choose(arguments.attention, platform, arrangement)
+    facts = platform, arguments.arrangement, run.mesh.shape[SEQUENCE]
+    name = attention.choose(arguments.attention, *facts)
     words = {
         "tiles": "tiles: plain JAX, a tile of queries and keys at a time",
         "splash": "splash: the kernels for TPUs that come with JAX",
     }[name]
-    why = attention.unsupported("splash", platform, arrangement)
+    why = attention.unsupported("splash", *facts)
     if platform == "tpu" and arguments.attention == "auto" and why:
         words += f"; not splash, as {why}"
     return words

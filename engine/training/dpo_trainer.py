@@ -18,7 +18,7 @@ from engine.models import (
     load_model,
     resolve_directory,
 )
-from engine.parallel.sharding import make_mesh
+from engine.parallel.sharding import make_mesh, mesh_words
 from engine.training.about import About, reference_words
 from engine.training.events import Listener
 from engine.training.identity import flat
@@ -144,8 +144,8 @@ def _check_reference(model: Decoder | str | Path, reference: Any) -> None:
 
 
 def _shown(model: Decoder) -> str:
-    axes = ", ".join(f"{axis}={size}" for axis, size in model.mesh.shape.items())
-    return f"{axes} of devices {[d.id for d in model.mesh.devices.flat]}"
+    devices = [device.id for device in model.mesh.devices.flat]
+    return f"{mesh_words(model.mesh.shape)} of devices {devices}"
 
 
 def _directory(model: Decoder | str | Path | None) -> str | Path | None:

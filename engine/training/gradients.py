@@ -31,8 +31,8 @@ from engine.objective.scoring import (
 from engine.parallel.batch import Batch
 from engine.parallel.collectives import (
     after,
-    sum_over_batch,
-    vary_over_batch,
+    sum_over_tokens,
+    vary_over_tokens,
     zeros_like,
 )
 from engine.parallel.sharding import BATCH, DATA
@@ -121,7 +121,7 @@ class Objective:
         dropout_key: Key[Array, ""] | None = None,
     ) -> tuple[Params, Sums]:
         """float32 gradients of the mean loss over all pairs, and the batch's sums."""
-        params = vary_over_batch(params, specs)
+        params = vary_over_tokens(params, specs)
         mean_length = _mean_chosen_length(batch)
 
         def score(params: Params, microbatch: Batch) -> Scored:
@@ -130,7 +130,7 @@ class Objective:
         split = _whole_batch if self.loss.whole_batch else _pair_by_pair
         grads, sums = split(self.loss, score, params, batch, options)
         grads, sums = after((grads, sums), grads, self.mesh)
-        return sum_over_batch(grads, specs), over_data(sums)
+        return sum_over_tokens(grads, specs), over_data(sums)
 
     def evaluate(
         self, params: Params, frozen: Params, ref: Any, batch: Batch, options: Any

@@ -265,12 +265,12 @@ def on_whole_matrices(
     if copied:
         size = x.shape[0] // parts
         x = lax.dynamic_slice_in_dim(x, lax.axis_index(copied) * size, size, axis=0)
-    moves = [(axis, place) for place in (1, 2) for axis in axes_of(P(spec[place]))]
-    for axis, place in moves:
-        x = lax.all_to_all(x, axis, split_axis=0, concat_axis=place, tiled=True)
+    moves = [(axes_of(P(spec[place])), place) for place in (1, 2) if spec[place]]
+    for axes, place in moves:
+        x = lax.all_to_all(x, axes, split_axis=0, concat_axis=place, tiled=True)
     x = function(x)
-    for axis, place in reversed(moves):
-        x = lax.all_to_all(x, axis, split_axis=place, concat_axis=0, tiled=True)
+    for axes, place in reversed(moves):
+        x = lax.all_to_all(x, axes, split_axis=place, concat_axis=0, tiled=True)
     if copied:
         x = lax.all_gather(x, copied, axis=0, tiled=True, to="invarying")
     return x[:layers]

@@ -175,6 +175,17 @@ def test_a_mesh_that_the_devices_do_not_fill(run, size):
     )
 
 
+def test_a_sequence_that_the_devices_or_the_model_cannot_have(run):
+    assert run("sharding.sequence=3") == (
+        "sharding: data=1, fsdp=-1, sequence=3, tensor=1 does not fit 8 devices; the "
+        "product must be 8"
+    )
+    assert run("sharding.sequence=2", "trainer.attention=splash") == (
+        "attention='splash' cannot be: it is for TPUs, and the devices are of platform "
+        "cpu; use auto or tiles"
+    )
+
+
 def test_a_mesh_that_does_not_divide_the_model(run):
     assert run("sharding.tensor=8", "sharding.fsdp=1") == (
         "sharding: tensor=8 does not divide the model's num_attention_heads=4; use a "

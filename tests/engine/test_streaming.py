@@ -30,7 +30,7 @@ config:
 @pytest.fixture
 def run_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(inputs, "make_mesh", lambda *sizes: one_device())
+    monkeypatch.setattr(inputs, "make_mesh", lambda *sizes, **more: one_device())
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
 
     def write(buffer: int = 1) -> str:

@@ -1,5 +1,6 @@
 """Small seeded decoders, the same on every mesh; and how tests compare arrays."""
 
+import math
 import zlib
 
 import jax
@@ -28,6 +29,13 @@ CONFIGS = {
 
 def one_device():
     return make_mesh(1, 1, 1, jax.devices()[:1])
+
+
+def mesh_of(sizes):
+    """A mesh of (data, fsdp, tensor), or (data, fsdp, tensor, sequence)."""
+    data, fsdp, tensor, *sequence = sizes
+    devices = jax.devices()[: math.prod(sizes)]
+    return make_mesh(data, fsdp, tensor, devices, sequence=math.prod(sequence))
 
 
 def tiny_config(model_type, **changes):

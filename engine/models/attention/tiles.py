@@ -11,6 +11,7 @@ arXiv:2205.14135, algorithm 4 (its backward pass).
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from engine.models.attention.sight import Sight
+from engine.models.attention.sight import Grid, Sight
 from engine.parallel.batch import KeySpans
 from engine.parallel.collectives import zeros_like
 
@@ -31,7 +32,7 @@ _MASKED = float(jnp.finfo(jnp.float32).min)
 
 
 def attend(
-    query: Float[Array, "R S N H"],
+    query: Float[Array, "R Q N H"],
     key: Float[Array, "R S K H"],
     value: Float[Array, "R S K H"],
     *,
@@ -39,8 +40,9 @@ def attend(
     softcap: float | None = None,
     window: int | Int[Array, ""] | None = None,
     spans: KeySpans | None = None,
+    starts: Sequence[int | Int[Array, ""]] = (0,),
     tile: int = TILE,
-) -> Float[Array, "R S N H"]:
+) -> Float[Array, "R Q N H"]:
     """softmax(cap(scale * q . k)) v over the keys that each query sees.
 
     Scores and softmax are float32.
@@ -50,24 +52,31 @@ def attend(
             up to it.
         spans: the keys of each query's sequence; None: all of its row up to it. Rows
             are padded on the right, so causality alone hides padding there.
+        starts: queries are so many runs of a row, of equal lengths, which begin there
+            in it; keys are whole rows.
     """
-    length, kv_heads = query.shape[1], key.shape[2]
+    rows, runs, kv_heads = query.shape[0], len(starts), key.shape[2]
+    length = query.shape[1] // runs
     count = -(-length // tile)
     size = -(-length // count)
-    pad = ((0, 0), (0, count * size - length), (0, 0), (0, 0))
+    grid = Grid(runs * count, -(-key.shape[1] // size), size)
 
-    def tiled(x: Array) -> Array:
-        """[tiles, R, K, .., s, H]"""
-        x = jnp.pad(x, pad).reshape(x.shape[0], count, size, kv_heads, -1, x.shape[3])
+    def tiled(x: Array, runs: int) -> Array:
+        """[tiles, R, K, .., s, H], the last of each run padded."""
+        x = x.reshape(rows, runs, -1, *x.shape[2:])
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % size), (0, 0), (0, 0)))
+        x = x.reshape(rows, -1, size, kv_heads, x.shape[3] // kv_heads, x.shape[4])
         return x.transpose(1, 0, 3, 4, 2, 5)
 
-    sight = Sight.of(spans, window, count, size)
-    keys = tiled(key)[:, :, :, 0], tiled(value)[:, :, :, 0]
+    sight = Sight.of(spans, window, grid, starts)
+    keys = (tiled(x, 1)[:, :, :, 0] for x in (key, value))
+    scores_of = _Scores(scale, softcap, grid)
     # By this name `planning.hlo` knows its loops, whose lengths are in the data.
     with jax.named_scope(SCOPE):
-        out: Any = _attend(_Scores(scale, softcap), tiled(query), *keys, sight)
+        out: Any = _attend(scores_of, tiled(query, runs), *keys, sight)
     out = out.transpose(1, 0, 4, 2, 3, 5)
-    return out.reshape(query.shape[0], count * size, *query.shape[2:])[:, :length]
+    out = out.reshape(rows, runs, count * size, *query.shape[2:])[:, :, :length]
+    return out.reshape(query.shape)
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,7 @@ class _Scores:
 
     scale: float
     softcap: float | None
+    grid: Grid
 
     def __call__(
         self,
@@ -93,7 +103,7 @@ class _Scores:
             bent = jnp.tanh(scores / self.softcap)
             scores = self.softcap * bent
             slope = self.scale * (1 - jnp.square(bent))
-        seen = sight.seen(*tiles, query.shape[3])
+        seen = sight.seen(*tiles, self.grid)
         return jnp.where(seen[:, None, None], scores, _MASKED), slope
 
 
@@ -101,8 +111,8 @@ class _Scores:
 def _attend(
     scores_of: _Scores,
     query: Float[Array, "n R K G s H"],
-    key: Float[Array, "n R K t H"],
-    value: Float[Array, "n R K t H"],
+    key: Float[Array, "m R K t H"],
+    value: Float[Array, "m R K t H"],
     sight: Sight,
 ) -> Float[Array, "n R K G s H"]:
     return _forward(scores_of, query, key, value, sight)[0]
@@ -132,7 +142,10 @@ def _forward(
         out = zeros_like(query).astype(jnp.float32)
         total = out[..., 0]
         most, total, out = lax.fori_loop(
-            sight.first[number], number + 1, add, (total + _MASKED, total, out)
+            sight.first[number],
+            sight.end(number, scores_of.grid),
+            add,
+            (total + _MASKED, total, out),
         )
         return (out / total[..., None]).astype(query.dtype), most + jnp.log(total)
 
@@ -172,9 +185,8 @@ def _backward(
             )
 
         start = zeros_like(query).astype(jnp.float32), *carry
-        dquery, dkey, dvalue = lax.fori_loop(
-            sight.first[number], number + 1, add, start
-        )
+        end = sight.end(number, scores_of.grid)
+        dquery, dkey, dvalue = lax.fori_loop(sight.first[number], end, add, start)
         return (dkey, dvalue), dquery.astype(dtype)
 
     numbers = jnp.arange(query.shape[0], dtype=jnp.int32)

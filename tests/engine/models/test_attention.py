@@ -114,6 +114,41 @@ def test_attention_in_tiles_is_attention(tile, softcap, window, arrangement):
         assert relative(a, b) < 1e-5
 
 
+def test_runs_of_a_row_see_what_the_whole_row_sees():
+    """Two runs, whose last tiles are not full: with gradients, and no later keys."""
+    starts, size = (7, 21), 7
+    rows = np.concatenate([np.arange(x, x + size) for x in starts])
+    query, key, value = (jnp.asarray(x, jnp.float32) for x in inputs())
+    for name, window in (("padded", None), ("packed", None), ("shared", 5)):
+        spans = SPANS[name] and KeySpans(*map(jnp.asarray, SPANS[name]))
+        options = {"scale": 0.5, "softcap": 2.0, "window": window, "tile": 4}
+
+        def whole(query, key, value, spans=spans, options=options):
+            return attend(query, key, value, spans=spans, **options)[:, rows]
+
+        def runs(query, key, value, spans=spans, options=options):
+            own = spans and KeySpans(*(x[:, rows] for x in spans))
+            where = {"spans": own, "starts": tuple(map(jnp.int32, starts))}
+            return attend(query[:, rows], key, value, **where, **options)
+
+        def with_gradient(function, *args):
+            def scalar(*args):
+                out = function(*args)
+                return jnp.sum(jnp.sin(3 * out)), out
+
+            return jax.jit(jax.grad(scalar, (0, 1, 2), has_aux=True))(*args)
+
+        got = with_gradient(runs, query, key, value)
+        want = with_gradient(whole, query, key, value)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert relative(a, b) < 1e-5
+        # Later keys, some of them in the tile of a run's own, some in another run.
+        out = jax.jit(runs)(query, key.at[:, 14:21].set(jnp.nan), value)
+        assert np.isfinite(out[:, :size]).all() and np.isnan(out[:, size:]).any()
+        out = jax.jit(runs)(query, key.at[:, 28:].set(jnp.nan), value)
+        assert np.isfinite(out).all()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_in_few_digits_it_is_as_good_as_plain_attention(dtype):
     args = [jnp.asarray(x, dtype) for x in inputs()]

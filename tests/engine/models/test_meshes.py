@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec as P
 from engine.models import abstract_model, decoder
 from engine.models.decoder import REMAT
 from engine.parallel.sharding import (
+    AXES,
     BATCH,
-    DATA,
-    FSDP,
-    TENSOR,
+    SPLIT,
+    TOKENS,
     VOCAB,
     make_mesh,
     param_specs,
@@ -43,7 +43,7 @@ def loss_and_grads(model, tokens, early_sum):
     def missing(leaf):
         return tuple(
             axis
-            for axis in BATCH
+            for axis in TOKENS
             if axis not in jax.typeof(leaf).manual_axis_type.varying
         )
 
@@ -54,14 +54,14 @@ def loss_and_grads(model, tokens, early_sum):
         local = nnx.merge(graphdef, state)
         hidden = local(tokens).astype(jnp.float32)
         head = local.head_weight().astype(jnp.float32)
-        rows = lax.all_gather(hidden, FSDP, axis=0, tiled=True)
+        rows = lax.all_gather(hidden, SPLIT, axis=0, tiled=True)
         logits = jnp.einsum("RSD,VD->RSV", rows, head)
         shard = lax.axis_index(VOCAB)
         ids = shard * head.shape[0] + jnp.arange(head.shape[0])
         slope = (1 + ids % 7).astype(jnp.float32)
         scored = jnp.sin(logits * slope[None, None, :])
         scored = jnp.where((ids < vocab)[None, None, :], scored, 0.0)
-        return lax.psum(scored.sum(), (DATA, FSDP, TENSOR))
+        return lax.psum(scored.sum(), AXES)
 
     def shard(state, tokens):
         axes = [missing(leaf) for leaf in jax.tree.leaves(state)]
@@ -143,7 +143,7 @@ def stacked_by_backward(remat):
     def shard(state, tokens):
         def loss(state):
             hidden = nnx.merge(graphdef, state)(tokens)
-            return lax.psum(hidden.astype(jnp.float32).sum(), BATCH)
+            return lax.psum(hidden.astype(jnp.float32).sum(), TOKENS)
 
         return jax.grad(loss)(state)
 

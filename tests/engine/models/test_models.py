@@ -14,6 +14,7 @@ from engine.models.architecture import Origin
 from engine.models.generate import full_logits, greedy_generate
 from engine.parallel.sharding import check_mesh, make_mesh, padded_vocab
 from tests.engine.tiny_models import (
+    mesh_of,
     one_device,
     random_tokens,
     relative,
@@ -68,7 +69,8 @@ def test_bfloat16_is_close_to_float32_and_not_the_same():
 
 
 def test_greedy_generation_takes_the_likeliest_token_until_the_end(monkeypatch):
-    model = tiny_model(tiny_config("qwen3"), make_mesh(2, 2, 2))
+    model = tiny_model(tiny_config("qwen3"), mesh_of((2, 1, 2, 2)))
+    alone = tiny_model(tiny_config("qwen3"), one_device())
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5], [1]]
     want = []
     for prompt in prompts:
@@ -76,7 +78,7 @@ def test_greedy_generation_takes_the_likeliest_token_until_the_end(monkeypatch):
         for _ in range(6):
             padded = np.zeros((1, 16), np.int32)
             padded[0, : len(text)] = text
-            logits = full_logits(model, jnp.asarray(padded))
+            logits = full_logits(alone, jnp.asarray(padded))
             text.append(int(jnp.argmax(logits[0, len(text) - 1])))
         want.append(text[len(prompt) :])
     assert greedy_generate(model, prompts, 6, None) == want
@@ -114,6 +116,10 @@ def test_random_weights_are_the_same_on_every_mesh():
         ({"tensor": 3, "devices": 3}, "tensor=3 does not divide.*attention_heads=8"),
         ({"fsdp": 5, "devices": 5}, "fsdp=5 does not divide.*hidden_size=32"),
         ({"data": 3}, "data=3, fsdp=-1, tensor=1 does not fit 8 devices"),
+        (
+            {"fsdp": 2, "sequence": 3, "devices": 6},
+            r"fsdp \* sequence=6 does not divide.*hidden_size=32",
+        ),
         ({"data": -1}, "at most one of them -1"),
         ({"tensor": 0}, "must be positive"),
     ],

@@ -91,3 +91,6 @@ def test_which_one_a_run_has():
         attention.choose("splash", "tpu", shared)
     with pytest.raises(InputError, match="for TPUs, and the devices are of .* cpu"):
         attention.choose("splash", "cpu", PADDED)
+    assert attention.choose("auto", "tpu", PADDED, sequence=2) == "tiles"
+    with pytest.raises(InputError, match=r"whole rows \(sharding.sequence=2\); use"):
+        attention.choose("splash", "tpu", PADDED, sequence=2)

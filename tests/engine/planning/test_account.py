@@ -6,6 +6,7 @@ import pytest
 
 from engine.config.lora import LoraConfig
 from engine.config.run import ShardingConfig
+from engine.parallel.sharding import AXES
 from engine.planning.account import as_json, held_by, needed, take_account
 from engine.planning.report import report, verdict
 from engine.planning.targets import Target, parse_target
@@ -76,10 +77,8 @@ def test_references_are_those_of_training(tmp_path):
 
 def test_parameters_are_split_over_fsdp_and_tensor(tmp_path):
     whole = held_by(tiny_step(tiny_run(tmp_path))).parameters
-    for sizes, parts in (((1, 2, 2), 4), ((4, 1, 1), 1)):
-        sharding = ShardingConfig(
-            **dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
-        )
+    for sizes, parts in (((1, 2, 1, 2), 4), ((4, 1, 1, 1), 1), ((1, 2, 2, 1), 4)):
+        sharding = ShardingConfig(**dict(zip(AXES, sizes, strict=True)))
         step = tiny_step(tiny_run(tmp_path, sharding=sharding), "cpu:4")
         assert whole / parts <= held_by(step).parameters <= whole / parts + 4000
 

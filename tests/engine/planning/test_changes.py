@@ -78,6 +78,20 @@ def test_where_none_serves_by_itself_they_are_put_together(tmp_path):
     )
 
 
+def test_rows_go_over_several_devices_where_one_has_no_memory_for_a_pair(tmp_path):
+    """In as many more microbatches; what else was tried stays."""
+
+    def peak(run, pairs):
+        return 300 * pairs / run.sharding.sequence
+
+    [overrides] = found(run_of(tmp_path), FakePlanner(peak))
+    assert overrides == (
+        *("sharding.data=1", "sharding.fsdp=1", "sharding.tensor=1"),
+        "trainer.precompute_ref_log_probs=true",
+        *("trainer.gradient_accumulation_steps=32", "sharding.sequence=4"),
+    )
+
+
 def test_rows_are_arranged_otherwise_where_that_makes_the_batch_smaller(tmp_path):
     def share(arguments):
         return (0.5 if arguments.share_prompt else 1) * (

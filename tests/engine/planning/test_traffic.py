@@ -4,9 +4,10 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from engine.parallel.sharding import make_mesh
+from engine.parallel.sharding import SPLIT, make_mesh
 from engine.planning.hlo import parse
 from engine.planning.traffic import axes_of, traffic_of
+from tests.engine.tiny_models import mesh_of
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 
@@ -43,6 +44,21 @@ def test_each_collective_has_its_axes_calls_and_bytes():
         row // 2,
         3 * row // 4,
     )
+
+
+def test_axes_that_are_gathered_over_together_are_named_together():
+    mesh = mesh_of((1, 2, 2, 2))
+    step = jax.shard_map(
+        lambda x: lax.all_gather(x, SPLIT, axis=0, tiled=True),
+        mesh=mesh,
+        in_specs=P(SPLIT, "tensor"),
+        out_specs=P(SPLIT, "tensor"),
+    )
+    lowered = jax.jit(step).lower(jax.ShapeDtypeStruct((8, 16), jnp.float32))
+    text = lowered.compile().as_text()
+    assert text
+    (one,) = traffic_of(parse(text), mesh.shape).collectives
+    assert (one.axes, one.group) == (("fsdp", "sequence"), 4)
 
 
 def test_what_is_along_axes_of_length_one_is_no_communication():

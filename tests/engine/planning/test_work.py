@@ -7,6 +7,7 @@ P: weights of a layer's projections, of which the backward pass needs no second 
 import pytest
 
 from engine.config.lora import LoraConfig
+from engine.config.run import ShardingConfig
 from engine.planning.targets import parse_target
 from engine.planning.work import work_of
 from tests.engine.planning.runs import MODEL, tiny_run, tiny_step
@@ -101,6 +102,15 @@ def test_attention_goes_over_the_tiles_that_causality_leaves(tmp_path):
     """Of 384 tokens, three tiles: 6 of 9."""
     found = flops(tiny_run(tmp_path, max_length=384))
     assert found["attention", "forward"] == 4 * L * R * 384 * 384 * Q * 6 // 9
+
+
+def test_rows_over_two_devices_are_half_the_work_of_each(tmp_path):
+    """Four pieces of 16 tokens, a tile each: 1 + 4 and 2 + 3 of 16."""
+    run = tiny_run(tmp_path, sharding=ShardingConfig(fsdp=1, sequence=2))
+    found = flops(run, "cpu:2")
+    assert 2 * found["projections", "backward"] == 2 * PROJECTIONS
+    assert 2 * found["attention", "forward"] == ATTENTION * 10 // 16
+    assert 2 * found["head", "recomputed"] == HEAD
 
 
 def test_attention_of_a_tpu_is_counted_in_its_kernels(tmp_path, monkeypatch):

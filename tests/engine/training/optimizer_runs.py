@@ -1,6 +1,5 @@
 """Updates of a small model's parameters by any optimizer, on any mesh."""
 
-import math
 from typing import Any
 
 import jax
@@ -9,10 +8,10 @@ import numpy as np
 from flax import nnx
 
 from engine.config.dpo import DPOConfig
-from engine.parallel.sharding import make_mesh, place, stored_shape
+from engine.parallel.sharding import place, stored_shape
 from engine.training.optimizer import make_optimizer
 from engine.training.step import opt_state_specs, split_model, split_specs
-from tests.engine.tiny_models import tiny_config, tiny_model, vocab_rows
+from tests.engine.tiny_models import mesh_of, tiny_config, tiny_model, vocab_rows
 
 # Biases, norms and untied head, a vocabulary (101) that every mesh pads.
 CONFIG = tiny_config("qwen3")
@@ -55,7 +54,7 @@ def gradients(model, step):
 
 def moved(config, sizes):
     """The parameters after two updates on a mesh, and the state's arrays."""
-    mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+    mesh = mesh_of(sizes)
     model = tiny_model(CONFIG, mesh)
     params, specs = split_model(model)[1], split_specs(model)[0]
     optimizer = make_optimizer(config, CONFIG, mesh, STEPS)

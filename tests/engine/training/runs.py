@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import AutoTokenizer
 from engine import DPOConfig, DPOTrainer, LoraConfig, load_model
 from engine.parallel.sharding import make_mesh
 from engine.training.events import Listener
+from tests.engine.tiny_models import mesh_of
 from tests.json_lines import read_lines
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "trl" / "text"
@@ -39,11 +39,10 @@ def make_trainer(
     lora: LoraConfig | None = None,
     listeners: tuple[Listener, ...] = (),
     dtype: str = "float32",
-    sizes: tuple[int, int, int] = (1, 1, 1),
+    sizes: tuple[int, ...] = (1, 1, 1),
     **settings,
 ) -> DPOTrainer:
-    devices = jax.devices()[: math.prod(sizes)]
-    mesh = make_mesh(*sizes, devices=devices)
+    mesh = mesh_of(sizes)
     defaults = {"total_batch_size": 4, "learning_rate": 1e-3, "log_steps": 2}
     if evaluate and eval_dataset is None:
         eval_dataset = SHORT[:6]

@@ -15,7 +15,6 @@ from engine.data.layouts import Layout
 from engine.data.tokenization import PairTokens, ragged_arange
 from engine.models import Decoder, init_model, parse_hf_config
 from engine.parallel.batch import put_batch
-from engine.parallel.sharding import make_mesh
 from engine.training.metrics import means
 from engine.training.optimizer import make_optimizer
 from engine.training.prepare import loss_options, step_options
@@ -26,6 +25,7 @@ from engine.training.step import (
     make_train_step,
     split_model,
 )
+from tests.engine.tiny_models import mesh_of
 from tests.engine.training.collective_order import unordered
 
 # An odd vocabulary, padded on every mesh; one kv head for every four devices' heads.
@@ -97,10 +97,9 @@ def prompted_pairs(count: int, seed: int = 0) -> PairTokens:
     )
 
 
-def model_on(sizes: tuple[int, int, int], seed: int = 0, **kwargs) -> Decoder:
-    mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+def model_on(sizes: tuple[int, ...], seed: int = 0, **kwargs) -> Decoder:
     kwargs = {"dtype": "float32"} | kwargs
-    return init_model(CONFIG, mesh=mesh, seed=seed, **kwargs)
+    return init_model(CONFIG, mesh=mesh_of(sizes), seed=seed, **kwargs)
 
 
 class Ran(NamedTuple):

@@ -24,7 +24,7 @@ def run(tmp_path, monkeypatch, capsys):
     Its arrays are none of a model's: only a run that goes on reads them.
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(inputs, "make_mesh", lambda *sizes: one_device())
+    monkeypatch.setattr(inputs, "make_mesh", lambda *sizes, **more: one_device())
 
     def no_weights(*_):
         raise AssertionError("weights were loaded")

@@ -21,7 +21,7 @@ def test_pair_by_pair_the_means_are_those_of_training(tmp_path):
     trainer = make_trainer(
         tmp_path,
         eval_dataset=rows,
-        sizes=(2, 2, 1),
+        sizes=(2, 1, 1, 2),
         loss_type=("sigmoid", "aot"),
         max_training_steps=2,
     )

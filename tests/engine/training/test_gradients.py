@@ -50,7 +50,7 @@ def test_a_whole_batch_loss_is_that_of_the_whole_batch(whole_batch_loss):
     losses = {"loss_type": ("hinge", "sft"), "loss_weights": (1.0, 0.3)}
     options = {"steps": 1, "pairs": pairs, "ld_alpha": 0.5} | losses
     want = run((1, 1, 1), **options)
-    assert_same(run((2, 2, 1), gradient_accumulation_steps=4, **options), want)
+    assert_same(run((2, 2, 1, 2), gradient_accumulation_steps=4, **options), want)
     # Pair by pair, each is alone with itself: the margin's mean would be another.
     assert want.lines[0]["centre"] == pytest.approx(
         want.lines[0]["rewards/margins"] / 0.2, rel=1e-5

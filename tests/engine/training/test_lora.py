@@ -106,10 +106,11 @@ def lora_run(
     return Ran(lines, 16, params), first
 
 
-def test_meshes_and_arrangements_agree_with_dropout():
+@pytest.mark.parametrize("sizes", [(1, 2, 4), (1, 2, 2, 2)], ids=str)
+def test_meshes_and_arrangements_agree_with_dropout(sizes):
     """Of muon, which takes the factors of one layer on one device at a time."""
     want, _ = lora_run((1, 1, 1), 0.25, optimizer="muon")
-    got, _ = lora_run((1, 2, 4), 0.25, accumulation=2, optimizer="muon", packed=True)
+    got, _ = lora_run(sizes, 0.25, accumulation=2, optimizer="muon", packed=True)
     assert_same(got, want)
 
 

@@ -105,6 +105,8 @@ def test_muon_is_that_of_optax():
 MESHES = [
     *((name, (2, 2, 1)) for name in KINDS),
     *((name, (1, 2, 2)) for name in KINDS),
+    # Matrices over two axes at once.
+    ("muon", (1, 2, 1, 2)),
     # Two kv heads for four devices, which so hold whole copies of them.
     ("adafactor", (1, 1, 4)),
     ("muon", (1, 1, 4)),

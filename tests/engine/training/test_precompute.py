@@ -14,7 +14,7 @@ from engine import load_model
 from engine.cli import main
 from engine.data.logps_cache import StoredLogps
 from engine.errors import InputError
-from engine.parallel.sharding import make_mesh
+from tests.engine.tiny_models import mesh_of
 from tests.engine.training.runs import FIXTURE, ROWS, make_trainer
 from tests.json_lines import read_lines
 
@@ -29,8 +29,7 @@ def own_cache(tmp_path, monkeypatch):
 
 def another_model(sizes):
     """A reference that is not the policy."""
-    mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
-    model = load_model(FIXTURE / "model", mesh=mesh, dtype="float32")
+    model = load_model(FIXTURE / "model", mesh=mesh_of(sizes), dtype="float32")
     scaled = jax.tree.map(lambda x: x * jnp.float32(1.05), nnx.state(model))
     nnx.update(model, scaled)
     return model
@@ -57,7 +56,7 @@ def model_bytes(model):
 
 def test_it_gives_what_a_live_reference_gives_and_takes_no_memory(tmp_path):
     """Under accumulation, with a last batch that padding fills, and an evaluation."""
-    sizes = (1, 2, 1)
+    sizes = (1, 2, 1, 2)
     options = {
         "total_batch_size": 8,
         "gradient_accumulation_steps": 2,

@@ -126,7 +126,7 @@ def test_a_signal_to_one_process_stops_all_at_one_checkpoint(folder, runs):
 
 def test_one_process_of_another_mesh_goes_on_with_what_two_began(folder, runs, alone):
     assert runs["stopped"]["codes"] == [143, 143]
-    sizes = "sharding.data=2", "sharding.fsdp=2", "sharding.tensor=2"
+    sizes = (f"sharding.{x}=2" for x in ("data", "tensor", "sequence"))
     assert_same_run(train(folder, "stopped", *sizes), alone)
 
 
