@@ -23,7 +23,7 @@ EXTRAS = {
 # Comes with a declared package, in the version that goes with it.
 COMES_WITH = {"jaxlib": "jax", "ml_dtypes": "jax", "tokenizers": "transformers"}
 # A peer that whoever compares with it installs.
-ELSEWHERE = {"tokamax"}
+ELSEWHERE = {"tokamax", "trl"}
 
 
 def names(requirements: list[str]) -> set[str]:

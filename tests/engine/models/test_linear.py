@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from engine.models.init import abstract_model
 from engine.models.linear import gathered
-from engine.parallel.sharding import BATCH, make_mesh, param_specs
+from engine.parallel.sharding import BATCH, SPLIT, make_mesh, param_specs
 from tests.engine.tiny_models import random_tokens, tiny_config
 
 
@@ -38,7 +38,7 @@ def test_gradients_are_added_up_in_the_dtype_that_was_asked_for():
             assert whole.dtype == jnp.bfloat16 and whole.shape == (16, 64)
             return pullback(part[0])[0]
 
-        specs = P(None, "fsdp"), P("fsdp")
+        specs = P(None, SPLIT), P(SPLIT)
         run = jax.shard_map(pull, mesh=mesh, in_specs=specs, out_specs=specs[0])
         got = jax.jit(run)(weight, parts)
         assert got.dtype == jnp.float32
