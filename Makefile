@@ -36,7 +36,7 @@ help:
 demo: $(VENV)/.run
 	$(PY) examples/demo/run.py
 
-# A worker a core, and about 1.5 GB a worker. Each starts with neighbouring tests, which
+# A worker a core, and up to 4 GB a worker. Each starts with neighbouring tests, which
 # share what they set up, and takes from the others what these have not begun.
 WORKERS ?= auto
 PYTEST := $(PY) -m pytest -q -n $(WORKERS) --maxprocesses=8 --dist=worksteal

@@ -48,6 +48,7 @@ OPTIONS = (
         trainer={"mu_dtype": "bfloat16", "nu_dtype": "bfloat16"},
     ),
     Option(name="8bit moments", trainer={"mu_dtype": "8bit", "nu_dtype": "8bit"}),
+    Option(name="layers' inputs in the host's memory", model={"remat": "offload"}),
     Option(name="gradients added up in float32", model={"reduce_dtype": "float32"}),
 )
 
