@@ -49,7 +49,6 @@ from bench.step.plan_check import operands_of
 from engine.config.dpo import DPOConfig
 from engine.config.run import MixtureConfig, ModelConfig, RunConfig, SourceConfig
 from engine.models import init_model
-from engine.models.decoder import REMAT
 from engine.parallel.sharding import make_mesh
 from engine.planning.devices import devices_of
 from engine.planning.models import model_configs
@@ -64,6 +63,7 @@ from engine.planning.work import (
     RECOMPUTED,
 )
 
+REMATS = ("none", "dots", "full")
 MODEL = {
     "model_type": "llama",
     "vocab_size": 49152,
@@ -144,7 +144,7 @@ def measure(pairs: int, length: int) -> list[rows.Row]:
     add_times(add, attention_seconds(config, sequences, length), ATTENTION, floor)
     add_times(add, head_seconds(config, step.shape[1]), HEAD, floor)
     tokens = jnp.zeros((sequences, length), jnp.int32)
-    for remat in REMAT:
+    for remat in REMATS:
         model = init_model(config, mesh=mesh, dtype="float32", remat=remat)
         add_times(add, layers_seconds(model, tokens), f"layers, remat {remat}", {})
         del model
@@ -152,7 +152,7 @@ def measure(pairs: int, length: int) -> list[rows.Row]:
         init_model(config, mesh=mesh, dtype="float32"), step.run.arguments
     )
     add("optimizer", "update", seconds, floor_ms=1e3 * least)
-    for remat in REMAT:
+    for remat in REMATS:
         with tempfile.TemporaryDirectory() as folder:
             other = step_of(pairs, length, remat, folder)
         seconds, compiling, temporaries = step_seconds(other)

@@ -15,7 +15,7 @@ from dpo_kernels import token_logprobs
 from engine.config.dpo import DPOConfig
 from engine.models import Decoder
 from engine.models.attention import tiles
-from engine.parallel.sharding import BATCH
+from engine.parallel.sharding import BATCH, SEQUENCE, TOKENS
 from engine.planning.steps import Step
 from engine.planning.work import (
     ATTENTION,
@@ -115,7 +115,7 @@ def layers_seconds(model: Decoder, tokens: jax.Array) -> tuple[float, float]:
     def gradient(params: Any, frozen: Any, tokens: Any) -> Any:
         def total(params: Any) -> Any:
             hidden = forward(params, frozen, tokens)
-            return jax.lax.psum(jnp.square(hidden).sum(), BATCH)
+            return jax.lax.psum(jnp.square(hidden).sum(), TOKENS)
 
         return jax.grad(total)(params)
 
@@ -128,7 +128,7 @@ def layers_seconds(model: Decoder, tokens: jax.Array) -> tuple[float, float]:
         )
         return seconds_of(jax.jit(sharded), params, frozen, tokens)
 
-    return seconds(forward, P(BATCH, None, None)), seconds(gradient, specs)
+    return seconds(forward, P(BATCH, SEQUENCE, None)), seconds(gradient, specs)
 
 
 def attention_seconds(config: Any, sequences: int, length: int) -> tuple[float, float]:

@@ -12,6 +12,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _HEAD = 4096  # bytes of a file in which that is found
 _GIB = 2**30
 _WAY_OUT = "give another file with --plot"
+_TOP = 4  # times the highest peak, up to which the capacity is drawn
 
 
 def check_plot(path: Path) -> None:
@@ -36,7 +37,8 @@ def check_plot(path: Path) -> None:
 def plot_sweep(path: Path, title: str, points: list[Point], capacity: int) -> None:
     """Tokens a second and peak memory over the batch size, a line for each mesh.
 
-    What does not fit is a hollow mark. Of the time both ends are drawn.
+    What does not fit is a hollow mark. Of the time both ends are drawn; where none is
+    predicted, as for CPUs, memory alone is.
 
     Raises:
         InputError: it cannot be written.
@@ -47,17 +49,25 @@ def plot_sweep(path: Path, title: str, points: list[Point], capacity: int) -> No
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"font.size": 10, "axes.grid": True, "grid.alpha": 0.3}):
-        figure = Figure(figsize=(12, 5.5), layout="constrained")
+        accounts = [x.account for x in points if x.account is not None]
+        panels = 2 if any(x.times for x in accounts) else 1
+        figure = Figure(figsize=(6 * panels, 5.5), layout="constrained")
         FigureCanvasAgg(figure)
         figure.suptitle(title, parse_math=False)
-        speed, memory = figure.subplots(1, 2)
+        *speeds, memory = figure.subplots(1, panels, squeeze=False)[0]
         for index, name in enumerate(dict.fromkeys(point.name for point in points)):
             some = [x for x in points if x.name == name and x.account is not None]
             colour = f"C{index % 10}"
             _draw_memory(memory, name, some, colour)
-            _draw_speed(speed, name, some, colour)
-        memory.axhline(capacity / _GIB, color="black", ls="--", label="what there is")
-        _finish(speed, "tokens/s, predicted: all overlaps, or nothing")
+            for speed in speeds:
+                _draw_speed(speed, name, some, colour)
+        label = f"what there is: {capacity / _GIB:.1f} GiB"
+        if capacity <= _TOP * max((x.peak or 0 for x in accounts), default=0):
+            memory.axhline(capacity / _GIB, color="black", ls="--", label=label)
+        else:  # far above: in its scale the others would lie on the floor
+            memory.plot([], [], color="none", label=label)
+        for speed in speeds:
+            _finish(speed, "tokens/s, predicted: all overlaps, or nothing")
         _finish(memory, "peak GiB of a device")
         with stage(f"{path}: the plot cannot be written", _WAY_OUT):
             path.parent.mkdir(parents=True, exist_ok=True)
