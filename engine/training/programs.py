@@ -135,7 +135,7 @@ class Programs:
         """The train step that recomputes no more than the devices' memory demands.
 
         Where devices do not say what they have, as CPUs, it recomputes all: there, what
-        is kept costs more time to move than it saves.
+        is kept costs as much time to move as it saves.
         """
         platform = self._run.mesh.devices.flat[0].platform
         limit = limit_bytes(self._run.mesh)
