@@ -4,10 +4,23 @@ import math
 import zlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax import lax
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import PartitionSpec as P
 
-from engine.models import Decoder, parse_hf_config
-from engine.parallel.sharding import make_mesh, parameter_spec, place, stored_shape
+from engine.models import Decoder, abstract_model, parse_hf_config
+from engine.parallel.sharding import (
+    BATCH,
+    TOKENS,
+    make_mesh,
+    param_specs,
+    parameter_spec,
+    place,
+    stored_shape,
+)
 
 TINY = {
     "vocab_size": 101,  # no mesh divides it
@@ -55,6 +68,32 @@ def tiny_model(config, mesh, **options):
         sharding = place(parameter_spec(one, config, mesh), mesh)
         arrays[path] = jax.device_put(whole, sharding)
     return Decoder(config, arrays, mesh=mesh, **{"dtype": "float32"} | options)
+
+
+def gradient_equations(**options):
+    """The equations, at any depth, of the gradient of a model on eight devices."""
+    mesh = make_mesh(1, 8, 1)
+    model = abstract_model(tiny_config("qwen3"), mesh=mesh, **options)
+    graphdef, state = nnx.split(model, nnx.Param)
+    specs = param_specs(model.config, mesh)
+
+    def shard(state, tokens):
+        def loss(state):
+            hidden = nnx.merge(graphdef, state)(tokens)
+            return lax.psum(hidden.astype(jnp.float32).sum(), TOKENS)
+
+        return jax.grad(loss)(state)
+
+    run = jax.shard_map(shard, mesh=mesh, in_specs=(specs, P(BATCH)), out_specs=specs)
+    jaxpr = jax.make_jaxpr(run)(state, jnp.asarray(random_tokens(8, 16)))
+    yield from _equations(jaxpr.jaxpr)
+
+
+def _equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from _equations(inner)
 
 
 def relative(got, want):

@@ -5,15 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax import lax
-from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec as P
 
-from engine.models.init import abstract_model
 from engine.models.linear import gathered
-from engine.parallel.sharding import BATCH, SPLIT, make_mesh, param_specs
-from tests.engine.tiny_models import random_tokens, tiny_config
+from engine.parallel.sharding import SPLIT, make_mesh
+from tests.engine.tiny_models import gradient_equations
 
 
 def test_gradients_are_added_up_in_the_dtype_that_was_asked_for():
@@ -49,30 +45,9 @@ def test_gradients_are_added_up_in_the_dtype_that_was_asked_for():
 
 def reductions(**options):
     """The dtypes in which a model's gradients of matrices are reduce-scattered."""
-    mesh = make_mesh(1, 8, 1)
-    model = abstract_model(tiny_config("qwen3"), mesh=mesh, **options)
-    graphdef, state = nnx.split(model, nnx.Param)
-    specs = param_specs(model.config, mesh)
-
-    def shard(state, tokens):
-        def loss(state):
-            hidden = nnx.merge(graphdef, state)(tokens)
-            return lax.psum(hidden.astype(jnp.float32).sum(), BATCH)
-
-        return jax.grad(loss)(state)
-
-    run = jax.shard_map(shard, mesh=mesh, in_specs=(specs, P(BATCH)), out_specs=specs)
-    found = set()
-
-    def look(jaxpr):
-        for eqn in jaxpr.eqns:
-            if eqn.primitive.name == "reduce_scatter" and eqn.outvars[0].aval.ndim == 2:
-                found.add(eqn.outvars[0].aval.dtype.name)
-            for inner in jaxprs_in_params(eqn.params):
-                look(inner)
-
-    look(jax.make_jaxpr(run)(state, jnp.asarray(random_tokens(8, 16))).jaxpr)
-    return found
+    equations = gradient_equations(**options)
+    sums = (x.outvars[0] for x in equations if x.primitive.name == "reduce_scatter")
+    return {x.aval.dtype.name for x in sums if x.aval.ndim == 2}
 
 
 def test_a_models_gradients_are_added_up_in_its_reduce_dtype():
