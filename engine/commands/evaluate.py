@@ -21,7 +21,6 @@ from engine.models.checkpoint import ADAPTER_CONFIG, CONFIG
 from engine.models.tokenizer import load_tokenizer
 from engine.objective.references import Cached
 from engine.parallel import processes
-from engine.parallel.sharding import make_mesh
 from engine.paths import as_path
 from engine.training.checks import check_models, check_op
 from engine.training.compilation import keep_programs
@@ -47,8 +46,7 @@ def main(run: RunConfig, options: EvaluateOptions) -> None:
     output = as_path(options.output or _default_output(run))
     _check_given(run, options, source)
     keep_programs()
-    sizes = run.sharding
-    mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor, sequence=sizes.sequence)
+    mesh = run.sharding.mesh()
     # The tokens are those that training made.
     mixtures = {EVAL: run.eval_mixture} | ({"": run.mixture} if options.train else {})
     with processes.first_goes_first():

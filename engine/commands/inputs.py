@@ -19,7 +19,6 @@ from engine.models import (
 )
 from engine.models.tokenizer import load_tokenizer
 from engine.parallel import processes
-from engine.parallel.sharding import make_mesh
 from engine.training.about import About, reference_words
 from engine.training.compilation import keep_programs
 from engine.training.lora import named_reference, with_lora
@@ -81,8 +80,7 @@ def prepare_run(run: RunConfig, data: RunData | None = None) -> Prepared:
     """
     check_destination(run)
     keep_programs()
-    sizes = run.sharding
-    mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor, sequence=sizes.sequence)
+    mesh = run.sharding.mesh()
     model = check_checkpoint(resolve_directory(run.model.name_or_path))
     reference = reference_of(run, model)
     model = with_lora(model, run.lora, run.model.name_or_path)

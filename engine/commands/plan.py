@@ -20,7 +20,6 @@ from engine.planning.models import model_configs, with_local_models
 from engine.planning.planner import Planner, SizesOf
 from engine.planning.plots import check_plot, plot_sweep
 from engine.planning.report import report, table, verdict
-from engine.planning.steps import mesh_of
 from engine.planning.sweep import Point, show, sweep
 from engine.planning.sweep import as_json as sweep_as_json
 from engine.training.compilation import keep_programs
@@ -53,7 +52,7 @@ def main(run: RunConfig, options: PlanOptions) -> int:
         jax.config.update("jax_enable_compilation_cache", False)
     devices = devices_of(target)
     run = with_local_models(run)
-    shapes = _shapes(run, options, mesh_of(run, devices))
+    shapes = _shapes(run, options, run.sharding.mesh(devices))
     planner = Planner(
         target=target,
         devices=devices,

@@ -1,9 +1,12 @@
 """A run: which model, which data, which devices, which options, and what to do."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from jax.sharding import Mesh
 
 from engine.config.columns import ColumnsConfig
 from engine.config.dpo import DPOConfig
@@ -12,6 +15,7 @@ from engine.config.lora import LoraConfig, check_dropout
 from engine.config.run_file import build, read_run_file
 from engine.config.streaming import check_streaming
 from engine.errors import InputError
+from engine.parallel.sharding import make_mesh
 from engine.paths import expand
 
 Dtype = Literal["bfloat16", "float32"]
@@ -156,6 +160,16 @@ class ShardingConfig:
             raise InputError(
                 f"{rest[1]}=-1 cannot be, as {rest[0]} is -1 (all the devices left) too"
             )
+
+    def mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
+        """The mesh of these sizes over `devices` (all by default).
+
+        Raises:
+            InputError: the sizes do not fit the devices.
+        """
+        return make_mesh(
+            self.data, self.fsdp, self.tensor, devices, sequence=self.sequence
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from engine.models.architecture import DecoderConfig
 from engine.models.attention import attend, choose
 from engine.models.dropout import Dropout, prefix_hashes
 from engine.models.linear import Linears
+from engine.models.remat import AUTO, BLOCK_OUT, LAYER_IN, REMAT, policy
 from engine.models.rope import rope_tables, rotate
 from engine.parallel.batch import PADDED, Arrangement, KeySpans
 from engine.parallel.row_parts import RowParts
@@ -28,12 +29,7 @@ from engine.parallel.sharding import (
     variable_type,
 )
 
-# From what keeps most to what keeps least; auto is for who compiles steps to replace.
-REMAT = ("none", "dots", "full", "offload")
-AUTO = "auto"
 DTYPES = ("bfloat16", "float16", "float32")
-_BLOCK_OUT = "block_out"
-_LAYER_IN = "layer_in"
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -53,37 +49,6 @@ def rms_norm(
     if plus_one:
         return (normed * (1.0 + weight.astype(jnp.float32))).astype(x.dtype)
     return normed.astype(x.dtype) * weight
-
-
-def _save_activations(prim: Any, *avals: Any, **params: Any) -> bool:
-    """Keeps what has more than two dims: inside a layer all else is made of weights."""
-    del prim, params
-    return any(aval.ndim > 2 for aval in avals)
-
-
-def _policy(remat: str) -> Callable[..., bool]:
-    """What the backward pass keeps of a layer; never its gathered weights.
-
-    With auto nothing: where no step chooses, there is no backward pass.
-    """
-    keep = jax.checkpoint_policies
-    if remat == "none":
-        return _save_activations
-    if remat == "dots":
-        # A block's output as well: recomputing it would repeat the sum over `tensor`.
-        return keep.save_from_both_policies(
-            keep.dots_with_no_batch_dims_saveable,
-            keep.save_only_these_names(_BLOCK_OUT),
-        )
-    if remat == "offload":
-        # As with full, a layer's input is all that stays: in the host's memory.
-        return keep.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
-            names_which_can_be_offloaded=[_LAYER_IN],
-            offload_src="device",
-            offload_dst="pinned_host",
-        )
-    return keep.nothing_saveable
 
 
 class Decoder(nnx.Module):
@@ -183,7 +148,7 @@ class Decoder(nnx.Module):
 
         def layer(hidden, xs):
             number, *xs = xs
-            hidden = checkpoint_name(hidden, _LAYER_IN)
+            hidden = checkpoint_name(hidden, LAYER_IN)
             return _layer(
                 config,
                 hidden,
@@ -195,7 +160,7 @@ class Decoder(nnx.Module):
                 reduce_dtype=self.reduce_dtype,
             ), None
 
-        layer = jax.checkpoint(layer, policy=_policy(self.remat), prevent_cse=False)
+        layer = jax.checkpoint(layer, policy=policy(self.remat), prevent_cse=False)
         number_L = jnp.arange(config.num_layers, dtype=jnp.int32)
         hidden = self._embed(parts, tokens)
         hidden, _ = lax.scan(layer, hidden, (number_L, layers, *kinds))
@@ -285,7 +250,7 @@ def _layer(
     column = linears.column
 
     def row(x: Array, name: str) -> Array:
-        return checkpoint_name(linears.row(x, name), _BLOCK_OUT)
+        return checkpoint_name(linears.row(x, name), BLOCK_OUT)
 
     def heads(x: Array) -> Array:
         return x.reshape(*x.shape[:2], -1, config.head_dim)

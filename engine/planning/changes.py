@@ -8,8 +8,9 @@ from engine.config.dpo import DPOConfig
 from engine.config.lora import LoraConfig
 from engine.config.run import RunConfig
 from engine.errors import InputError
+from engine.models.remat import REMAT, Remat
 from engine.planning.account import Account
-from engine.planning.planner import REMATS, Planner, Remat
+from engine.planning.planner import Planner
 from engine.planning.steps import with_options
 
 _RANK = 16
@@ -47,7 +48,7 @@ def remats(run: RunConfig) -> Iterator[Variant]:
     """What keeps less for the backward pass."""
     if run.model.remat == "auto":  # which has tried them
         return
-    for remat in REMATS[REMATS.index(run.model.remat) + 1 :]:
+    for remat in REMAT[REMAT.index(run.model.remat) + 1 :]:
         if remat != "offload":
             yield _with_remat(run, remat)
 

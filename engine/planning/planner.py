@@ -3,23 +3,21 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from jax.sharding import Mesh
 
 from engine.config.run import RunConfig
 from engine.data.shapes import Sizes
+from engine.models.remat import remats_of_auto
 from engine.planning.account import Account, held_by, take_account
 from engine.planning.models import model_configs
 from engine.planning.report import verdict
-from engine.planning.steps import Step, make_step, mesh_of
+from engine.planning.steps import Step, make_step
 from engine.planning.targets import Target
 
 logger = logging.getLogger(__name__)
 
-Remat = Literal["none", "dots", "full", "offload"]
-# From what keeps most to what keeps least.
-REMATS: tuple[Remat, ...] = ("none", "dots", "full", "offload")
 # The batches of a variant of the run on its mesh; None: the largest by its options.
 SizesOf = Callable[[RunConfig, Mesh], Sizes | None]
 
@@ -39,7 +37,7 @@ class Planner:
         Raises:
             InputError: whatever training would refuse.
         """
-        mesh = mesh_of(run, self.devices)
+        mesh = run.sharding.mesh(self.devices)
         sizes = self.sizes_of(run, mesh)
         return make_step(
             run, *model_configs(run), mesh, sizes, has_values=self.has_values
@@ -48,12 +46,11 @@ class Planner:
     def account(self, run: RunConfig, words: str = "") -> Account:
         """Compile it; `words`: what is said of it in the log.
 
-        With `model.remat: auto` as training would have it: the first that fits, from
-        what keeps most on; on CPUs, which do not say what they have, full.
+        With `model.remat: auto` as training would have it: the first that fits.
         """
         if run.model.remat != "auto":
             return self._account(run, words)
-        remats = ("full",) if self.target.chip.platform == "cpu" else REMATS
+        remats = remats_of_auto(self.target.chip.platform != "cpu")
         runs = [replace(run, model=replace(run.model, remat=x)) for x in remats]
         *keeping, last = runs
         for one in keeping:

@@ -14,7 +14,7 @@ from engine.data.pairs import Limits
 from engine.data.shapes import Shape, Sizes, stream_shapes
 from engine.models import Decoder, DecoderConfig
 from engine.objective.references import Cached, Reference, check_comparable
-from engine.parallel.sharding import DATA, FSDP, check_mesh, make_mesh
+from engine.parallel.sharding import DATA, FSDP, check_mesh
 from engine.planning.models import abstract_models
 from engine.training.checks import check_op
 from engine.training.compilation import Request
@@ -68,14 +68,6 @@ class Step:
     def operands(self) -> tuple[Any, ...]:
         """(state, frozen parameters, reference's operands, batch, numbers)."""
         return self.request.arguments[self.shape]
-
-
-def mesh_of(run: RunConfig, devices: list[Any]) -> Mesh:
-    """The run's mesh on these devices."""
-    sizes = run.sharding
-    return make_mesh(
-        sizes.data, sizes.fsdp, sizes.tensor, devices, sequence=sizes.sequence
-    )
 
 
 def sizes_by_limits(arguments: DPOConfig, mesh: Mesh) -> LimitSizes:

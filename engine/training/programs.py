@@ -16,7 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from engine.config.dpo import DPOConfig
 from engine.data.shapes import Sizes
 from engine.models import Decoder
-from engine.models.decoder import AUTO, REMAT
+from engine.models.remat import AUTO, remats_of_auto
 from engine.objective.interface import LossOptions
 from engine.objective.references import Reference
 from engine.parallel.batch import Batch, abstract_batch, put_whole
@@ -132,15 +132,11 @@ class Programs:
             self._evaluation = made.get("evaluation", self._evaluation)
 
     def _least_recomputed(self) -> Compiled:
-        """The train step that recomputes no more than the devices' memory demands.
-
-        Where devices do not say what they have, as CPUs, it recomputes all: there, what
-        is kept costs as much time to move as it saves.
-        """
+        """The train step that recomputes no more than the devices' memory demands."""
         platform = self._run.mesh.devices.flat[0].platform
         limit = limit_bytes(self._run.mesh)
         most = math.inf if limit is None else _USABLE * limit
-        *keeping, last = REMAT if limit is not None else ("full",)
+        *keeping, last = remats_of_auto(limit is not None)
         for remat in keeping:
             self._model.remat = remat
             with contextlib.suppress(TooLittleMemory):

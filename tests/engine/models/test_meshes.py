@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
-from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec as P
 
-from engine.models import abstract_model, decoder
-from engine.models.decoder import REMAT
+from engine.models import decoder
+from engine.models.remat import REMAT
 from engine.parallel.sharding import (
     AXES,
     BATCH,
@@ -22,6 +21,7 @@ from engine.parallel.sharding import (
     param_specs,
 )
 from tests.engine.tiny_models import (
+    gradient_equations,
     random_tokens,
     relative,
     tiny_config,
@@ -125,31 +125,10 @@ def test_rematerialisation_changes_no_gradient(remat):
     assert_same_gradients(gradients("gemma2", (1, 8, 1), False, remat), want)
 
 
-def scan_outputs(jaxpr):
-    """Shape and dtype of all that scans return, at any depth: residuals are there."""
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "scan":
-            yield from ((v.aval.shape, v.aval.dtype) for v in eqn.outvars)
-        for inner in jaxprs_in_params(eqn.params):
-            yield from scan_outputs(inner)
-
-
 def stacked_by_backward(remat):
-    mesh = make_mesh(1, 8, 1)
-    model = abstract_model(tiny_config("qwen3"), mesh=mesh, remat=remat)
-    graphdef, state = nnx.split(model, nnx.Param)
-    specs = param_specs(model.config, mesh)
-
-    def shard(state, tokens):
-        def loss(state):
-            hidden = nnx.merge(graphdef, state)(tokens)
-            return lax.psum(hidden.astype(jnp.float32).sum(), TOKENS)
-
-        return jax.grad(loss)(state)
-
-    run = jax.shard_map(shard, mesh=mesh, in_specs=(specs, P(BATCH)), out_specs=specs)
-    jaxpr = jax.make_jaxpr(run)(state, jnp.asarray(random_tokens(8, 16)))
-    return set(scan_outputs(jaxpr.jaxpr))
+    """Shape and dtype of all that scans return: residuals are there."""
+    scans = (x for x in gradient_equations(remat=remat) if x.primitive.name == "scan")
+    return {(v.aval.shape, v.aval.dtype) for eqn in scans for v in eqn.outvars}
 
 
 def test_gathered_weights_are_never_kept_for_the_backward_pass(monkeypatch):
@@ -162,6 +141,6 @@ def test_gathered_weights_are_never_kept_for_the_backward_pass(monkeypatch):
     assert activation in kept["none"] and activation in kept["dots"]
     assert activation not in kept["full"]
     monkeypatch.setattr(
-        decoder, "_policy", lambda remat: jax.checkpoint_policies.everything_saveable
+        decoder, "policy", lambda remat: jax.checkpoint_policies.everything_saveable
     )
     assert gathered in stacked_by_backward("none")

@@ -14,7 +14,7 @@ from engine.config.run import (
 )
 from engine.planning.devices import devices_of
 from engine.planning.models import model_configs
-from engine.planning.steps import make_step, mesh_of
+from engine.planning.steps import make_step
 from engine.planning.targets import parse_target
 from tests.engine.tiny_models import tiny_config
 
@@ -50,7 +50,7 @@ def tiny_run(
 
 
 def tiny_step(run, target="cpu:1"):
-    mesh = mesh_of(run, devices_of(parse_target(target)))
+    mesh = run.sharding.mesh(devices_of(parse_target(target)))
     return make_step(run, *model_configs(run), mesh)
 
 

@@ -3,7 +3,6 @@ import pytest
 from engine.config.run import ShardingConfig
 from engine.errors import InputError
 from engine.planning.devices import devices_of
-from engine.planning.steps import mesh_of
 from engine.planning.targets import parse_target
 from tests.engine.planning.runs import tiny_run, tiny_step
 
@@ -39,7 +38,7 @@ def test_a_workspace_that_is_too_small_on_a_tpu_is_refused(tmp_path, tpu):
 
 def test_axes_need_not_be_whole_dimensions_of_a_torus(tmp_path, tpu):
     run = tiny_run(tmp_path, sharding=ShardingConfig(sequence=8))
-    mesh = mesh_of(run, devices_of(parse_target("v5p:4x4x4")))
+    mesh = run.sharding.mesh(devices_of(parse_target("v5p:4x4x4")))
     assert (mesh.shape["fsdp"], mesh.shape["sequence"]) == (8, 8)
     assert len({device.id for device in mesh.devices.flat}) == 64
 
