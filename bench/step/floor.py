@@ -20,9 +20,7 @@ after one that is not counted.
 """
 
 import argparse
-import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -38,22 +36,18 @@ import jax.numpy as jnp
 
 from bench import rows
 from bench.step.floor_parts import (
-    ROUNDS,
     attention_seconds,
     floors,
     head_seconds,
     layers_seconds,
     optimizer_seconds,
+    seconds_in_place,
 )
-from bench.step.plan_check import operands_of
-from engine.config.dpo import DPOConfig
-from engine.config.run import MixtureConfig, ModelConfig, RunConfig, SourceConfig
+from bench.step.plan_cases import write_config
+from bench.step.plan_check import operands_of, planned_step
 from engine.models import init_model
 from engine.parallel.sharding import make_mesh
-from engine.planning.devices import devices_of
-from engine.planning.models import model_configs
-from engine.planning.steps import Step, make_step, mesh_of
-from engine.planning.targets import parse_target
+from engine.planning.steps import Step
 from engine.planning.work import (
     ATTENTION,
     BACKWARD,
@@ -79,21 +73,11 @@ MODEL = {
 }
 
 
-def step_of(pairs: int, length: int, remat: Any, folder: str) -> Step:
-    """The engine's step for batches of the largest size."""
-    Path(folder, "config.json").write_text(json.dumps(MODEL))
-    run = RunConfig(
-        model=ModelConfig(name_or_path=folder, dtype="float32", remat=remat),
-        mixture=MixtureConfig(informs=(SourceConfig(data_files="none.jsonl"),)),
-        trainer=DPOConfig(
-            total_batch_size=pairs,
-            max_length=length,
-            max_prompt_length=length // 2,
-            max_completion_length=length // 2,
-        ),
-    )
-    mesh = mesh_of(run, devices_of(parse_target("cpu:1")))
-    return make_step(run, *model_configs(run), mesh)
+def step_of(pairs: int, length: int, remat: str) -> Step:
+    """The step of that model."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_config(MODEL, Path(folder))
+        return planned_step(model, pairs, length, dtype="float32", remat=remat)
 
 
 def step_seconds(step: Step) -> tuple[float, float, int]:
@@ -102,21 +86,16 @@ def step_seconds(step: Step) -> tuple[float, float, int]:
     compiled = step.request.step.lower(*step.operands).compile()
     compiling = time.perf_counter() - began
     state, *others = operands_of(step)
-    found = []
-    for _ in range(ROUNDS + 1):
-        began = time.perf_counter()
-        state, _ = jax.block_until_ready(compiled(state, *others))
-        found.append(time.perf_counter() - began)
+    seconds = seconds_in_place(lambda *args: compiled(*args)[0], state, *others)
     temporaries = compiled.memory_analysis().temp_size_in_bytes
-    return statistics.mean(found[1:]), compiling, temporaries
+    return seconds, compiling, temporaries
 
 
 def measure(pairs: int, length: int) -> list[rows.Row]:
     """The rows of the table."""
     found: list[rows.Row] = []
     sequences = 2 * pairs
-    with tempfile.TemporaryDirectory() as folder:
-        step = step_of(pairs, length, "full", folder)
+    step = step_of(pairs, length, "full")
 
     def add(part: str, phase: str, seconds: float | None, **more: Any) -> None:
         found.append(
@@ -153,9 +132,7 @@ def measure(pairs: int, length: int) -> list[rows.Row]:
     )
     add("optimizer", "update", seconds, floor_ms=1e3 * least)
     for remat in REMATS:
-        with tempfile.TemporaryDirectory() as folder:
-            other = step_of(pairs, length, remat, folder)
-        seconds, compiling, temporaries = step_seconds(other)
+        seconds, compiling, temporaries = step_seconds(step_of(pairs, length, remat))
         more = {"compile_s": compiling, "temp_bytes": temporaries}
         add(f"step, remat {remat}", "all", seconds, **more)
     return found

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import processes, rows
-from bench.step.plan_cases import LLAMA_8B, Case, write_config
+from bench.step.plan_cases import LLAMA_8B, run_of, write_config
 
 TARGET = "h200:8"
 PAIRS, LENGTH = 2, 2048
@@ -55,30 +55,21 @@ OPTIONS = (
 
 def row_of(option: Option, folder: Path) -> rows.Row:
     """Compile the step, and what its compiler says of it."""
-    from engine.config.dpo import DPOConfig
-    from engine.config.run import MixtureConfig, ModelConfig, RunConfig, SourceConfig
     from engine.planning.account import as_json, take_account
     from engine.planning.devices import devices_of
     from engine.planning.models import model_configs
-    from engine.planning.steps import make_step, mesh_of
+    from engine.planning.steps import make_step
     from engine.planning.targets import parse_target
 
-    case = Case(
-        name="Llama-3.1-8B", values=LLAMA_8B, target=TARGET, ours=(PAIRS,), plain=()
-    )
     target = parse_target(TARGET)
-    run = RunConfig(
-        model=ModelConfig(name_or_path=str(write_config(case, folder)), **option.model),
-        mixture=MixtureConfig(informs=(SourceConfig(data_files="none.jsonl"),)),
-        trainer=DPOConfig(
-            total_batch_size=PAIRS * target.count,
-            max_length=LENGTH,
-            max_prompt_length=LENGTH // 2,
-            max_completion_length=LENGTH // 2,
-            **option.trainer,
-        ),
+    run = run_of(
+        write_config(LLAMA_8B, folder),
+        PAIRS * target.count,
+        LENGTH,
+        options=option.model,
+        trainer=option.trainer,
     )
-    mesh = mesh_of(run, devices_of(target))
+    mesh = run.sharding.mesh(devices_of(target))
     found = as_json(take_account(make_step(run, *model_configs(run), mesh), target))
     kept = ("fits", "capacity_bytes", "held_bytes", "gradient_bytes")
     kept += ("temporary_bytes", "collectives", "least_s", "most_s", "compile_s")
@@ -91,7 +82,7 @@ def row_of(option: Option, folder: Path) -> rows.Row:
         dtype="bfloat16",
         device=f"{TARGET}, ahead of time",
         peak_bytes=found["peak_bytes"],
-        model=case.name,
+        model="Llama-3.1-8B",
         target=TARGET,
         compiler=f"{found['compiler']} {version(found['compiler'])}",
         options=option.trainer | option.model,

@@ -141,14 +141,9 @@ def ask(side: str, args: argparse.Namespace) -> dict[str, Any]:
         words += ["--steps", str(args.steps), "--batch", str(args.batch)]
         words += ["--max-length", str(args.max_length)]
         return processes.ask("bench.step.peers", words, ENVIRONMENT)
-    script = str(Path(__file__).with_name("peers_trl.py"))
     numbers = [str(x) for x in (args.steps, args.batch, args.max_length)]
-    words = [args.trl_python, script, args.model, args.rows, *numbers, TRL[side]]
-    done = processes.run(words, {})
-    found = processes.answers(done.stdout)
-    if done.returncode or not found:
-        raise processes.ProcessError(processes.last_words(done.stderr))
-    return found[-1]
+    words = [args.model, args.rows, *numbers, TRL[side]]
+    return processes.ask("bench.step.peers_trl", words, {}, args.trl_python)
 
 
 def compare(args: argparse.Namespace) -> list[rows.Row]:

@@ -1,8 +1,8 @@
 """A few DPO steps of TRL, for `bench.step.peers`; run by a Python that has it.
 
-    python peers_trl.py MODEL ROWS STEPS BATCH MAX_LENGTH CHECKPOINTING
+    python -m bench.step.peers_trl MODEL ROWS STEPS BATCH MAX_LENGTH CHECKPOINTING
 
-prints one answer as `bench.processes` reads it: the loss of each step, the seconds of
+gives `bench.processes` one answer: the loss of each step, the seconds of
 all, and the most memory that the process had. Written for Python 3.11, torch
 2.13.0 (CPU), transformers 5.23.0, trl 1.16.0, accelerate 1.15.0, datasets 5.2.0.
 """
@@ -22,6 +22,8 @@ import torch  # pyright: ignore[reportMissingImports]
 import transformers
 import trl  # pyright: ignore[reportMissingImports]
 from datasets import Dataset
+
+from bench import processes
 
 
 class Clock(transformers.TrainerCallback):
@@ -80,7 +82,7 @@ def main(words: list[str]) -> None:
         "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         "version": f"trl {trl.__version__}, torch {torch.__version__}",
     }
-    print("answer: " + json.dumps(answer), flush=True)
+    processes.answer(answer)
 
 
 if __name__ == "__main__":

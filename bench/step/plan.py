@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import processes, rows
-from bench.step.plan_cases import CASES, Case, plain_head, write_config
+from bench.step.plan_cases import CASES, Case, plain_head, run_of, write_config
 
 SIDES = ("dpo_kernels", "plain JAX")
 RANK = 16
@@ -43,35 +43,23 @@ def account_of(case: Case, side: str, pairs: int, folder: Path) -> dict[str, Any
     Args:
         pairs: on each device, or on those together that a row is spread over.
     """
-    from engine.config.dpo import DPOConfig
     from engine.config.lora import LoraConfig
-    from engine.config.run import (
-        MixtureConfig,
-        ModelConfig,
-        RunConfig,
-        ShardingConfig,
-        SourceConfig,
-    )
+    from engine.config.run import ShardingConfig
     from engine.planning.account import as_json, take_account
     from engine.planning.devices import devices_of
     from engine.planning.models import model_configs
-    from engine.planning.steps import LimitSizes, make_step, mesh_of, sizes_by_limits
+    from engine.planning.steps import LimitSizes, make_step, sizes_by_limits
     from engine.planning.targets import parse_target
 
     target = parse_target(case.target)
-    run = RunConfig(
-        model=ModelConfig(name_or_path=str(write_config(case, folder))),
-        mixture=MixtureConfig(informs=(SourceConfig(data_files="none.jsonl"),)),
+    run = run_of(
+        write_config(case.values, folder),
+        pairs * target.count // case.sequence,
+        case.length,
         lora=LoraConfig(r=RANK, target_modules="all-linear") if case.lora else None,
         sharding=ShardingConfig(sequence=case.sequence),
-        trainer=DPOConfig(
-            total_batch_size=pairs * target.count // case.sequence,
-            max_length=case.length,
-            max_prompt_length=case.length // 2,
-            max_completion_length=case.length // 2,
-        ),
     )
-    mesh = mesh_of(run, devices_of(target))
+    mesh = run.sharding.mesh(devices_of(target))
     sizes = sizes_by_limits(run.trainer, mesh)
     head = contextlib.nullcontext()
     if side != SIDES[0]:  # every row

@@ -204,8 +204,43 @@ def plain_head() -> Iterator[None]:
         scoring.token_logprobs = ours
 
 
-def write_config(case: Case, folder: Path) -> Path:
-    """A checkpoint's directory without weights."""
+def write_config(values: dict[str, Any], folder: Path) -> str:
+    """A checkpoint's directory without weights, of what its config.json says."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(case.values))
-    return folder
+    (folder / "config.json").write_text(json.dumps(values))
+    return str(folder)
+
+
+def run_of(
+    model: str,
+    pairs: int,
+    length: int,
+    *,
+    options: dict[str, Any] | None = None,
+    trainer: dict[str, Any] | None = None,
+    **sections: Any,
+) -> Any:
+    """A run of pairs of `length` tokens, of which half are scored; without data.
+
+    Args:
+        model: a directory that has a config.json.
+        pairs: of a step, over all devices.
+        options: more of the model's; trainer: more of the trainer's.
+        sections: others of the run's.
+    """
+    # Here, as the process that asks for a plan must not have started JAX.
+    from engine.config.dpo import DPOConfig
+    from engine.config.run import MixtureConfig, ModelConfig, RunConfig, SourceConfig
+
+    return RunConfig(
+        model=ModelConfig(name_or_path=model, **options or {}),
+        mixture=MixtureConfig(informs=(SourceConfig(data_files="none.jsonl"),)),
+        trainer=DPOConfig(
+            total_batch_size=pairs,
+            max_length=length,
+            max_prompt_length=length // 2,
+            max_completion_length=length // 2,
+            **trainer or {},
+        ),
+        **sections,
+    )

@@ -20,7 +20,6 @@ CPU's library for them, of which XLA's account knows nothing.
 import argparse
 import ctypes
 import gc
-import json
 import os
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import processes, rows
+from bench.step.plan_cases import run_of, write_config
 
 TOLERANCE = 0.05
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": None}
@@ -60,32 +60,28 @@ CASES: tuple[tuple[str, Any, int, int, str, str], ...] = (
 )
 
 
-def step_of(case: int, folder: Path) -> Any:
-    """The planned step of a case."""
-    from engine.config.dpo import DPOConfig
-    from engine.config.run import MixtureConfig, ModelConfig, RunConfig, SourceConfig
+def planned_step(model: str, pairs: int, length: int, **options: Any) -> Any:
+    """The engine's step for the largest batches of such a run, on this CPU.
+
+    Args:
+        model: a directory; options: the model's.
+    """
     from engine.planning.devices import devices_of
     from engine.planning.models import model_configs
-    from engine.planning.steps import make_step, mesh_of
+    from engine.planning.steps import make_step
     from engine.planning.targets import parse_target
 
+    run = run_of(model, pairs, length, options=options)
+    mesh = run.sharding.mesh(devices_of(parse_target("cpu:1")))
+    return make_step(run, *model_configs(run), mesh)
+
+
+def step_of(case: int, folder: Path) -> Any:
+    """The planned step of a case."""
     _, model, pairs, length, remat, dtype = CASES[case]
     if isinstance(model, dict):
-        (folder / "config.json").write_text(json.dumps(model))
-        model = str(folder)
-    options: dict[str, Any] = {"dtype": dtype, "remat": remat}
-    run = RunConfig(
-        model=ModelConfig(name_or_path=model, **options),
-        mixture=MixtureConfig(informs=(SourceConfig(data_files="none.jsonl"),)),
-        trainer=DPOConfig(
-            total_batch_size=pairs,
-            max_length=length,
-            max_prompt_length=length // 2,
-            max_completion_length=length // 2,
-        ),
-    )
-    mesh = mesh_of(run, devices_of(parse_target("cpu:1")))
-    return make_step(run, *model_configs(run), mesh)
+        model = write_config(model, folder)
+    return planned_step(model, pairs, length, dtype=dtype, remat=remat)
 
 
 def operands_of(step: Any) -> tuple[Any, ...]:
