@@ -9,7 +9,8 @@ import pytest
 from datasets import Dataset
 
 from engine.cli import main
-from engine.commands import inputs, train  # noqa: F401
+from engine.commands import train  # noqa: F401
+from engine.config.run import ShardingConfig
 from tests.engine.training.runs import FIXTURE, ROWS, make_trainer, one_device
 from tests.json_lines import read_lines
 
@@ -30,7 +31,7 @@ config:
 @pytest.fixture
 def run_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(inputs, "make_mesh", lambda *sizes, **more: one_device())
+    monkeypatch.setattr(ShardingConfig, "mesh", lambda _: one_device())
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
 
     def write(buffer: int = 1) -> str:

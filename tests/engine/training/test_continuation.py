@@ -9,7 +9,7 @@ import yaml
 
 from engine.cli import main
 from engine.commands import inputs, train
-from engine.config.run import load_run_config
+from engine.config.run import ShardingConfig, load_run_config
 from engine.training.checkpoints import Store
 from engine.training.continuation import configuration
 from engine.training.identity import flat
@@ -24,7 +24,7 @@ def run(tmp_path, monkeypatch, capsys):
     Its arrays are none of a model's: only a run that goes on reads them.
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(inputs, "make_mesh", lambda *sizes, **more: one_device())
+    monkeypatch.setattr(ShardingConfig, "mesh", lambda _: one_device())
 
     def no_weights(*_):
         raise AssertionError("weights were loaded")
