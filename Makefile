@@ -23,7 +23,10 @@
 
 VENV := .venv
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Compiling all that is installed takes as long as installing it, and most of it is never
+# imported; Python keeps what it compiles of the rest.
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile \
+	-c constraints.txt
 # Tests and the demo run on the CPU unless told otherwise: JAX_PLATFORMS=cuda make demo.
 export JAX_PLATFORMS ?= cpu
 # What pytest and jaxtyping make of our modules is kept beside them, also where this is
@@ -43,9 +46,15 @@ PYTEST := $(PY) -m pytest -q -n $(WORKERS) --maxprocesses=8 --dist=worksteal
 # XLA rounds otherwise on each of these; other machines than x86 have one way only.
 ISAS := $(if $(filter x86_64 amd64,$(shell uname -m)),SSE4_2 AVX2)
 
+# What targets that run side by side print: of each at its end, where make can.
+OUTPUT := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
+
 # All at once: of two runs in turn each has its own start, and an end at which workers
-# wait for the last of them.
-test: lint test-all test-isa
+# wait for the last of them. What keeps one core busy goes side by side before it.
+test: $(VENV)/.test
+	@echo "== lint, and the numerical tests for older processors, side by side"
+	@$(MAKE) --no-print-directory -j 3 $(OUTPUT) lint $(ISAS:%=test-isa-%)
+	@$(MAKE) --no-print-directory test-all
 
 test-all: $(VENV)/.test
 	$(PYTEST)
@@ -59,11 +68,12 @@ test-kernels: $(VENV)/.test
 # The files that have such tests alone: to collect all takes as long as to run these.
 NUMERICS = $(shell grep -rl --include='test_*.py' 'mark\.numerics' tests)
 
-test-isa: $(VENV)/.test
-	@for isa in $(ISAS); do \
-	echo "== the numerical tests, compiled for $$isa"; \
-	XLA_FLAGS="$$XLA_FLAGS --xla_cpu_max_isa=$$isa" $(PYTEST) -m numerics $(NUMERICS) || exit 1; \
-	done
+test-isa: $(ISAS:%=test-isa-%)
+
+# In one process: a second one would set up, and compile, most of it again.
+test-isa-%: $(VENV)/.test
+	@echo "== the numerical tests, compiled for $*"
+	@XLA_FLAGS="$$XLA_FLAGS --xla_cpu_max_isa=$*" $(PY) -m pytest -q -m numerics $(NUMERICS)
 
 record-compiled: $(VENV)/.test
 	$(PY) -m bench.compiled
