@@ -1,12 +1,15 @@
-"""What each option saves of a device's memory: Llama-3.1-8B on eight absent H200s.
+"""What each option saves of a device's memory: Llama-3.1-8B on eight absent devices.
 
     JAX_PLATFORMS=cpu python -m bench.step.memory_options [--only 8bit] [--show]
 
 The engine's own step (policy, reference, backward, AdamW; parameters float32, products
 bfloat16, remat full, every device on the fsdp axis), two pairs of 2,048 tokens on each
-device, compiled ahead of time as `dpo plan` does; nothing runs. Bytes are a device's:
+device, compiled ahead of time as `dpo plan` does; nothing runs. The devices are H200s,
+and v5p chips for what a compiler for absent NVIDIA devices does not know: arguments in
+the host's memory. Bytes are a device's:
 
     held_bytes        what it holds throughout, by what it is
+    reference_on_host_bytes  of its host's memory
     peak_bytes        that and the step's temporaries
     temporary_bytes   of which gradient_bytes are the gradients
     collectives       what a step moves between devices
@@ -26,7 +29,7 @@ from typing import Any
 from bench import processes, rows
 from bench.step.plan_cases import LLAMA_8B, run_of, write_config
 
-TARGET = "h200:8"
+H200, V5P = "h200:8", "v5p:2x2x2"
 PAIRS, LENGTH = 2, 2048
 PATH = rows.RESULTS / "memory_options.json"
 
@@ -36,6 +39,7 @@ class Option:
     """A run with some options that are not at their defaults."""
 
     name: str
+    target: str = H200
     trainer: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
 
@@ -50,6 +54,17 @@ OPTIONS = (
     Option(name="8bit moments", trainer={"mu_dtype": "8bit", "nu_dtype": "8bit"}),
     Option(name="layers' inputs in the host's memory", model={"remat": "offload"}),
     Option(name="gradients added up in float32", model={"reduce_dtype": "float32"}),
+    Option(name="float32 moments", target=V5P),
+    Option(
+        name="layers' inputs in the host's memory",
+        target=V5P,
+        model={"remat": "offload"},
+    ),
+    Option(
+        name="reference in the host's memory",
+        target=V5P,
+        trainer={"offload_ref_model": True},
+    ),
 )
 
 
@@ -61,7 +76,7 @@ def row_of(option: Option, folder: Path) -> rows.Row:
     from engine.planning.steps import make_step
     from engine.planning.targets import parse_target
 
-    target = parse_target(TARGET)
+    target = parse_target(option.target)
     run = run_of(
         write_config(LLAMA_8B, folder),
         PAIRS * target.count,
@@ -72,6 +87,7 @@ def row_of(option: Option, folder: Path) -> rows.Row:
     mesh = run.sharding.mesh(devices_of(target))
     found = as_json(take_account(make_step(run, *model_configs(run), mesh), target))
     kept = ("fits", "capacity_bytes", "held_bytes", "gradient_bytes")
+    kept += ("reference_on_host_bytes",)
     kept += ("temporary_bytes", "collectives", "least_s", "most_s", "compile_s")
     return rows.row(
         "DPO step, planned",
@@ -80,10 +96,10 @@ def row_of(option: Option, folder: Path) -> rows.Row:
         D=LLAMA_8B["hidden_size"],
         V=LLAMA_8B["vocab_size"],
         dtype="bfloat16",
-        device=f"{TARGET}, ahead of time",
+        device=f"{option.target}, ahead of time",
         peak_bytes=found["peak_bytes"],
         model="Llama-3.1-8B",
-        target=TARGET,
+        target=option.target,
         compiler=f"{found['compiler']} {version(found['compiler'])}",
         options=option.trainer | option.model,
         pairs=PAIRS,
@@ -104,6 +120,7 @@ def show(results: Sequence[rows.Row]) -> str:
         held, temporary = row["held_bytes"], row["temporary_bytes"]
         lines.append(
             (
+                row["target"],
                 row["implementation"],
                 gib(held["optimizer"]),
                 gib(sum(held.values())),
@@ -112,7 +129,7 @@ def show(results: Sequence[rows.Row]) -> str:
                 gib(wire),
             )
         )
-    header = ("options", "optimizer", "held", "activations", "peak", "received")
+    header = ("target", "options", "optimizer", "held", "activations", "peak", "received")
     return rows.table(header, lines)
 
 
@@ -139,16 +156,17 @@ def run_option(index: int) -> None:
     """Compile in a process of its own, in which JAX is set up for the target."""
     from engine.planning.targets import parse_target
 
-    environment = parse_target(TARGET).environment
+    option = OPTIONS[index]
+    environment = parse_target(option.target).environment
     words = ["--worker", str(index)]
     row = processes.ask("bench.step.memory_options", words, environment)
-    order = [x.name for x in OPTIONS]
-    others = [
-        x for x in rows.read(PATH) if x["implementation"] != row["implementation"]
-    ]
-    rows.write_to(
-        PATH, sorted([*others, row], key=lambda x: order.index(x["implementation"]))
-    )
+    order = [(x.target, x.name) for x in OPTIONS]
+
+    def place(row: rows.Row) -> int:
+        return order.index((row["target"], row["implementation"]))
+
+    others = [x for x in rows.read(PATH) if place(x) != index]
+    rows.write_to(PATH, sorted([*others, row], key=place))
     print(show([row]).splitlines()[-1], f"{row['compile_s']} s", flush=True)
 
 

@@ -146,6 +146,7 @@ def trained(run: RunConfig, source: str, *, with_reference: bool) -> RunConfig:
         ref_model_sync_steps=_UNSYNCED.ref_model_sync_steps,
         ref_model_mixup_alpha=_UNSYNCED.ref_model_mixup_alpha,
         precompute_ref_log_probs=False,
+        offload_ref_model=False,
         disable_dropout=True,
     )
     return replace(

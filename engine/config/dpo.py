@@ -56,6 +56,8 @@ class DPOConfig(EvaluationConfig, CheckpointConfig, OptimizerConfig, LossConfig)
     sync_ref_model: bool = False  # let the reference follow the policy
     ref_model_sync_steps: int = 64  # optimizer steps between two updates of it
     ref_model_mixup_alpha: float = 0.9  # ref <- alpha * policy + (1 - alpha) * ref
+    # The reference stays in the host's memory; each layer visits the devices.
+    offload_ref_model: bool = False
 
     # Lengths, in tokens. None sets no limit of its own.
     max_length: int = 512  # of prompt and completion together
@@ -163,8 +165,16 @@ class DPOConfig(EvaluationConfig, CheckpointConfig, OptimizerConfig, LossConfig)
             )
         self.check_loss()
         if self.without_reference:
-            names = "sync_ref_model", "precompute_ref_log_probs"
+            names = "sync_ref_model", "precompute_ref_log_probs", "offload_ref_model"
             check_unused(self, f"with {self.without_reference}", *names)
+        if self.precompute_ref_log_probs:
+            with_it = "with precompute_ref_log_probs, after which it is in no memory"
+            check_unused(self, with_it, "offload_ref_model")
+        if self.sync_ref_model and self.offload_ref_model:
+            raise InputError(
+                "offload_ref_model=True cannot be with sync_ref_model=True: a reference "
+                "that follows the policy is computed with on the devices; remove one"
+            )
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise InputError(
                 "precompute_ref_log_probs=True cannot be with sync_ref_model=True: a "

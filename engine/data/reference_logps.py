@@ -55,8 +55,9 @@ def check_values(
         return
     columns = f"the columns ref_chosen_logps and ref_rejected_logps of {having[0]}"
     option = arguments.without_reference
-    if option or arguments.sync_ref_model:
-        option = option or "sync_ref_model=True"
+    for name in ("sync_ref_model", "offload_ref_model"):
+        option = option or (f"{name}=True" if getattr(arguments, name) else None)
+    if option:
         raise InputError(f"{columns} have no effect with {option}; remove one")
     if len(having) < len(sets):
         if not arguments.precompute_ref_log_probs:

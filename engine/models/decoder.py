@@ -20,6 +20,7 @@ from engine.models.linear import Linears
 from engine.models.remat import AUTO, BLOCK_OUT, LAYER_IN, REMAT, policy
 from engine.models.rope import rope_tables, rotate
 from engine.parallel.batch import PADDED, Arrangement, KeySpans
+from engine.parallel.host_memory import on_device
 from engine.parallel.row_parts import RowParts
 from engine.parallel.sharding import (
     FSDP,
@@ -56,6 +57,7 @@ class Decoder(nnx.Module):
 
     Weights keep Hugging Face's orientation [out, in] and are stacked on a leading layer
     axis. Call it inside `jax.shard_map` over `mesh`, with `param_specs` for its state.
+    Weights in the host's memory come to the device a layer at a time.
     """
 
     def __init__(
@@ -108,7 +110,7 @@ class Decoder(nnx.Module):
     def head_weight(self) -> Float[Array, "V_local D"]:
         """This device's rows of the head in the compute dtype; padding comes last."""
         head = self.embed if self.config.tie_word_embeddings else self.head
-        return head[...].astype(self.dtype)
+        return on_device(head[...]).astype(self.dtype)
 
     def __call__(
         self,
@@ -147,12 +149,13 @@ class Decoder(nnx.Module):
         dropout_of = self._dropout(parts, tokens, dropout_key, spans)
 
         def layer(hidden, xs):
-            number, *xs = xs
+            number, weights, *kinds = xs
             hidden = checkpoint_name(hidden, LAYER_IN)
             return _layer(
                 config,
                 hidden,
-                *xs,
+                jax.tree.map(on_device, weights),
+                *kinds,
                 rope=rope,
                 attend=attend_as,
                 parts=parts,
@@ -164,7 +167,8 @@ class Decoder(nnx.Module):
         number_L = jnp.arange(config.num_layers, dtype=jnp.int32)
         hidden = self._embed(parts, tokens)
         hidden, _ = lax.scan(layer, hidden, (number_L, layers, *kinds))
-        return rms_norm(hidden, self.final_norm[...], config.rms_eps, config.gemma)
+        final_norm = on_device(self.final_norm[...])
+        return rms_norm(hidden, final_norm, config.rms_eps, config.gemma)
 
     def _dropout(
         self,
@@ -187,7 +191,7 @@ class Decoder(nnx.Module):
 
     def _embed(self, parts: RowParts, tokens: Array) -> Array:
         """Each device looks the ids of its fsdp row up in its own vocab slice."""
-        table = self.embed[...]
+        table = on_device(self.embed[...])
         ids = lax.all_gather(tokens, FSDP, axis=0, tiled=True, to="invarying")
         ids = ids - lax.axis_index(VOCAB) * table.shape[0]
         own = (ids >= 0) & (ids < table.shape[0])

@@ -2,7 +2,7 @@
 
 import functools
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from engine.objective.scoring import (
     score_completions,
 )
 from engine.parallel.batch import Batch
+from engine.parallel.host_memory import to_host
 from engine.parallel.sharding import FSDP, ParameterPath, param_specs, parameter_spec
 
 
@@ -221,7 +222,7 @@ def load_reference(
 
 
 def model_for_reference(
-    policy: Decoder, given: Decoder | None, *, synced: bool
+    policy: Decoder, given: Decoder | None, *, synced: bool, offload: bool = False
 ) -> Decoder:
     """A decoder of which the reference may own the arrays.
 
@@ -230,12 +231,19 @@ def model_for_reference(
     that cast; in float32 where the reference follows the policy, as small updates would
     be lost in bfloat16. What is cast replaces the given model's own arrays, which would
     otherwise live on beside it. Of models of shapes alone the shapes are made.
+
+    offload: matrices into the host's memory. (A TPU cannot copy one layer's norms out
+    of the stack of all, whose rows are interleaved there.)
     """
     source = policy if given is None else given
     dtype = jnp.dtype(jnp.float32) if synced else source.dtype
     policys = {id(x) for x in jax.tree.leaves(nnx.state(policy))}
 
-    def own(x: Any) -> Any:
+    def own(path: Any, x: Any) -> Any:
+        matrix = x.ndim - (path[0].key == "layers") >= 2
+        return to_host(cast(x)) if offload and matrix else cast(x)
+
+    def cast(x: Any) -> Any:
         if x.dtype == dtype and id(x) not in policys:
             return x
         if isinstance(x, jax.ShapeDtypeStruct):
@@ -243,10 +251,22 @@ def model_for_reference(
         return x.astype(dtype) if x.dtype != dtype else jnp.copy(x)
 
     graphdef, params = nnx.split(source)
-    params = jax.tree.map(own, params)
+    params = jax.tree.map_with_path(own, params)
     if given is not None and given is not policy:
         nnx.update(given, params)
     return nnx.merge(graphdef, params)
+
+
+def refuse_to_offload_a_base() -> NoReturn:
+    """What a reference shares with the policy is where the policy computes.
+
+    Raises:
+        InputError: always.
+    """
+    raise InputError(
+        "offload_ref_model=True has no effect with LoRA where the reference is on the "
+        "base that the policy is on, in memory once; remove it"
+    )
 
 
 def check_comparable(

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 
+from engine.parallel.host_memory import on_host
 from engine.parallel.sharding import FSDP, SEQUENCE
 from engine.planning.hlo import parse
 from engine.planning.steps import Step
@@ -78,6 +79,7 @@ class Account:
     target: Target
     step: Step
     held: Held
+    on_host: int  # bytes of a device's part of the reference in its host's memory
     gradients: int  # bytes, of temporaries
     head: int  # bytes that the head takes of temporaries at most
     work: Work
@@ -139,6 +141,7 @@ def take_account(step: Step, target: Target) -> Account:
         target=target,
         step=step,
         held=held_by(step),
+        on_host=on_host_by(step),
         gradients=_gradients(step),
         head=_head(step),
         work=work_of(step),
@@ -182,11 +185,17 @@ def held_by(step: Step) -> Held:
     )
 
 
-def _bytes(tree: Any) -> int:
-    """Of one device's shards."""
+def on_host_by(step: Step) -> int:
+    """What the host holds throughout of a device's part of the reference."""
+    return _bytes(step.operands[2], host=True)
+
+
+def _bytes(tree: Any, *, host: bool = False) -> int:
+    """Of one device's shards, on the device or in the host's memory."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
+        if on_host(x) == host
     )
 
 
@@ -226,6 +235,7 @@ def as_json(account: Account) -> dict[str, Any]:
         "capacity_bytes": target.capacity,
         "peak_bytes": account.peak,
         "held_bytes": dataclasses.asdict(account.held),
+        "reference_on_host_bytes": account.on_host,
         "gradient_bytes": account.gradients,
         "temporary_bytes": account.temporaries,
         "activation_bytes": account.activations,

@@ -1,5 +1,6 @@
 """The smallest changes that make a run fit, each of them compiled."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -124,16 +125,24 @@ def _is_on(arguments: DPOConfig, name: str) -> bool:
     return {"packing": arguments.packing, "share_prompt": arguments.share_prompt}[name]
 
 
-def precomputations(run: RunConfig) -> Iterator[Variant]:
-    """The reference's log-probabilities scored before, its weights gone."""
+def references(run: RunConfig, platform: str) -> Iterator[Variant]:
+    """The reference's log-probabilities scored before, its weights gone.
+
+    Where they cannot be, and pairs stream past: its weights in the host's memory. Only
+    a TPU's compiler, away from its devices, says what that saves.
+    """
     arguments = run.trainer
     if arguments.precompute_ref_log_probs or arguments.without_reference:
         return
-    try:
-        changed = with_options(run, precompute_ref_log_probs=True)
-    except InputError:  # beside a reference that follows the policy, or a stream
-        return
-    yield Variant(("trainer.precompute_ref_log_probs=true",), changed)
+    options = ["precompute_ref_log_probs"]
+    if platform == "tpu" and run.lora is None:
+        options.append("offload_ref_model")
+    for option in options:
+        # An error beside a reference that follows the policy; of the first: a stream.
+        with contextlib.suppress(InputError):
+            changed = with_options(run, **{option: True})
+            yield Variant((f"trainer.{option}=true",), changed)
+            return
 
 
 def adapters(run: RunConfig) -> Iterator[Variant]:
@@ -160,7 +169,7 @@ def smallest_changes(run: RunConfig, planner: Planner) -> list[Fitting]:
         [*remats(run), *offloads(run, planner.target.chip.platform)],
         _fewer_positions(run, planner),
         [x for x in meshes(run, planner.target.count) if x.run != run],
-        list(precomputations(run)),
+        list(references(run, planner.target.chip.platform)),
     ]
     found = [x for x in (_smallest(kind, planner) for kind in kinds) if x is not None]
     if not found:
@@ -218,7 +227,7 @@ def _together(run: RunConfig, planner: Planner) -> Fitting | None:
             case "mesh":
                 more = list(meshes(run, planner.target.count))[:1]
             case "precompute":
-                more = list(precomputations(run))
+                more = list(references(run, planner.target.chip.platform))
             case "accumulation":
                 _, shards, _ = planner.step(run).run.plan.grid
                 more = list(accumulations(run, shards))

@@ -76,6 +76,7 @@ def _memory(account: Account) -> Iterator[str]:
     ):
         if size:
             yield f"  {name:<22}{_size(size):>12}"
+    yield from _reference_on_host(account)
     yield f"  {'gradients':<22}{_size(account.gradients):>12}  during a step, float32"
     yield (
         f"  {'activations, the rest':<22}{_size(account.activations):>12}  during a "
@@ -87,6 +88,16 @@ def _memory(account: Account) -> Iterator[str]:
     )
     if account.refusal is not None:
         yield f"  its compiler: {account.refusal}"
+
+
+def _reference_on_host(account: Account) -> Iterator[str]:
+    if not account.step.run.arguments.offload_ref_model:
+        return
+    if account.on_host:
+        size = _size(account.on_host)
+        yield f"  {'(reference, on host)':<22}{size:>12}  of its host's memory"
+    else:
+        yield "  (on a device its reference will not be: this compiler knows no host)"
 
 
 def _arithmetic(account: Account) -> Iterator[str]:

@@ -19,7 +19,7 @@ from engine.data.reference_logps import check_values
 from engine.data.shapes import Sizes
 from engine.errors import InputError
 from engine.models import DecoderConfig, attention
-from engine.objective.references import check_comparable
+from engine.objective.references import check_comparable, refuse_to_offload_a_base
 from engine.parallel.sharding import (
     FSDP,
     SEQUENCE,
@@ -54,6 +54,8 @@ def check_models(
                 "remove one"
             )
         check_comparable(model, reference, synced=arguments.sync_ref_model)
+    if arguments.offload_ref_model and model.adapter is not None and reference is None:
+        refuse_to_offload_a_base()
     check_values(arguments, sets, has_reference=reference is not None)
     adapter = model.adapter
     check_dropout(arguments, None if adapter is None else adapter.dropout)

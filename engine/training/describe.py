@@ -93,6 +93,8 @@ def _reference(run: Prepared) -> str:
         return f"{words}; its log-probabilities: {source}"
     if run.arguments.sync_ref_model:
         words += f"; synced every {run.arguments.ref_model_sync_steps} steps"
+    if run.arguments.offload_ref_model:
+        words += "; in the host's memory"
     return words
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, UInt32
 from engine.config.dpo import DPOConfig
 from engine.data.pairs import PairTokens
 from engine.errors import InputError
+from engine.parallel.host_memory import on_device
 from engine.parallel.sharding import whole
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ _HARMLESS = (
     "trainer.log_steps",
     "trainer.model_name",
     "trainer.max_skipped_steps",
+    "trainer.offload_ref_model",
     "trainer.on_nonfinite",
     "trainer.packing",
     "trainer.progress_bar",
@@ -151,6 +153,7 @@ def _sum(x: Array) -> UInt32[Array, ""]:
 
     Sums of whole numbers are the same in any order.
     """
+    x = on_device(x)
     kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(x, kind).astype(jnp.uint32)
     place = jnp.zeros(x.shape, jnp.uint32)

@@ -53,13 +53,17 @@ def taken_by(compiled: Any, platform: str) -> Taken | None:
     """What a program takes; None: the compiler does not say.
 
     A TPU's compiler counts more temporaries than are ever there at once, and says the
-    peak as well; elsewhere a program has all of its temporaries from its start.
+    peak as well, with what is in the host's memory in it: arguments, which are there
+    throughout, and temporaries, of which this is a bound then. Elsewhere a program has
+    all of its temporaries from its start.
     """
     memory = compiled.memory_analysis()
     if memory is None:
         return None
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
     held += memory.generated_code_size_in_bytes - memory.alias_size_in_bytes
-    if platform == "tpu" and memory.peak_memory_in_bytes > held:
-        return Taken(held, memory.peak_memory_in_bytes - held)
-    return Taken(held, memory.temp_size_in_bytes)
+    temporary = memory.temp_size_in_bytes
+    peak = memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
+    if platform == "tpu" and peak > held:
+        temporary = min(peak - held, temporary)
+    return Taken(held, temporary)

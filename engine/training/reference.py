@@ -9,6 +9,7 @@ from engine.objective.references import (
     SharedModel,
     SyncedModel,
     model_for_reference,
+    refuse_to_offload_a_base,
     shares_arrays,
 )
 
@@ -21,9 +22,12 @@ def make_reference(
         return NoReference()
     shared = _shared(policy, given)
     if shared is not None:
+        if arguments.offload_ref_model:
+            refuse_to_offload_a_base()
         return shared
     synced = arguments.sync_ref_model
-    model = model_for_reference(policy, given, synced=synced)
+    offload = arguments.offload_ref_model
+    model = model_for_reference(policy, given, synced=synced, offload=offload)
     if not synced:
         return FrozenModel(model)
     return SyncedModel(

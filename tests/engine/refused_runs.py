@@ -125,6 +125,19 @@ OPTIONS = {
         "run.yaml: trainer.precompute_ref_log_probs=True cannot be with sync_ref_model",
         trainer={"sync_ref_model": True, "precompute_ref_log_probs": True},
     ),
+    "a reference that moves, on the host": Case(
+        "run.yaml: trainer.offload_ref_model=True cannot be with sync_ref_model=True",
+        trainer={"sync_ref_model": True, "offload_ref_model": True},
+    ),
+    "a reference that is gone, on the host": Case(
+        "run.yaml: trainer.offload_ref_model=True has no effect with precompute_ref",
+        trainer={"precompute_ref_log_probs": True, "offload_ref_model": True},
+    ),
+    "a base on the host": Case(
+        "offload_ref_model=True has no effect with LoRA where the reference is on",
+        trainer={"offload_ref_model": True},
+        lora={"r": 2},
+    ),
     "a reference that nobody asks": Case(
         "run.yaml: reference_model has no effect with trainer.loss_type='simpo'",
         reference_model={"name_or_path": "model"},

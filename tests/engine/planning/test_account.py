@@ -7,7 +7,7 @@ import pytest
 from engine.config.lora import LoraConfig
 from engine.config.run import ShardingConfig
 from engine.parallel.sharding import AXES
-from engine.planning.account import as_json, held_by, needed, take_account
+from engine.planning.account import as_json, held_by, needed, on_host_by, take_account
 from engine.planning.report import report, verdict
 from engine.planning.targets import Target, parse_target
 from tests.engine.planning.runs import tiny_run, tiny_step
@@ -73,6 +73,18 @@ def test_references_are_those_of_training(tmp_path):
     precomputed = of(precompute_ref_log_probs=True)
     assert precomputed.reference == 0
     assert precomputed.batch == of().batch + 4 * 2 * 4  # two values a pair
+
+
+def test_a_reference_on_the_host_is_not_on_the_device(tmp_path):
+    run = tiny_run(tmp_path, offload_ref_model=True)
+    on_device = held_by(tiny_step(tiny_run(tmp_path)))
+    for target in ("cpu:1", "v5e:1x1"):
+        step = tiny_step(run, target)
+        held = held_by(step)
+        norms = 2 * (2 * 3 + 1) * 64  # bytes of bfloat16: two a layer, and the last
+        assert held.reference == norms
+        assert on_host_by(step) == on_device.reference - norms
+        assert held.total == on_device.total - on_host_by(step)
 
 
 def test_parameters_are_split_over_fsdp_and_tensor(tmp_path):

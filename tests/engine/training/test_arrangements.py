@@ -19,7 +19,7 @@ def padded():
         ((1, 1, 1), PACKED | SHARED),
         ((1, 1, 1), SHARED | {"gradient_accumulation_steps": 4}),
         ((2, 2, 2), PACKED | {"gradient_accumulation_steps": 2}),
-        ((1, 2, 4), PACKED | SHARED),
+        ((1, 2, 4), PACKED | SHARED | {"offload_ref_model": True}),
         # Rows over four and two devices, the last of data, fsdp, tensor and
         # sequence; padded ones are in test_gradients.py.
         ((1, 2, 1, 4), PACKED | SHARED),

@@ -37,7 +37,7 @@ def scaled(by: float, dtype: str = "float32") -> Any:
     ("settings", "heard"),
     [
         # The policy's own checkpoint, by its name; and where it computes otherwise.
-        ({"reference_model": FIXTURE / "model"}, PASSED),
+        ({"reference_model": FIXTURE / "model", "offload_ref_model": True}, PASSED),
         ({"reference_model": (1.0, "bfloat16")}, OTHER),
         ({"precompute_ref_log_probs": True}, PASSED),
         ({"lora": LoraConfig(r=2), "reference_model": (1.01, "float32")}, OTHER),
