@@ -1,13 +1,16 @@
 """Seeded inputs of the kernels, and what they give in float64."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_kernels import token_logprobs
 from dpo_kernels.op.interface import TokenLogprobs
+from dpo_kernels.verify import table
+from dpo_kernels.verify.cases import Case, Row, Shape
 from dpo_kernels.verify.table import Inputs
 
 
@@ -58,3 +61,31 @@ def forward(op: Callable[..., TokenLogprobs], inputs: Inputs, dtype: str):
     arrays = {name: jnp.asarray(x, dtype) for name, x in inputs.arrays.items()}
     valid = None if inputs.num_valid is None else jnp.int32(inputs.num_valid)
     return call(arrays, jnp.asarray(inputs.targets), valid)
+
+
+def verify_cases(
+    implementation: str, dtype: str, shape: Shape, cases: Iterable[Case]
+) -> list[Row]:
+    """As `verify.verify_case`; cases with the same options share a program."""
+    T, D, V, workspace_bytes = shape
+
+    def op(*args, **kwargs) -> TokenLogprobs:
+        kwargs |= {"workspace_bytes": workspace_bytes}
+        return token_logprobs(*args, implementation=implementation, **kwargs)
+
+    def row(case: Case) -> Row:
+        inputs, truth, bounds = table._truth(dtype, shape, case)
+        ours = table.evaluate(op, inputs, dtype)
+        forward, gradient = map(table.relative_error, ours, truth)
+        return Row(
+            implementation=implementation,
+            dtype=dtype,
+            shape=(T, D, V),
+            case=case.name,
+            forward=forward,
+            forward_bound=bounds[0],
+            gradient=gradient,
+            gradient_bound=bounds[1],
+        )
+
+    return [row(case) for case in cases]

@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -174,15 +175,18 @@ def test_what_the_forward_keeps():
     """By its definition, with a block that has nothing to keep."""
     inputs = make_inputs(T, D, V, Case(name="", bias=True, softcap=2.0), "float32")
     bias = np.where(np.arange(V) < 170, -np.inf, inputs.arrays["bias"])
-    _, kept = xla.forward_partials(
+    forward = functools.partial(
+        xla.forward_partials,
+        options=LogitOptions(softcap=2.0),
+        workspace_bytes=workspace("all"),
+        keep_v=290,
+    )
+    _, kept = jax.jit(forward)(
         jnp.asarray(inputs.arrays["hidden"]),
         jnp.asarray(inputs.arrays["head"]),
         jnp.asarray(inputs.targets),
         jnp.asarray(bias, jnp.float32),
         None,
-        options=LogitOptions(softcap=2.0),
-        workspace_bytes=workspace("all"),
-        keep_v=290,
     )
     assert kept is not None and kept.block_v < 170 and np.isfinite(kept.shift).all()
     tanh = np.tanh((inputs.arrays["hidden"] @ inputs.arrays["head"].T + bias) / 2)
@@ -278,7 +282,7 @@ def test_a_gibibyte_keeps_everything_in_place_on_an_h200():
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("mebibytes", [64, 256, 900, 1024, 4096])
+@pytest.mark.parametrize("mebibytes", [64, 256, 900, 4096])
 def test_tile_and_kept_share_the_workspace(ragged, mebibytes):
     tile = h200(ragged, mebibytes * 2**20)
     kept = 2 * 4096 * tile.keep_v
@@ -290,6 +294,6 @@ def test_tile_and_kept_share_the_workspace(ragged, mebibytes):
     assert kept + masked + chunk <= mebibytes * 2**20
     assert tile.keep_v == 128256 or tile.keep_v % tile.chunk_v == 0
     assert tile.chunk_v % 128 == 0 and tile.chunk_v >= min(4096, 20 * mebibytes)
-    least = {64: 0, 256: 0, 900: 75000, 1024: 95000, 4096: 128256}
+    least = {64: 0, 256: 0, 900: 75000, 4096: 128256}
     assert tile.keep_v >= least[mebibytes]
     assert tile.heights[-1] == 4096 and len(tile.heights) == (4 if ragged else 1)

@@ -1,5 +1,8 @@
 """The choice of tiles on GPUs: whole waves, within the workspace."""
 
+import functools
+import itertools
+
 import jax.numpy as jnp
 import pytest
 
@@ -53,11 +56,21 @@ def test_a_wave_that_is_not_full_costs_a_full_one():
     assert product(4096, 7552, 4096, FUSED_BLOCK, None, 1).efficiency == 1
 
 
-@pytest.mark.parametrize("device", ["h200", "h100", "a100", "b200"])
-@pytest.mark.parametrize("shape", SHAPES)
+@functools.cache
+def chosen(asked: tiling.Problem) -> tiling.BackwardTile:
+    return tiling.backward_tile(asked, fused=True)
+
+
+@pytest.mark.parametrize(
+    ("device", "shape"),
+    [
+        *itertools.product(["h200"], SHAPES),
+        *itertools.product(["h100", "a100", "b200"], SHAPES[::2]),
+    ],
+)
 def test_chunks_fill_whole_waves(shape, device):
     asked = problem(*shape, device=device)
-    tile = tiling.backward_tile(asked, fused=True)
+    tile = chosen(asked)
     times = backward_times(asked, tile, fused=True, height=asked.T)
     assert times.dlogits.efficiency >= 0.95, tile
     assert times.dhead.efficiency >= 0.95, tile
@@ -66,7 +79,7 @@ def test_chunks_fill_whole_waves(shape, device):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_all_that_is_tried_fits_and_nothing_is_faster(shape):
     asked = problem(*shape)
-    tile = tiling.backward_tile(asked, fused=True)
+    tile = chosen(asked)
     tried = list(choice.backward_candidates(asked, fused=True))
     seconds = backward_seconds(asked, tile, fused=True)
     for other in tried:
@@ -87,9 +100,9 @@ def test_any_number_of_rows_has_a_tile(rows, ragged):
 
 def test_exponentials_are_kept_where_that_is_faster():
     """At a hidden size of 64 it is less work to compute them again."""
-    asked = problem(4096, 64, 128256, 2048, ragged=True)
+    asked = problem(4096, 64, 128256, 2048)
     assert tiling.backward_tile(asked, fused=True).keep_v == 0
-    asked = problem(4096, 4096, 128256, 2048, ragged=True)
+    asked = problem(4096, 4096, 128256, 2048)
     assert tiling.backward_tile(asked, fused=True).keep_v == 128256
 
 

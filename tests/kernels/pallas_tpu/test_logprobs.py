@@ -5,7 +5,7 @@ end of its array.
 """
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -20,44 +20,18 @@ from dpo_kernels.pallas_tpu import backward_tiling as tpu_backward_tiling
 from dpo_kernels.pallas_tpu import logprobs as pallas_tpu
 from dpo_kernels.pallas_tpu import matmuls as pallas_tpu_matmuls
 from dpo_kernels.pallas_tpu import tiling as tpu_tiling
-from dpo_kernels.pallas_tpu.backward_tiling import Matmul, TpuBackwardTile
-from dpo_kernels.pallas_tpu.tiling import TpuForwardTile
+from dpo_kernels.pallas_tpu.backward_tiling import TpuBackwardTile
 from dpo_kernels.verify import table as verify
 from dpo_kernels.verify.cases import bound
-from tests.kernels.inputs import arrays, forward, logits_of, logprobs
+from tests.kernels.inputs import arrays, forward, logits_of, logprobs, verify_cases
 from tests.kernels.offsets import (
     check_entries_masked_by_a_finite_bias,
     check_two_equal_logits_of_1e8,
 )
+from tests.kernels.pallas_tpu.tiles import BACKWARD, FORWARD, LARGE, TWO_CORES
 
 CASES = {case.name: case for case in verify.CASES}
-ALIGNED, RAGGED = (32, 128, 512, 2**28), (70, 128, 700, 2**28)
-VMEM = 100 * 2**20
-FORWARD = TpuForwardTile(
-    block_t=32, block_v=256, pieces_ahead=1, parts=2, vmem_bytes=VMEM
-)
-# Several blocks of each kind; the second of two chunks, or of two cores, ends early.
-BACKWARD = TpuBackwardTile(
-    dlogits=Matmul(rows=16, columns=256, depth=128),
-    dhidden=Matmul(rows=16, columns=128, depth=256),
-    dhead=Matmul(rows=256, columns=128, depth=32),
-    share_v=768,
-    chunk_v=512,
-    hidden_buffers=2,
-    cores=1,
-    vmem_bytes=VMEM,
-)
-TWO_CORES = replace(BACKWARD, cores=2, share_v=512, chunk_v=256)
-# Blocks that are as large as the arrays or larger, and sums that are one step's.
-LARGE = replace(
-    BACKWARD,
-    dlogits=Matmul(rows=64, columns=512, depth=128),
-    dhidden=Matmul(rows=32, columns=256, depth=512),
-    dhead=Matmul(rows=512, columns=128, depth=192),
-    share_v=1024,
-    chunk_v=1024,
-    hidden_buffers=1,
-)
+ALIGNED, RAGGED = (64, 128, 512, 2**28), (50, 128, 600, 2**28)
 
 
 @pytest.fixture(autouse=True)
@@ -84,15 +58,14 @@ def small_tiles(monkeypatch):
     return use
 
 
-def check(shape, case):
-    row = verify.verify_case("pallas_tpu", "bfloat16", shape, CASES[case])
-    assert row.passed, row
+def check(shape, *cases):
+    rows = verify_cases("pallas_tpu", "bfloat16", shape, [CASES[x] for x in cases])
+    assert all(row.passed for row in rows), rows
 
 
 @pytest.mark.parametrize(
     ("shape", "case"),
     [
-        (ALIGNED, "plain"),
         (RAGGED, "all"),
         ((3, 128, 7, 2**28), "all"),
     ],
@@ -101,10 +74,20 @@ def test_errors_are_within_the_bound_that_plain_jax_sets(x64, shape, case):
     check(shape, case)
 
 
-# All but "plain" ask for stats. Padding is in "all", and below.
-@pytest.mark.parametrize("case", [x for x in CASES if x not in ("stats", "padded")])
-def test_many_tiles(x64, small_tiles, case):
-    check(RAGGED, case)
+# All but "plain" ask for stats. All together: above, and with two cores.
+@pytest.mark.parametrize(
+    ("shape", "cases"),
+    [
+        (ALIGNED, ["plain"]),
+        (RAGGED, ["bias"]),
+        (RAGGED, ["softcap"]),
+        (RAGGED, ["padded", "empty"]),
+        (RAGGED, ["offset", "huge"]),
+    ],
+)
+def test_many_tiles(x64, small_tiles, shape, cases):
+    """Cases with the same options share a program."""
+    check(shape, *cases)
 
 
 def test_two_equal_logits_of_1e8():
@@ -115,67 +98,63 @@ def test_entries_masked_by_a_finite_bias(small_tiles):
     check_entries_masked_by_a_finite_bias("pallas_tpu", "bfloat16")
 
 
+@cache
+def wide(V):
+    """Inputs, their truth, and how far from it a forward may be."""
+    inputs = verify.make_inputs(40, 128, V, CASES["all"], "bfloat16")
+    truth, plain = (
+        forward(reference.token_logprobs, inputs, x) for x in ("float64", "bfloat16")
+    )
+    return inputs, truth, bound(verify.relative_error(plain, truth), "bfloat16")
+
+
 # Of the last tile one slice and a narrower one; one and a whole one; less than one.
 @pytest.mark.parametrize(
-    ("V", "cores"), [(1700, 1), (2048, 1), (1100, 1), (1700, 2), (1100, 2)]
+    ("V", "cores"), [(1700, 1), (1700, 2), (2048, 1), (1100, 1), (1100, 2)]
 )
 def test_the_last_tile_of_the_forward_has_slices_of_its_own(x64, monkeypatch, V, cores):
     tile = replace(FORWARD, block_v=1024, cores=cores)
     monkeypatch.setattr(tpu_tiling, "forward_tile", lambda *_, **__: tile)
-    inputs = verify.make_inputs(70, 128, V, CASES["all"], "bfloat16")
-
-    truth, plain = (
-        forward(reference.token_logprobs, inputs, x) for x in ("float64", "bfloat16")
-    )
+    inputs, truth, limit = wide(V)
     op = partial(token_logprobs, implementation="pallas_tpu")
-    ours = forward(op, inputs, "bfloat16")
-    limit = bound(verify.relative_error(plain, truth), "bfloat16")
-    assert verify.relative_error(ours, truth) <= limit
+    assert verify.relative_error(forward(op, inputs, "bfloat16"), truth) <= limit
 
 
 # Of 48 rows in pieces of 32, the second repeats half of the first.
 @pytest.mark.parametrize(
-    ("T", "block_t", "piece_t", "pieces_ahead", "num_valid", "cores"),
+    ("T", "block_t", "piece_t", "pieces_ahead", "counts", "cores"),
     [
-        (70, 32, 16, 1, None, 1),
-        (81, 64, 16, 3, None, 2),
-        (64, 48, 32, 2, None, 1),
-        (96, 48, 32, 2, None, 1),
-        (166, 48, 32, 1, 97, 1),
-        (166, 96, 16, 6, 97, 2),
-        (166, 96, 16, 4, 0, 1),
+        (70, 32, 16, 1, [None], 1),
+        (81, 64, 16, 3, [None], 2),
+        (64, 48, 32, 2, [None], 1),
+        (166, 48, 32, 1, [96, 97], 1),
+        (166, 96, 16, 6, [0, 97], 2),
     ],
 )
 def test_rows_arrive_in_pieces(
-    monkeypatch, T, block_t, piece_t, pieces_ahead, num_valid, cores
+    monkeypatch, T, block_t, piece_t, pieces_ahead, counts, cores
 ):
     monkeypatch.setattr(tpu_tiling, "PIECE_T", piece_t)
     changes = {"block_t": block_t, "pieces_ahead": pieces_ahead, "cores": cores}
     tile = replace(FORWARD, parts=1, **changes)
     monkeypatch.setattr(tpu_tiling, "forward_tile", lambda *_, **__: tile)
-    hidden, head, targets = arrays(T, 128, 700)
-    valid = T if num_valid is None else num_valid
-    out = token_logprobs(
-        hidden.at[valid:].set(jnp.nan),
-        *(head, targets),
-        num_valid=num_valid,
-        implementation="pallas_tpu",
-    )
-    lse, logprob, *_ = logprobs(hidden, head, targets, valid)
-    np.testing.assert_allclose(out.lse, lse, rtol=0, atol=2e-6)
-    np.testing.assert_allclose(out.logprob, logprob, rtol=0, atol=4e-6)
+    hidden, head, targets = arrays(T, 128, 300)
+    # The count is an argument of one program.
+    op = jax.jit(partial(token_logprobs, implementation="pallas_tpu"))
+    for num_valid in counts:
+        valid = T if num_valid is None else num_valid
+        padded = hidden.at[valid:].set(jnp.nan)
+        out = jax.block_until_ready(op(padded, head, targets, num_valid=num_valid))
+        lse, logprob, *_ = logprobs(hidden, head, targets, valid)
+        np.testing.assert_allclose(out.lse, lse, rtol=0, atol=2e-6)
+        np.testing.assert_allclose(out.logprob, logprob, rtol=0, atol=4e-6)
 
 
 def test_blocks_that_end_after_several_pieces(x64, small_tiles, monkeypatch):
     small_tiles(LARGE)
     monkeypatch.setattr(pallas_tpu_matmuls, "PIECE", 16)
     monkeypatch.setattr(pallas_tpu_matmuls, "PIECE_V", 256)
-    check(RAGGED, "all")
-
-
-def test_blocks_that_nothing_fills(x64, small_tiles):
-    small_tiles(LARGE)
-    check(RAGGED, "padded")
+    check((70, *RAGGED[1:]), "all")
 
 
 @pytest.mark.parametrize("cores", [2])
@@ -191,66 +170,71 @@ def test_a_core_without_a_vocabulary(x64, small_tiles, cores):
     check(RAGGED, "bias")
 
 
-# Blocks of 16 rows; for the gradient of the head sums over 32, or 192.
+# Blocks of 16 rows; for the gradient of the head sums over 32, or 192, which nothing
+# fills.
 @pytest.mark.parametrize(
-    ("tile", "num_valid"),
-    [(BACKWARD, 0), (BACKWARD, 1), (BACKWARD, 97), (BACKWARD, 128), (BACKWARD, 166)]
-    + [(LARGE, 0), (LARGE, 64), (LARGE, 65)],
-    ids=lambda x: str(x) if isinstance(x, int) else f"{x.dlogits.rows} rows",
+    ("tile", "T", "counts"),
+    [(BACKWARD, 70, [0, 1, 33, 64, 70]), (LARGE, 100, [0, 64, 65])],
+    ids=["16 rows", "64 rows"],
 )
-def test_rows_past_num_valid_are_not_looked_at(small_tiles, tile, num_valid):
+def test_rows_past_num_valid_are_not_looked_at(small_tiles, tile, T, counts):
     small_tiles(tile)
-    hidden, head, targets = arrays(166, 128, 300)
-    padded = hidden.at[num_valid:].set(jnp.nan)
-    marked = targets.at[num_valid:].set(-1)
+    hidden, head, targets = arrays(T, 128, 300)
 
-    def loss(hidden, head):
-        out = token_logprobs(
-            hidden, head, marked, num_valid=num_valid, implementation="pallas_tpu"
+    @jax.jit  # of which the count is an argument
+    def value_and_grad(hidden, head, targets, num_valid):
+        def loss(hidden, head):
+            out = token_logprobs(
+                *(hidden, head, targets),
+                num_valid=num_valid,
+                implementation="pallas_tpu",
+            )
+            return out.logprob.sum(), out
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, head)
+
+    for num_valid in counts:
+        padded = hidden.at[num_valid:].set(jnp.nan)
+        marked = targets.at[num_valid:].set(-1)
+        (_, out), (dhidden, dhead) = jax.block_until_ready(
+            value_and_grad(padded, head, marked, num_valid)
         )
-        return out.logprob.sum(), out
-
-    # Operation by operation, as the kernels are shared by all counts.
-    (_, out), (dhidden, dhead) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
-        padded, head
-    )
-    lse, logprob, want_hidden, want_head = logprobs(hidden, head, targets, num_valid)
-    np.testing.assert_allclose(out.lse, lse, rtol=0, atol=2e-6)
-    np.testing.assert_allclose(out.logprob, logprob, rtol=0, atol=4e-6)
-    # Two roundings to bfloat16, of 2**-9 of what is rounded.
-    for ours, want in ((dhidden, want_hidden), (dhead, want_head)):
-        limit = 2**-8 * max(1e-6, np.abs(want).max())
-        np.testing.assert_allclose(np.asarray(ours, np.float64), want, 2**-7, limit)
-    assert not np.asarray(dhidden)[num_valid:].any()
+        lse, logprob, *grads = logprobs(hidden, head, targets, num_valid)
+        np.testing.assert_allclose(out.lse, lse, rtol=0, atol=2e-6)
+        np.testing.assert_allclose(out.logprob, logprob, rtol=0, atol=4e-6)
+        # Two roundings to bfloat16, of 2**-9 of what is rounded.
+        for ours, want in zip((dhidden, dhead), grads, strict=True):
+            limit = 2**-8 * max(1e-6, np.abs(want).max())
+            np.testing.assert_allclose(np.asarray(ours, np.float64), want, 2**-7, limit)
+        assert not np.asarray(dhidden)[num_valid:].any()
 
 
 def test_one_gradient_alone(small_tiles):
-    hidden, head, targets = arrays(40, 128, 300)
-    inputs = (hidden, head, jnp.linspace(-1, 1, 300))
+    hidden, head, targets = arrays(20, 128, 300)
+    bias, weights = np.linspace(-1, 1, 300), np.linspace(-1, 2, 20)
 
-    def gradients(implementation, *wanted):
-        def loss(hidden, head, bias):
-            out = token_logprobs(
-                hidden, head, targets, bias=bias, implementation=implementation
-            )
-            return (out.logprob * jnp.linspace(-1, 2, 40)).sum()
+    def loss(hidden, head, bias):
+        out = token_logprobs(
+            hidden, head, targets, bias=bias, implementation="pallas_tpu"
+        )
+        return (out.logprob * jnp.asarray(weights, jnp.float32)).sum()
 
-        return jax.jit(jax.grad(loss, wanted))(*inputs)
-
+    p = np.exp(logits_of(hidden, head) + bias)
+    p /= p.sum(axis=1, keepdims=True)
+    dz = weights[:, None] * (np.eye(300)[np.asarray(targets)] - p)
+    truth = dz @ np.asarray(head, float), dz.T @ np.asarray(hidden, float), dz.sum(0)
     # All together are in the tests above.
-    alone = [gradients("pallas_tpu", wanted)[0] for wanted in range(3)]
-    plain = gradients("xla", 0, 1, 2)
-    for ours, want in zip(alone, plain, strict=True):
-        want = np.asarray(want, np.float64)
-        limit = 2**-7 * np.abs(want).max()
-        np.testing.assert_allclose(np.asarray(ours, np.float64), want, 2**-7, limit)
+    for wanted, want in enumerate(truth):
+        inputs = hidden, head, jnp.asarray(bias, jnp.float32)
+        ours = np.asarray(jax.jit(jax.grad(loss, wanted))(*inputs), np.float64)
+        np.testing.assert_allclose(ours, want, 2**-7, 2**-7 * np.abs(want).max())
 
 
 def test_a_block_of_which_nothing_exists(small_tiles):
-    hidden, head, targets = arrays(40, 128, 600)
-    bias = jnp.zeros((600,), jnp.float32).at[:256].set(-jnp.inf)
+    hidden, head, targets = arrays(20, 128, 300)
+    bias = jnp.zeros((300,), jnp.float32).at[:256].set(-jnp.inf)
     # One target is among what does not exist: not even its own entry gets a gradient.
-    targets = (256 + targets % 344).at[0].set(5)
+    targets = (256 + targets % 44).at[0].set(5)
 
     def loss(hidden, head):
         out = token_logprobs(
@@ -274,7 +258,7 @@ def test_a_block_of_which_nothing_exists(small_tiles):
 
 
 def test_the_vocabulary_over_devices(small_tiles):
-    hidden, head, targets = arrays(40, 128, 600)
+    hidden, head, targets = arrays(20, 128, 600)
     mesh = Mesh(np.array(jax.devices()[:2]), ("vocab",))
 
     def local(hidden, head, targets):
@@ -289,7 +273,7 @@ def test_the_vocabulary_over_devices(small_tiles):
         lambda h, w: sharded(h, w, targets).sum(), (0, 1)
     )
     value, (dhidden, dhead) = jax.jit(value_and_grad)(hidden, head)
-    _, logprob, want_hidden, want_head = logprobs(hidden, head, targets, 40)
+    _, logprob, want_hidden, want_head = logprobs(hidden, head, targets, 20)
     np.testing.assert_allclose(value, logprob.sum(), rtol=1e-6)
     for ours, want in ((dhidden, want_hidden), (dhead, want_head)):
         limit = 2**-8 * np.abs(want).max()
@@ -305,4 +289,4 @@ def test_a_workspace_that_is_too_small_is_refused():
 
     # 48 rows of 256 logits of two bytes each, and a sixteenth of all for the rest.
     with pytest.raises(ValueError, match="=20000 is too small .* give at least 26215"):
-        jax.grad(loss)(hidden)
+        jax.eval_shape(jax.grad(loss), hidden)

@@ -66,9 +66,11 @@ KINDS = [
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("T", [1, 100, 4096, 100_000])
+@pytest.mark.parametrize(
+    ("T", "ragged"),
+    [(1, False), (100, True), (4096, True), (4096, False), (100_000, True)],
+)
 @pytest.mark.parametrize("D", [128, 4096, 8192, 16384])
-@pytest.mark.parametrize("ragged", [True, False])
 def test_blocks_fit_into_vector_memory_and_the_workspace(kind, T, D, ragged):
     device = Device(platform="tpu", kind=kind[0], num_cores=kind[1])
     core = tpu_tiling.core_of(device)
@@ -99,7 +101,9 @@ def test_blocks_fit_into_vector_memory_and_the_workspace(kind, T, D, ragged):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_any_number_of_rows_has_blocks(kind):
     device = Device(platform="tpu", kind=kind[0], num_cores=kind[1])
-    for T in range(1, 1100, 16):  # blocks are multiples
+    # Blocks are multiples of 16; of more than 256 rows, of 256 or all whole ones.
+    edges = (x + y for x in (512, 768, 1024) for y in (-15, 0, 1, 17))
+    for T in (*range(1, 290, 16), *edges):
         asked = problem(T=T, D=4096, V=32000, device=device)
         forward = tpu_tiling.forward_tile(asked)
         assert forward is not None and forward.block_t >= min(T, 1024)

@@ -61,14 +61,13 @@ def launched(monkeypatch):
 @pytest.mark.parametrize(
     ("shape", "case", "dtype"),
     [
-        *((ALIGNED, case, "bfloat16") for case in ("plain", "all")),
-        *((RAGGED, case, "bfloat16") for case in CASES),
+        (ALIGNED, "stats", "bfloat16"),
+        *((RAGGED, case, "bfloat16") for case in CASES if case != "stats"),
         *((KEPT, case, "bfloat16") for case in ("stats", "softcap", "all", "huge")),
         *((RAGGED, "all", dtype) for dtype in ("float16", "float32")),
         *((KEPT, "all", dtype) for dtype in ("float16", "float32")),
         *((KEPT, case, "float32") for case in ("offset", "huge")),
         (SOME, "all", "bfloat16"),
-        (SOME, "padded", "bfloat16"),
         (TINY, "all", "bfloat16"),
         (TINY, "plain", "float32"),
     ],
@@ -109,16 +108,19 @@ def forward(hidden, head, targets, bias=None, num_valid=None, keep_v=0, **option
 @pytest.mark.parametrize("num_valid", [0, 1, 31, 32, 33, 64, 66, 67, 1000, -5])
 def test_only_blocks_with_a_valid_row_are_computed(num_valid):
     hidden, head, targets = arrays(67, 19, 203, jnp.float32)
-    hidden = hidden.at[num_valid if num_valid > 0 else 0 :].set(jnp.nan)
-    got, _ = forward(hidden, head, targets, num_valid=num_valid, stats=STATS)
     valid = min(max(num_valid, 0), 67)
-    want = (hidden @ head.T)[:valid]
+    want = logits_of(hidden, head)[:valid]
+    padded = np.where(np.arange(67)[:, None] < valid, hidden, np.float32(np.nan))
+    got, _ = forward(
+        jnp.asarray(padded), head, targets, num_valid=num_valid, stats=STATS
+    )
+    top, sum_exp = np.asarray(got.max), np.asarray(got.sum_exp)
     for block, start in enumerate(range(0, 203, 64)):
         np.testing.assert_allclose(
-            got.max[block, :valid], want[:, start : start + 64].max(1), rtol=1e-5
+            top[block, :valid], want[:, start : start + 64].max(1), rtol=1e-5
         )
     # The interpreter leaves NaN where no program wrote.
-    assert np.isnan(np.asarray(got.sum_exp)[:, valid:]).all()
+    assert np.isnan(sum_exp[:, valid:]).all()
 
 
 @pytest.mark.parametrize(
@@ -134,8 +136,10 @@ def test_only_blocks_with_a_valid_row_are_computed(num_valid):
 )
 def test_kept_exponentials(keep_v, softcap, dtype):
     hidden, head, targets = arrays(67, 19, 203, dtype)
-    bias = jnp.zeros(203).at[::7].set(-jnp.inf).at[64:128].set(-jnp.inf).astype(dtype)
-    _, kept = forward(hidden, head, targets, bias, keep_v=keep_v, softcap=softcap)
+    bias = np.zeros(203, jnp.dtype(dtype))
+    bias[::7] = bias[64:128] = -np.inf
+    given = hidden, head, targets, jnp.asarray(bias)
+    _, kept = forward(*given, keep_v=keep_v, softcap=softcap)
     assert kept is not None and kept.block_v == 64 and kept.exp.shape == (67, keep_v)
     assert kept.exp.dtype == dtype and kept.shift.shape == (-(-keep_v // 64), 67)
     x = logits_of(hidden, head)
@@ -152,7 +156,7 @@ def test_kept_exponentials(keep_v, softcap, dtype):
     np.testing.assert_allclose(
         np.asarray(kept.exp, np.float64), want, rtol=eps + 1e-5, atol=1e-6 * want.max()
     )
-    assert forward(hidden, head, targets)[1] is None
+    assert jax.eval_shape(forward, *given)[1] is None
 
 
 def test_nothing_is_kept_beyond_keep_v():
@@ -279,8 +283,10 @@ def test_results_vary_over_the_axes_of_the_inputs(check_vma, monkeypatch):
 def test_kernels_compile_within_the_shared_memory(kind, monkeypatch):
     monkeypatch.undo()
     cases = {case.name: case for case in gpu_triton_resources.CASES}
-    for name in ("forward, ragged", "dlogits, ragged"):
-        found = gpu_triton_resources.resources(cases[name], "bfloat16", kind)
+    # The A100 has the L4's tile, in more memory.
+    for name in ("dlogits",) if "A100" in kind else ("forward", "dlogits"):
+        case = cases[f"{name}, ragged"]
+        found = gpu_triton_resources.resources(case, "bfloat16", kind)
         assert found.shared_bytes <= 1024 * gpu_triton_resources.SHARED_KIB[kind]
         assert "MMA" in found.matrix
 
