@@ -129,8 +129,8 @@ def show(results: Sequence[rows.Row]) -> str:
                 gib(wire),
             )
         )
-    header = ("target", "options", "optimizer", "held", "activations", "peak", "received")
-    return rows.table(header, lines)
+    header = ("target", "options", "optimizer", "held", "activations", "peak")
+    return rows.table((*header, "received"), lines)
 
 
 def main(argv: list[str] | None = None) -> int:

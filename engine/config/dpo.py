@@ -172,8 +172,8 @@ class DPOConfig(EvaluationConfig, CheckpointConfig, OptimizerConfig, LossConfig)
             check_unused(self, with_it, "offload_ref_model")
         if self.sync_ref_model and self.offload_ref_model:
             raise InputError(
-                "offload_ref_model=True cannot be with sync_ref_model=True: a reference "
-                "that follows the policy is computed with on the devices; remove one"
+                "offload_ref_model=True cannot be with sync_ref_model=True: a reference"
+                " that follows the policy changes on the devices; remove one"
             )
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise InputError(
