@@ -35,6 +35,7 @@ def attend(
     window: int | None = None,
     spans: KeySpans | None = None,
     longest: int | None = None,
+    sizes: kernels.BlockSizes | None = None,
     interpret: bool = False,
 ) -> Float[Array, "R S N H"]:
     """softmax(cap(scale * q . k)) v over the keys that each query sees.
@@ -47,6 +48,7 @@ def attend(
         spans: the keys of each query's sequence, of which none shares its beginning;
             None: all of its row up to it.
         longest: tokens that no sequence has more of: keys further away are skipped.
+        sizes: of blocks that divide the padded row; None: `block_sizes`.
     """
     R, S, N, H = query.shape
     K = key.shape[2]
@@ -65,7 +67,8 @@ def attend(
         edge = ((0, 0), (0, length - S))
         segments = jnp.pad(jnp.asarray(spans.begin), edge, mode="edge")
     reach = min(x for x in (window, longest, length) if x is not None)
-    kernel = _kernel(length, N // K, reach, softcap, interpret)
+    sizes = sizes or block_sizes(length)
+    kernel = kernel_of(length, N // K, reach, softcap, interpret, sizes)
     scaled = query * jnp.asarray(scale, query.dtype)
     out: Any = _attend(
         kernel, rows(scaled), rows(key)[:, :, 0], rows(value)[:, :, 0], segments
@@ -73,16 +76,10 @@ def attend(
     return out.transpose(0, 3, 1, 2, 4).reshape(R, length, N, H)[:, :S]
 
 
-@functools.cache
-def _kernel(
-    length: int, group: int, reach: int, softcap: float | None, interpret: bool
-) -> Any:
-    """The call for one kv head and its group of query heads, in one row.
-
-    reach: how many keys a query sees at most, itself included.
-    """
+def block_sizes(length: int) -> kernels.BlockSizes:
+    """The blocks of the three kernels, for rows of so many tokens."""
     block = next(x for x in range(BLOCK, 0, -_LANES) if length % x == 0)
-    sizes = kernels.BlockSizes(
+    return kernels.BlockSizes(
         block_q=block,
         block_kv=block,
         block_kv_compute=block,
@@ -92,14 +89,39 @@ def _kernel(
         block_q_dq=block,
         block_kv_dq=block,
     )
+
+
+def mask_of(length: int, reach: int, group: int) -> Any:
+    """What queries see, of as many heads as share a kv head.
+
+    reach: how many keys a query sees at most, itself included.
+    """
     shape = (length, length)
     mask: Any = masks.CausalMask(shape)
     if reach < length:
         mask = masks.LocalMask(shape, window_size=(reach - 1, 0), offset=0)
+    return masks.MultiHeadMask([mask] * group)
+
+
+@functools.cache
+def kernel_of(
+    length: int,
+    group: int,
+    reach: int,
+    softcap: float | None,
+    interpret: bool,
+    sizes: kernels.BlockSizes,
+) -> Any:
+    """The call for kv heads, each with its group of query heads, in rows.
+
+    Of query [R, K, group, length, H], key and value [R, K, length, H] and segment ids
+    [R, length] or None.
+    """
+    mask = mask_of(length, reach, group)
 
     def attend(query: Array, key: Array, value: Array, segments: Any) -> Any:
         call = kernels.make_splash_mqa_single_device(
-            mask=masks.MultiHeadMask([mask] * group),
+            mask=mask,
             block_sizes=sizes,
             attn_logits_soft_cap=softcap,
             interpret=interpret,

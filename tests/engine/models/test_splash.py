@@ -32,9 +32,9 @@ FORMS = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def _two_blocks_a_row(monkeypatch):
     monkeypatch.setattr(splash, "BLOCK", 128)
-    splash._kernel.cache_clear()
+    splash.kernel_of.cache_clear()
     yield
-    splash._kernel.cache_clear()
+    splash.kernel_of.cache_clear()
 
 
 def gradient(attend, options):
