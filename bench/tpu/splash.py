@@ -51,7 +51,7 @@ def pairs(length: int, reach: int) -> int:
     return length * reach - reach * (reach - 1) // 2
 
 
-def sizes(which: str, length: int, options: dict[str, Any]) -> Any:
+def sizes(which: str, length: int, reach: int, options: dict[str, Any]) -> Any:
     """The engine's blocks, with those of one kernel replaced."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernels,
@@ -68,14 +68,18 @@ def sizes(which: str, length: int, options: dict[str, Any]) -> Any:
         names |= {"q": "block_q_dkv", "kv": "block_kv_dkv"}
     if which == "dq":
         names = {"q": "block_q_dq", "kv": "block_kv_dq"}
-    given = {v: int(options.pop(k)) for k, v in names.items() if k in options}
-    if which == "fused":
-        given |= {"block_q_dq": None, "block_kv_dq": None}
-        given |= {"use_fused_bwd_kernel": True}
+    given: dict[str, Any] = {
+        v: int(options.pop(k)) for k, v in names.items() if k in options
+    }
+    own = splash.block_sizes(length, reach)
+    fused = which == "fused"
+    for name, dkv in (("block_q_dq", "block_q_dkv"), ("block_kv_dq", "block_kv_dkv")):
+        given[name] = None if fused else given.get(name, getattr(own, dkv))
+    given["use_fused_bwd_kernel"] = fused
     if layout == "seq":
         minor = kernels.QKVLayout.SEQ_MINOR
         given |= {f"{x}_layout": minor for x in "qkv"}
-    return dataclasses.replace(splash.block_sizes(length), **given)
+    return dataclasses.replace(own, **given)
 
 
 def _mask_info(which: str, mask: Any, sizes: Any) -> Any:
@@ -107,7 +111,7 @@ def _program(
     group = D // H // K
     if group * K * H != D:
         raise ProgramError(f"D={D} is not a number of query heads of K={K} times H={H}")
-    blocks = sizes(which, T, options)
+    blocks = sizes(which, T, reach, options)
     whole = int(options.pop("whole", 0))
     kernel = splash.kernel_of(T, group, reach, softcap, False, blocks)
     info = _mask_info(which, splash.mask_of(T, reach, group), blocks)

@@ -1,6 +1,7 @@
 """Block sizes of splash attention by the instrument, beside what the plain tiles take.
 
     python -m bench.tpu.splash_blocks [--tpu v6e]... [--part kernels|attention]...
+        [--kernel dq]...
 
 One row of tokens of Llama-3.1-8B's attention (32 query heads, 8 kv heads of 128),
 bfloat16, causal, on one device: each kernel in each candidate's blocks, then the tiles.
@@ -36,14 +37,15 @@ HEADS = 32 * 128  # N H
 BLOCKS = (512, 1024, 2048)
 COMPUTE = (512, 1024)
 WITHIN = 1.15
-KERNELS = ("forward", "dq", "dkv", "fused")
+ENGINES = ("forward", "dq", "dkv")  # the kernels that the engine calls
+KERNELS = (*ENGINES, "fused")
 PLAIN = ("tiles-forward", "tiles-backward")
 Blocks = tuple[int, ...]  # of queries, of keys, and of those computed at a time
 
 
 def candidates(which: str) -> list[Blocks]:
     """What is tried of a kernel at the shorter length."""
-    pairs = [(q, kv) for q in BLOCKS for kv in BLOCKS]
+    pairs = [(q, kv) for q in BLOCKS for kv in BLOCKS if max(q, kv) <= 2 * min(q, kv)]
     if which == "dq":
         return [(256, 256), *pairs]
     if which == "fused":
@@ -57,7 +59,7 @@ def own(which: str, length: int) -> Blocks:
     """The engine's: of the fused kernel those that it has for dk and dv."""
     from engine.models.attention import splash
 
-    sizes = splash.block_sizes(length)
+    sizes = splash.block_sizes(length, length)
     found: tuple[Any, ...] = {
         "forward": (sizes.block_q, sizes.block_kv, sizes.block_kv_compute),
         "dq": (sizes.block_q_dq, sizes.block_kv_dq),
@@ -118,11 +120,11 @@ def _job(tpu: str, program: str, length: int, options: dict[str, Any]) -> Job:
     return Job(program=program, generation=tpu, options=options, **shape)
 
 
-def kernels(tpu: str) -> Iterator[rows.Row]:
-    """Each kernel of one TPU in each candidate's blocks: rows as they come."""
+def kernels(tpu: str, chosen: Sequence[str]) -> Iterator[rows.Row]:
+    """Kernels of one TPU in each candidate's blocks: rows as they come."""
     results: list[rows.Row] = []
     for length in LENGTHS:
-        for which in KERNELS:
+        for which in chosen:
             for blocks in shortlist(results, which, length):
                 names = zip(("q", "kv", "compute"), blocks, strict=False)
                 job = _job(tpu, f"splash-{which}", length, dict(names))
@@ -130,16 +132,21 @@ def kernels(tpu: str) -> Iterator[rows.Row]:
                 yield results[-1]
 
 
-def attention(tpu: str) -> Iterator[rows.Row]:
+def attention(tpu: str, chosen: Sequence[str]) -> Iterator[rows.Row]:
     """All of attention in the engine's own blocks, and in plain tiles."""
+    del chosen  # all of it
     for length in LENGTHS:
         for program in PLAIN:
             yield predicted(_job(tpu, program, length, {}))
-        for which in KERNELS[:3]:
+        for which in ENGINES:
             yield predicted(_job(tpu, f"splash-{which}", length, {"whole": 1}))
 
 
 PARTS = {"kernels": kernels, "attention": attention}
+
+
+def _kernel(row: rows.Row) -> str:
+    return row["implementation"].partition("-")[2]
 
 
 def part_of(row: rows.Row) -> str:
@@ -200,7 +207,7 @@ def show_attention(results: Sequence[rows.Row]) -> str:
     cells = []
     for tpu, length in itertools.product(TPUS, LENGTHS):
         key = f"TPU {tpu}, ahead of time", length
-        of = {x: found.get((*key, f"splash-{x}")) for x in KERNELS[:3]}
+        of = {x: found.get((*key, f"splash-{x}")) for x in ENGINES}
         for phase in ("forward", "backward"):
             ours = _backward(of["dq"], of["dkv"])
             if phase == "forward":
@@ -220,21 +227,25 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.tpu.splash_blocks")
     parser.add_argument("--tpu", action="append", choices=TPUS)
     parser.add_argument("--part", action="append", choices=PARTS)
+    parser.add_argument("--kernel", action="append", choices=KERNELS)
     args = parser.parse_args(argv)
     path = rows.RESULTS / f"{NAME}.json"
     chosen, parts = args.tpu or TPUS, args.part or PARTS
+    which = args.kernel or KERNELS
     devices = [f"TPU {tpu}, ahead of time" for tpu in chosen]
-    results = [
-        row
-        for row in rows.read(path)
-        if row["device"] not in devices or part_of(row) not in parts
-    ]
+
+    def kept(row: rows.Row) -> bool:
+        if row["device"] not in devices or part_of(row) not in parts:
+            return True
+        return part_of(row) == "kernels" and _kernel(row) not in which
+
+    results = [row for row in rows.read(path) if kept(row)]
     failed = False
     for tpu, part in itertools.product(chosen, parts):
-        for row in PARTS[part](tpu):
+        for row in PARTS[part](tpu, which):
             results.append(row)
-            which = row["implementation"].partition("-")[2]
-            needed = part == "attention" or blocks_of(row) == own(which, row["T"])
+            mine = own(_kernel(row), row["T"])
+            needed = part == "attention" or blocks_of(row) == mine
             failed |= needed and "error" in row
             rows.write_to(path, results)
             place = [tpu, row["T"], row["implementation"], row["options"]]

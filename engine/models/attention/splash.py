@@ -22,7 +22,11 @@ from engine.models.attention import untyped
 from engine.parallel.batch import KeySpans
 
 _LANES = 128  # blocks are multiples of it
-BLOCK = 512  # queries and keys of a block, at most
+UNIT = 512  # rows are padded to a multiple of it, shorter ones to one of _LANES
+# At most, by `bench.tpu.splash_blocks`: what a block costs besides its products is that
+# of a grid's step, so that large ones are faster, and skipped ones are not free either.
+BLOCK = 1024  # queries, and keys, of a block
+COMPUTE = 512  # of its keys, those whose scores are held at a time
 
 
 def attend(
@@ -52,7 +56,7 @@ def attend(
     """
     R, S, N, H = query.shape
     K = key.shape[2]
-    unit = _LANES if S <= BLOCK else BLOCK
+    unit = _LANES if S <= UNIT else UNIT
     length = -(-S // unit) * unit
     pad = ((0, 0), (0, length - S), (0, 0), (0, 0))
 
@@ -67,7 +71,7 @@ def attend(
         edge = ((0, 0), (0, length - S))
         segments = jnp.pad(jnp.asarray(spans.begin), edge, mode="edge")
     reach = min(x for x in (window, longest, length) if x is not None)
-    sizes = sizes or block_sizes(length)
+    sizes = sizes or block_sizes(length, reach)
     kernel = kernel_of(length, N // K, reach, softcap, interpret, sizes)
     scaled = query * jnp.asarray(scale, query.dtype)
     out: Any = _attend(
@@ -76,19 +80,34 @@ def attend(
     return out.transpose(0, 3, 1, 2, 4).reshape(R, length, N, H)[:, :S]
 
 
-def block_sizes(length: int) -> kernels.BlockSizes:
-    """The blocks of the three kernels, for rows of so many tokens."""
-    block = next(x for x in range(BLOCK, 0, -_LANES) if length % x == 0)
+def block_sizes(length: int, reach: int) -> kernels.BlockSizes:
+    """The blocks of the kernels, for rows of so many tokens.
+
+    reach: how many keys a query sees at most, itself included. Blocks that are larger
+    would be mostly of keys that nobody sees.
+    """
+    block = _largest(length, min(BLOCK, max(reach, UNIT)))
+    compute = _largest(block, COMPUTE)
+    # One kernel for all gradients leaves as many parts of dq as there are blocks of
+    # keys, rounded to its dtype; one part costs neither memory nor digits.
+    fused = block == length
     return kernels.BlockSizes(
         block_q=block,
         block_kv=block,
-        block_kv_compute=block,
+        block_kv_compute=compute,
         block_q_dkv=block,
         block_kv_dkv=block,
-        block_kv_dkv_compute=block,
-        block_q_dq=block,
-        block_kv_dq=block,
+        block_kv_dkv_compute=compute,
+        block_q_dq=None if fused else block,
+        block_kv_dq=None if fused else block,
+        use_fused_bwd_kernel=fused,
     )
+
+
+def _largest(length: int, most: int) -> int:
+    """The largest multiple of _LANES up to `most` that divides a length."""
+    most -= most % _LANES
+    return next(x for x in range(most, 0, -_LANES) if length % x == 0)
 
 
 def mask_of(length: int, reach: int, group: int) -> Any:
