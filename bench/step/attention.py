@@ -57,6 +57,8 @@ FORMS = (
     Form(name="Llama 3.1 8B, shared", S=8192, N=32, K=8, H=128, shared=True),
     Form(name="Gemma 2 9B, sliding", S=8192, N=16, K=8, H=256, softcap=50, window=4096),
     Form(name="Gemma 2 9B, packed", S=8192, N=16, K=8, H=256, softcap=50, packed=True),
+    Form(name="Gemma 2 9B, packed", S=1000, N=16, K=8, H=256, softcap=50, packed=True),
+    Form(name="Gemma 2 9B, packed", S=500, N=16, K=8, H=256, softcap=50, packed=True),
     Form(name="Gemma 3 1B, sliding", S=1000, N=4, K=1, H=256, window=512),
     Form(name="SmolLM2 135M, packed", S=640, N=9, K=3, H=64, packed=True),
 )

@@ -89,8 +89,9 @@ def block_sizes(length: int, reach: int) -> kernels.BlockSizes:
     block = _largest(length, min(BLOCK, max(reach, UNIT)))
     compute = _largest(block, COMPUTE)
     # One kernel for all gradients leaves as many parts of dq as there are blocks of
-    # keys, rounded to its dtype; one part costs neither memory nor digits.
-    fused = block == length
+    # keys, rounded to its dtype; one part costs neither memory nor digits. In a block
+    # of 1024 and heads of 256 it is too much for v5e.
+    fused = block == length <= UNIT
     return kernels.BlockSizes(
         block_q=block,
         block_kv=block,
