@@ -1,6 +1,7 @@
 """Each implementation of attention, compiled for devices that need not be here.
 
-    python -m bench.step.attention [--target v6e:2x2]...
+    python -m bench.step.attention [--target v6e:2x2]... \
+        [--implementation splash]...
 
 Value and gradients in bfloat16, in every form that an implementation claims, two rows
 on each device, inside the typed `shard_map` of the engine's step. A row of the table
@@ -56,6 +57,8 @@ FORMS = (
     Form(name="Llama 3.1 8B, shared", S=8192, N=32, K=8, H=128, shared=True),
     Form(name="Gemma 2 9B, sliding", S=8192, N=16, K=8, H=256, softcap=50, window=4096),
     Form(name="Gemma 2 9B, packed", S=8192, N=16, K=8, H=256, softcap=50, packed=True),
+    Form(name="Gemma 2 9B, packed", S=1000, N=16, K=8, H=256, softcap=50, packed=True),
+    Form(name="Gemma 2 9B, packed", S=500, N=16, K=8, H=256, softcap=50, packed=True),
     Form(name="Gemma 3 1B, sliding", S=1000, N=4, K=1, H=256, window=512),
     Form(name="SmolLM2 135M, packed", S=640, N=9, K=3, H=64, packed=True),
 )
@@ -172,10 +175,15 @@ def main(argv: list[str] | None = None) -> int:
     """Print the table and write the rows; 1 where something does not compile."""
     parser = argparse.ArgumentParser(prog="python -m bench.step.attention")
     parser.add_argument("--target", action="append", choices=TARGETS)
+    parser.add_argument("--implementation", action="append", default=[])
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+
+    def asked(name: str) -> bool:
+        return not args.implementation or name in args.implementation
+
     if args.worker:
-        for name in implementations(args.worker):
+        for name in filter(asked, implementations(args.worker)):
             for form in FORMS:
                 if name != "splash" or not form.shared:
                     processes.answer(compile_form(args.worker, name, form))
@@ -185,10 +193,15 @@ def main(argv: list[str] | None = None) -> int:
     path = rows.RESULTS / "attention.json"
     chosen = args.target or TARGETS
     devices = [f"{target}, ahead of time" for target in chosen]
-    results = [row for row in rows.read(path) if row["device"] not in devices]
+    results = [
+        row
+        for row in rows.read(path)
+        if row["device"] not in devices or not asked(row["implementation"])
+    ]
     for target in chosen:
         environment = parse_target(target).environment
         words = ["--worker", target]
+        words += [f"--implementation={name}" for name in args.implementation]
         for row in processes.ask_as_it_goes("bench.step.attention", words, environment):
             results.append(row)
             rows.write_to(path, results)

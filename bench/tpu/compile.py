@@ -16,7 +16,7 @@ from typing import Any
 from bench import processes
 from bench.tpu.chips import CHIPS
 from bench.tpu.programs import Program, ProgramError, build
-from bench.tpu.trips import trips
+from bench.tpu.trips import estimated_cycles, trips
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ def _read(folder: Path) -> dict[str, Dump]:
 
 
 def _facts(job: Job, program: Program, compiled: Any) -> dict[str, Any]:
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
     try:
         libtpu = version("libtpu")
     except PackageNotFoundError:
@@ -102,7 +102,8 @@ def _facts(job: Job, program: Program, compiled: Any) -> dict[str, Any]:
         "flops": program.flops,
         "scalars": {str(k): list(v) for k, v in program.scalars.items()},
         "notes": dict(program.notes),
-        "trips": trips(compiled.as_text()),
+        "trips": trips(text, program.unknown_loop_runs),
+        "estimated_cycles": estimated_cycles(text),
         "temp_bytes": memory.temp_size_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,

@@ -33,6 +33,9 @@ class Program:
     # decide what runs: a number of valid rows, offsets.
     scalars: Mapping[int, Sequence[int]] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)  # kept in the row
+    # How often a call runs what is in a loop of XLA's whose length is in the data;
+    # None: nobody knows.
+    unknown_loop_runs: int | None = None
 
 
 Build = Callable[[str, int, int, int, str, dict[str, Any]], Program]
@@ -197,6 +200,12 @@ def tokamax_backward(*arguments: Any) -> Program:
 PROGRAMS = {
     "forward": "bench.tpu.ours:forward",
     "backward": "bench.tpu.ours:backward",
+    "splash-forward": "bench.tpu.splash:forward",
+    "splash-dq": "bench.tpu.splash:dq",
+    "splash-dkv": "bench.tpu.splash:dkv",
+    "splash-fused": "bench.tpu.splash:fused",
+    "tiles-forward": "bench.tpu.tiles:forward",
+    "tiles-backward": "bench.tpu.tiles:backward",
     "tokamax": "bench.tpu.programs:tokamax_forward",
     "tokamax-backward": "bench.tpu.programs:tokamax_backward",
 }

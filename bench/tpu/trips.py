@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, field
 
 _HEAD = re.compile(r"(?:ENTRY )?%([\w.-]+) \(.*\) -> .*\{$")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _LINE = re.compile(r"\s+(?:ROOT )?%([\w.-]+) = (.*)")
 
 
@@ -66,10 +67,18 @@ def _turns(
     return max(0, -(-(stop - start) // step))
 
 
-def trips(text: str) -> dict[str, int]:
+def estimated_cycles(text: str) -> dict[str, int]:
+    """Operation -> the cycles that XLA expects one run of it to take, where it says."""
+    lines = (_LINE.match(line) for line in text.splitlines())
+    found = ((x[1], _CYCLES.search(x[2])) for x in lines if x)
+    return {name: int(cycles[1]) for name, cycles in found if cycles}
+
+
+def trips(text: str, unknown: int | None = None) -> dict[str, int]:
     """Operation inside a loop -> its runs in one call of the program.
 
-    Without those in a loop whose length is not known.
+    Those in a loop whose length is not known run `unknown` times; None: they are left
+    out.
     """
     computations = _computations(text)
     around: dict[str, tuple[str, int | None]] = {}  # body -> where its loop is, turns
@@ -87,7 +96,7 @@ def trips(text: str) -> dict[str, int]:
             return 1
         outer, turns = around[place]
         every = runs(outer)
-        return None if turns is None or every is None else turns * every
+        return unknown if turns is None or every is None else turns * every
 
     known = {}
     for place in around:

@@ -4,7 +4,7 @@ import pytest
 
 from bench.tpu.bundles import ScheduleError
 from bench.tpu.model import calls
-from bench.tpu.trips import trips
+from bench.tpu.trips import estimated_cycles, trips
 
 # A loop from 3 to 17 in steps of 2 around one of 5 turns, and one of unknown length.
 HLO = """
@@ -77,6 +77,19 @@ def test_loops_multiply():
 def test_a_loop_whose_length_is_not_constant_is_left_out(old, new):
     assert old in HLO
     assert trips(HLO.replace(old, new)) == {}
+
+
+def test_what_is_in_such_a_loop_runs_as_often_as_is_said():
+    unknown = HLO.replace("%stop.1 = s32[] constant(5)", "%stop.1 = s32[] parameter(1)")
+    found = trips(unknown, 42)
+    assert (found["kernel.3"], found["kernel.1"]) == (7, 42)
+
+
+def test_what_xla_expects_of_operations():
+    config = ', backend_config={"estimated_cycles":"123","x":{}}'
+    text = HLO.replace("%two.3)\n", f"%two.3){config}\n")
+    assert estimated_cycles(text) == {"step.3": 123}
+    assert estimated_cycles(HLO) == {}
 
 
 def test_calls_in_loops_count_as_often_as_they_run():

@@ -22,19 +22,13 @@ BEGIN[0, 90:], BEGIN[1, 30:], BEGIN[1, 150:] = 90, 30, 150
 SPANS = KeySpans(*[jnp.asarray(BEGIN)] * 3)
 
 
-FORMS = pytest.mark.parametrize(
-    "options, reach",
-    [({"window": 40, "softcap": 3.0}, {}), ({"spans": SPANS}, {"longest": 120})],
-    ids=["window", "packed"],
-)
+CASES = [({"window": 40, "softcap": 3.0}, {}), ({"spans": SPANS}, {"longest": 120})]
+FORMS = pytest.mark.parametrize("options, reach", CASES, ids=["window", "packed"])
 
 
-@pytest.fixture(autouse=True)
-def _two_blocks_a_row(monkeypatch):
+@pytest.fixture
+def two_blocks_a_row(monkeypatch):
     monkeypatch.setattr(splash, "BLOCK", 128)
-    splash._kernel.cache_clear()
-    yield
-    splash._kernel.cache_clear()
 
 
 def gradient(attend, options):
@@ -49,9 +43,15 @@ def gradient(attend, options):
 
 
 @FORMS
+@pytest.mark.usefixtures("two_blocks_a_row")
 def test_it_is_attention(options, reach):
+    check(options, reach)
+
+
+def check(options, reach, shapes=SHAPES):
+    """Values and gradients are the plain tiles'."""
     rng = np.random.default_rng(0)
-    args = [jnp.asarray(rng.standard_normal(x), jnp.float32) for x in SHAPES]
+    args = [jnp.asarray(rng.standard_normal(x), jnp.float32) for x in shapes]
     ours = functools.partial(splash.attend, interpret=True, **reach)
     got = jax.jit(gradient(ours, options))(*args, SPANS)
     want = jax.jit(gradient(tiles.attend, options))(*args, SPANS)
@@ -59,7 +59,73 @@ def test_it_is_attention(options, reach):
         assert relative(a, b) < 1e-5
 
 
+def test_a_row_of_one_block_has_one_kernel_for_its_gradients(monkeypatch):
+    monkeypatch.setattr(splash, "COMPUTE", 128)
+    (sizes,) = {splash.block_sizes(256, 256), splash.block_sizes(256, 40)}
+    assert (sizes.block_kv_dkv, sizes.block_kv_dkv_compute) == (256, 128)
+    for options, reach in CASES:
+        check(options, reach)
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_blocks_of_queries_and_keys_that_differ(window):
+    """As many as are computed at a time differ, too, in each of the kernels."""
+    sizes = splash.kernels.BlockSizes(
+        block_q=128,
+        block_kv=256,
+        block_kv_compute=128,
+        block_q_dkv=256,
+        block_kv_dkv=512,
+        block_kv_dkv_compute=256,
+        block_q_dq=512,
+        block_kv_dq=128,
+    )
+    shapes = ((1, 500, N, H), (1, 500, K, H), (1, 500, K, H))
+    check({"window": window}, {"sizes": sizes}, shapes)
+
+
+@pytest.mark.parametrize(
+    "length, reach, block, compute",
+    [
+        (128, 128, 128, 128),
+        (384, 384, 384, 384),
+        (512, 512, 512, 512),
+        (1024, 1024, 1024, 512),
+        (1536, 1536, 768, 384),
+        (5632, 5632, 512, 512),  # 11 times 512
+        (8192, 8192, 1024, 512),
+        (8192, 512, 512, 512),  # half of a larger block would be out of sight
+        (8192, 700, 512, 512),
+        (8192, 4096, 1024, 512),
+    ],
+)
+def test_blocks_divide_the_row(length, reach, block, compute):
+    sizes = splash.block_sizes(length, reach)
+    assert {sizes.block_q, sizes.block_q_dkv} == {block}
+    assert {sizes.block_kv, sizes.block_kv_dkv} == {block}
+    assert sizes.use_fused_bwd_kernel == (length <= 512)
+    separate = None if sizes.use_fused_bwd_kernel else block
+    assert {sizes.block_q_dq, sizes.block_kv_dq} == {separate}
+    assert {sizes.block_kv_compute, sizes.block_kv_dkv_compute} == {compute}
+
+
+def test_rows_are_padded_to_no_more_than_before(monkeypatch):
+    """A row of 513 tokens to 1024, one of 1100 to 1536: blocks do not ask for more."""
+    lengths = []
+
+    def kernel(length, *_):
+        lengths.append(length)
+        return lambda query, key, value, segments: query
+
+    monkeypatch.setattr(splash, "kernel_of", kernel)
+    for length in (1, 200, 512, 513, 1100, 2048):
+        query, key = (jnp.zeros((1, length, n, H)) for n in (N, K))
+        assert splash.attend(query, key, key, scale=1.0).shape == query.shape
+    assert lengths == [128, 256, 512, 1024, 1536, 2048]
+
+
 @FORMS
+@pytest.mark.usefixtures("two_blocks_a_row")
 def test_on_a_mesh_its_arrays_have_the_types_of_their_arguments(options, reach):
     """A row on each device; the interpreter itself cannot do that."""
     mesh = make_mesh(2, 1, 1, devices=jax.devices()[:2])
