@@ -114,14 +114,14 @@ def test_rows_over_two_devices_are_half_the_work_of_each(tmp_path):
 
 
 def test_attention_of_a_tpu_is_counted_in_its_kernels(tmp_path, monkeypatch):
-    """Blocks of 512 of 1,024 tokens: 3 of 4."""
+    """Blocks of 1,024 of 2,048 tokens: 3 of 4."""
     for name, value in parse_target("v6e:1x1").environment.items():
         monkeypatch.setenv(name, value)
-    work = work_of(tiny_step(tiny_run(tmp_path, max_length=1024), "v6e:1x1"))
-    attention = 4 * L * R * 1024 * 1024 * Q * 3 // 4
+    work = work_of(tiny_step(tiny_run(tmp_path, max_length=2048), "v6e:1x1"))
+    attention = 4 * L * R * 2048 * 2048 * Q * 3 // 4
     assert not work.uncounted
     assert work.flops["attention", "forward"] == attention
     # Keys and values, then queries: scores twice more, and five gradients; and what
     # these are measured from, a sum over the results.
-    backward = 7 * attention // 2 + 2 * L * R * 1024 * Q
+    backward = 7 * attention // 2 + 2 * L * R * 2048 * Q
     assert work.flops["attention", "backward"] == backward
