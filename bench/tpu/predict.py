@@ -65,20 +65,12 @@ def follow(
     other_s = sum(one.calls * one.seconds for one in others)
     # The kernel with the most to do is the one that the columns describe.
     main = max(kernels, key=lambda one: one.calls * one.seconds)
-    row = rows.row(
-        "TPU schedule",
-        job.program,
-        T=job.T,
-        D=job.D,
-        V=job.V,
-        dtype=job.dtype,
-        device=f"TPU {job.generation}, ahead of time",
+    row = row_of(
+        job,
         seconds=kernel_s + other_s,
         flops=useful or None,
         peak_tflops=chip.peak_tflops,
-        what=NOTE,
         compiler=facts["compiler"],
-        options=job.options,
         kernel_ms=round(1e3 * kernel_s, 4),
         other_ms=round(1e3 * other_s, 4),
         not_timed=skipped,
@@ -99,6 +91,22 @@ def follow(
     )
     row["jax"] = facts["jax"]
     return row, done
+
+
+def row_of(job: Job, **more: Any) -> rows.Row:
+    """A row about a program, whether there is a prediction or not."""
+    return rows.row(
+        "TPU schedule",
+        job.program,
+        T=job.T,
+        D=job.D,
+        V=job.V,
+        dtype=job.dtype,
+        device=f"TPU {job.generation}, ahead of time",
+        what=NOTE,
+        options=job.options,
+        **more,
+    )
 
 
 def _estimate(facts: dict[str, Any], names: Iterable[str]) -> int:

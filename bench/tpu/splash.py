@@ -17,7 +17,7 @@ pair takes 2H in each of the kernel's matrix products.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,6 +98,37 @@ def _mask_info(which: str, mask: Any, sizes: Any) -> Any:
     return infos.process_mask_dkv(mask, blocks, shrink_grid=not fused, **shards)[0]
 
 
+def half(
+    forward: bool,
+    attend: Callable[..., Any],
+    arrays: tuple[Any, ...],
+    wanted: slice = slice(None),
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """What training runs of attention at a time, and the shapes that it is called with.
+
+    Either what it gives, and what the backward needs; or the wanted gradients of that.
+    """
+    import jax
+
+    def pullback(*arrays: Any) -> Any:
+        return jax.vjp(attend, *arrays)
+
+    def run(*arrays: Any) -> Any:
+        out, back = pullback(*arrays)
+        return out, jax.tree.leaves(back)
+
+    if forward:
+        return run, arrays
+    out, back = jax.eval_shape(pullback, *arrays)
+    leaves, tree = jax.tree.flatten(back)
+
+    def gradients(leaves: Sequence[Any], dout: Any) -> Any:
+        # The kernel of what is not wanted is dropped.
+        return jax.tree.unflatten(tree, leaves)(dout)[wanted]
+
+    return gradients, (tuple(leaves), out)
+
+
 def _program(
     which: str, T: int, D: int, dtype: str, options: dict[str, Any]
 ) -> Program:
@@ -126,28 +157,13 @@ def _program(
         static: dict[str, Any] = {"scale": H**-0.5, "softcap": softcap, "sizes": blocks}
         return splash.attend(*arrays, window=reach, **static)
 
-    def pullback(*arrays: Any) -> Any:
-        return jax.vjp(attend, *arrays)
-
-    def forward(*arrays: Any) -> Any:
-        # With what the backward needs, as in training.
-        out, back = pullback(*arrays)
-        return out, jax.tree.leaves(back)
-
-    arrays = query, key, key
-    leaves, tree = jax.tree.flatten(jax.eval_shape(pullback, *arrays)[1])
     wanted = {"dq": slice(0, 1), "dkv": slice(1, 3)}.get(which, slice(0, 3))
-
-    def backward(leaves: Sequence[Any], dout: Any) -> Any:
-        # The kernel of what is not wanted is dropped.
-        return jax.tree.unflatten(tree, leaves)(dout)[wanted]
-
-    run = which == "forward"
+    function, arguments = half(which == "forward", attend, (query, key, key), wanted)
     words = {DATA_NEXT: info.data_next, BLOCK_MASK: info.block_mask}
     assert info.mask_next is None  # causality and windows are computed in the kernel
     return Program(
-        function=forward if run else backward,
-        arguments=arrays if run else (tuple(leaves), query),
+        function=function,
+        arguments=arguments,
         flops=2 * H * PRODUCTS[which] * group * K * pairs(T, reach),
         scalars={k: packed(np.asarray(v)) for k, v in words.items()},
         notes={

@@ -26,7 +26,7 @@ from bench import rows
 from bench.tpu import tiles
 from bench.tpu.bundles import ScheduleError
 from bench.tpu.compile import Job
-from bench.tpu.predict import predict
+from bench.tpu.predict import predict, row_of
 from bench.tpu.programs import ProgramError
 from bench.tpu.report import NOTE
 
@@ -101,18 +101,7 @@ def predicted(job: Job) -> rows.Row:
             return tiles.predict(job)
         return predict(job)[0]
     except (ProgramError, ScheduleError) as error:
-        return rows.row(
-            "TPU schedule",
-            job.program,
-            T=job.T,
-            D=job.D,
-            V=job.V,
-            dtype=job.dtype,
-            device=f"TPU {job.generation}, ahead of time",
-            what=NOTE,
-            options=job.options,
-            error=str(error)[:300],
-        )
+        return row_of(job, error=str(error)[:300])
 
 
 def _job(tpu: str, program: str, length: int, options: dict[str, Any]) -> Job:

@@ -14,7 +14,7 @@ An operation whose schedule cannot be followed counts with the estimate in both.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from bench import rows
@@ -23,8 +23,8 @@ from bench.tpu.bundles import ScheduleError
 from bench.tpu.chips import CHIPS
 from bench.tpu.compile import Compiled, Dump, Job, compile_elsewhere
 from bench.tpu.model import calls, read, simulate
+from bench.tpu.predict import row_of
 from bench.tpu.programs import Program, ProgramError
-from bench.tpu.report import NOTE
 
 PRODUCTS = {"forward": 2, "backward": 5}
 
@@ -48,23 +48,14 @@ def _program(
     query = jax.ShapeDtypeStruct((1, T, D // H, H), dtype)
     key = jax.ShapeDtypeStruct((1, T, K, H), dtype)
 
-    def pullback(*arrays: Any) -> Any:
-        return jax.vjp(lambda *x: tiles.attend(*x, scale=H**-0.5), *arrays)
-
-    def forward(*arrays: Any) -> Any:
-        out, back = pullback(*arrays)
-        return out, jax.tree.leaves(back)
-
-    arrays = query, key, key
-    leaves, tree = jax.tree.flatten(jax.eval_shape(pullback, *arrays)[1])
-
-    def backward(leaves: Sequence[Any], dout: Any) -> Any:
-        return jax.tree.unflatten(tree, leaves)(dout)
-
-    run = which == "forward"
+    function, arguments = splash.half(
+        which == "forward",
+        lambda *x: tiles.attend(*x, scale=H**-0.5),
+        (query, key, key),
+    )
     return Program(
-        function=forward if run else backward,
-        arguments=arrays if run else (tuple(leaves), query),
+        function=function,
+        arguments=arguments,
         flops=PRODUCTS[which] * 2 * D * splash.pairs(T, T),
         unknown_loop_runs=turns(T, tiles.TILE),
     )
@@ -102,20 +93,12 @@ def follow(job: Job, compiled: Compiled) -> rows.Row:
     every = {name: facts["trips"].get(name, 1) for name in estimates}
     estimate = sum(every[name] * cycles for name, cycles in estimates.items())
     found, skipped = _cycles(compiled.schedules, job, facts["trips"], estimates)
-    return rows.row(
-        "TPU schedule",
-        job.program,
-        T=job.T,
-        D=job.D,
-        V=job.V,
-        dtype=job.dtype,
-        device=f"TPU {job.generation}, ahead of time",
+    return row_of(
+        job,
         seconds=sum(n * cycles for n, cycles in found.values()) / chip.hertz,
         flops=facts["flops"],
         peak_tflops=chip.peak_tflops,
-        what=NOTE,
         compiler=facts["compiler"],
-        options=job.options,
         estimate_ms=round(1e3 * estimate / chip.hertz, 4),
         operations=sum(n for n, _ in found.values()),
         not_timed=skipped,

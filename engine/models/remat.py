@@ -5,6 +5,8 @@ from typing import Any, Literal, get_args
 
 import jax
 
+from engine.parallel.host_memory import HOST
+
 Remat = Literal["none", "dots", "full", "offload"]
 # From what keeps most to what keeps least; auto is for who compiles steps to replace.
 REMAT: tuple[Remat, ...] = get_args(Remat)
@@ -40,7 +42,7 @@ def policy(remat: str) -> Callable[..., bool]:
             names_which_can_be_saved=[],
             names_which_can_be_offloaded=[LAYER_IN],
             offload_src="device",
-            offload_dst="pinned_host",
+            offload_dst=HOST,
         )
     return keep.nothing_saveable
 
