@@ -93,6 +93,8 @@ class DPOConfig(EvaluationConfig, CheckpointConfig, OptimizerConfig, LossConfig)
     use_wandb: bool = False  # also log to Weights & Biases; needs the wandb package
     progress_bar: bool = True  # where the output is a terminal
 
+    # What devices exchange goes on beside computation, where the compiler can do that.
+    overlap_collectives: bool = True
     # Of the models' layers; auto: the fastest that the devices and the batches allow.
     attention: Literal["auto", "tiles", "splash"] = "auto"
     # How the scores are computed: see dpo_kernels.token_logprobs.

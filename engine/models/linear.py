@@ -39,9 +39,11 @@ def _reduce_scatter(
     axis: int, dtype: str, reduce_dtype: str, like: Array, gradient: Array
 ) -> tuple[Array]:
     del dtype
-    parts = gradient.astype(reduce_dtype)
-    total = lax.psum_scatter(parts, SPLIT, scatter_dimension=axis, tiled=True)
-    return (total.astype(like.dtype),)
+    # Along the first axis: of another, libtpu adds up the whole gradient on each device
+    # of a torus with several dimensions, and then takes a part.
+    parts = jnp.moveaxis(gradient.astype(reduce_dtype), axis, 0)
+    total = lax.psum_scatter(parts, SPLIT, scatter_dimension=0, tiled=True)
+    return (jnp.moveaxis(total, 0, axis).astype(like.dtype),)
 
 
 gathered.defvjp(_gather, _reduce_scatter)

@@ -27,6 +27,7 @@ from engine.planning.steps import Step
 from engine.planning.targets import Target
 from engine.planning.traffic import Traffic, traffic_of
 from engine.planning.work import PHASES, Work, work_of
+from engine.training.compiler_options import known_options
 from engine.training.memory import taken_by
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -60,6 +61,7 @@ class Times:
     products_s: float
     memory_s: float
     communication_s: float
+    exposed_s: float  # of communication, while nothing is computed
 
     @property
     def least_s(self) -> float:
@@ -127,10 +129,12 @@ class Account:
         if self.traffic is None or not chip.flops_per_s:
             return None
         wire = sum(x.wire for x in self.traffic.collectives)
+        exposed = sum(x.exposed for x in self.traffic.collectives)
         return Times(
             products_s=self.work.total / chip.flops_per_s,
             memory_s=self.traffic.memory_bytes / chip.bytes_per_s,
             communication_s=wire / chip.link_bytes_per_s,
+            exposed_s=exposed / chip.link_bytes_per_s,
         )
 
 
@@ -153,7 +157,8 @@ def take_account(step: Step, target: Target) -> Account:
         return dataclasses.replace(account, compile_s=seconds, **found)
 
     try:
-        compiled = step.request.step.lower(*step.operands).compile()
+        with known_options():
+            compiled = step.request.step.lower(*step.operands).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

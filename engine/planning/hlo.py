@@ -20,7 +20,7 @@ from engine.models.attention.tiles import SCOPE
 _BYTES = {"pred": 1, "token": 0, "bf16": 2, "c64": 8, "c128": 16}
 _ARRAY = re.compile(r"([a-z]+[0-9]*(?:e[0-9]\w*)?)\[([0-9,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
-_CALLED = re.compile(r"\b(calls|to_apply|body|condition)=%([\w.\-]+)")
+CALLED = re.compile(r"\b(calls|to_apply|body|condition)=%([\w.\-]+)")
 _BRANCHES = re.compile(
     r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%([\w.\-]+)"
 )
@@ -68,6 +68,11 @@ class Computation:
         return sorted(found, key=lambda x: int(x.operands[0]))
 
     @cached_property
+    def places(self) -> dict[str, int]:
+        """Of each instruction, how many are written down before it."""
+        return {name: i for i, name in enumerate(self.instructions)}
+
+    @cached_property
     def users(self) -> dict[str, list[Instruction]]:
         """Of each instruction, those that take its result."""
         found: dict[str, list[Instruction]] = {x: [] for x in self.instructions}
@@ -97,7 +102,7 @@ class Program:
         """`around`: how often the innermost loop runs that it is in."""
         for one in computation.instructions.values():
             yield Executed(one, computation, trips, fused)
-            called = dict(_CALLED.findall(one.attributes))
+            called = dict(CALLED.findall(one.attributes))
             if one.opcode == "while":
                 count = self.trips(one, computation)
                 total = trips * (count or 1)
@@ -112,7 +117,7 @@ class Program:
                 every = self._of(one)
                 branches = [list(self._run(x, trips, around, fused)) for x in every]
                 yield from max(branches, key=_results)
-            elif one.opcode in ("call", "fusion") or one.opcode.startswith("async-st"):
+            elif one.opcode in ("call", "fusion", "async-start", "call-start"):
                 name = called.get("calls") or called["to_apply"]
                 inside = fused or one.opcode == "fusion"
                 yield from self._run(self.computations[name], trips, around, inside)
@@ -129,7 +134,7 @@ class Program:
         if found := _TRIPS.search(loop.attributes):
             return int(found[1])
         condition = self.computations[
-            dict(_CALLED.findall(loop.attributes))["condition"]
+            dict(CALLED.findall(loop.attributes))["condition"]
         ]
         root = condition.instructions[condition.root]
         counter, bound = (condition.operand(root, i) for i in (0, 1))
@@ -187,7 +192,7 @@ def parse(text: str, sequence: int = 1) -> Program:
             name, root, found = named[1], "", {}
             if line.startswith("ENTRY "):
                 entry = name
-        elif line == "}":
+        elif line.startswith("}"):  # of a SparseCore, with its name
             computations[name] = Computation(name, found, root)
         elif line.startswith("  ") and " = " in line:
             one = _instruction(line.strip().removeprefix("ROOT "))

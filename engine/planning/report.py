@@ -129,14 +129,15 @@ def _communication(account: Account) -> Iterator[str]:
         return
     yield (
         "communication of each device in a step"
-        + f"{'calls':>8}{'of GB':>10}{'receives GB':>14}"
+        + f"{'calls':>8}{'of GB':>10}{'receives GB':>14}{'exposed':>10}"
     )
     for one in traffic.collectives:
         name = f"{one.kind} over {' x '.join(one.axes)} ({one.group})"
         yield (
             f"  {name:<36}{one.calls:>8}{one.payload / 1e9:>10.3f}"
-            f"{one.wire / 1e9:>14.3f}"
+            f"{one.wire / 1e9:>14.3f}{one.exposed / 1e9:>10.3f}"
         )
+    yield "  (exposed: received while no product, kernel or loop runs)"
 
 
 def _time(account: Account) -> Iterator[str]:
@@ -166,7 +167,8 @@ def _time(account: Account) -> Iterator[str]:
         (
             "communication",
             times.communication_s,
-            f"in rings, at {chip.link_bytes_per_s / 1e9:g} GB/s into a device",
+            f"in rings, at {chip.link_bytes_per_s / 1e9:g} GB/s into a device; "
+            f"{times.exposed_s:.3g} s of it exposed",
         ),
     ):
         yield f"  {name:<22}{seconds:>10.3g} s  {how}"

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.planning.hlo import Computation, Executed, Instruction, Program, size_of
+from engine.planning.overlap import CHAIN, Overlap
 
 _COLLECTIVES = (
     "all-gather",
@@ -22,10 +23,10 @@ _COLLECTIVES = (
 _FREE = frozenset(
     "parameter constant get-tuple-element tuple bitcast while conditional call "
     "after-all add-dependency opt-barrier partition-id replica-id iota "
-    "domain copy-done async-start async-update async-done".split()
+    "domain copy-done async-start async-update async-done "
+    "call-start call-update call-done".split()
 )
 _SLICES = ("dynamic-slice", "slice", "gather")
-_CHAIN = re.compile(r'chain_id="?(\w+)')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _NAMED_GROUPS = re.compile(
     r"replica_groups=mesh\[([^\]]*)\] *(?:\(.*?\) *)?\{([^}]*)\}"
@@ -46,6 +47,7 @@ class Collective(NamedTuple):
     calls: int  # of a step, loops counted as often as they run
     payload: int  # bytes: of what is gathered, or summed, on each device
     wire: int  # bytes that each device receives, in rings
+    exposed: int  # of these, what no product, kernel or loop runs beside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,7 @@ def traffic_of(program: Program, mesh: Mapping[str, int]) -> Traffic:
     found: dict[tuple[str, tuple[str, ...], int], list[int]] = {}
     seen: set[tuple[str, str]] = set()
     memory = 0
+    overlap = Overlap(program)
     for ran in program.executed():
         if not ran.fused:
             memory += ran.trips * moved(program, ran.within, ran.instruction)
@@ -69,8 +72,9 @@ def traffic_of(program: Program, mesh: Mapping[str, int]) -> Traffic:
         if exchange is None:
             continue
         key, payload, wire = exchange
-        sums = found.setdefault(key, [0, 0, 0])
-        for i, value in enumerate((1, payload, wire)):
+        exposed = 0 if overlap.covers(ran) else wire
+        sums = found.setdefault(key, [0, 0, 0, 0])
+        for i, value in enumerate((1, payload, wire, exposed)):
             sums[i] += ran.trips * value
     return Traffic(
         collectives=tuple(
@@ -95,7 +99,7 @@ def _exchange(
     if group == 1:
         return None
     # libtpu writes one exchange into several fusions, each of which does a part of it.
-    chain, channel = (x.search(one.attributes) for x in (_CHAIN, _CHANNEL))
+    chain, channel = (x.search(one.attributes) for x in (CHAIN, _CHANNEL))
     if chain and channel and ran.fused:
         key = channel[1], chain[1]
         if key in seen:

@@ -14,6 +14,7 @@ import jax
 from engine.data.cache import default_cache_dir
 from engine.errors import InputError, one_line
 from engine.parallel.batch import Batch
+from engine.training.compiler_options import known_options
 from engine.training.memory import Taken, taken_by
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ def compile_all(requests: list[Request]) -> list[Compiled]:
     logger.info("compiling %d program%s ...", count, "s" * (count != 1))
     with (
         enough_memory(),
+        known_options(),
         ThreadPoolExecutor(max_workers=min(count, os.cpu_count() or 1)) as pool,
     ):
         futures = [

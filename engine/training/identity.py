@@ -43,6 +43,7 @@ _HARMLESS = (
     "trainer.max_skipped_steps",
     "trainer.offload_ref_model",
     "trainer.on_nonfinite",
+    "trainer.overlap_collectives",
     "trainer.packing",
     "trainer.progress_bar",
     "trainer.resume",

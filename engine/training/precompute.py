@@ -34,9 +34,10 @@ from engine.parallel.batch import Batch, abstract_batch, batch_specs, put_batch
 from engine.parallel.collectives import after
 from engine.parallel.sharding import DATA, param_specs, place
 from engine.training.compilation import Compiled, Request, compile_all, enough_memory
+from engine.training.compiler_options import compiler_options
 from engine.training.fingerprint import fingerprint
 from engine.training.prepare import Prepared, step_options
-from engine.training.step import COMPILER_OPTIONS
+from engine.training.step import StepOptions
 
 logger = logging.getLogger(__name__)
 
@@ -73,19 +74,19 @@ def with_reference_values(
     if not run.reads_values:
         return run
     decoder = policy if given is None else given
-    scoring = step_options(run.arguments).scoring
+    options = step_options(run.arguments)
     values = {}
     sets = {key: x for key, x in run.sets.items() if x[0].ref_logps is None}
     if sets:
         began = time.perf_counter()
-        reference = reference_key(decoder, scoring)
+        reference = reference_key(decoder, options.scoring)
         parts = {
             key: _part(key, pairs, plan, reference)
             for key, (pairs, plan) in sets.items()
         }
         num_batches = sum(len(part.batches) for part in parts.values())
         if num_batches:
-            _score(run, decoder, scoring, parts.values(), num_batches)
+            _score(run, decoder, options, parts.values(), num_batches)
             seconds = time.perf_counter() - began
             logger.info("scored the reference in %.1f s", seconds)
         values = {key: part.stored.values for key, part in parts.items()}
@@ -181,9 +182,9 @@ def _part(key: str, pairs: PairTokens, plan: BatchPlan, reference: str) -> Part:
     return Part(name, pairs, plan, stored, batches, shapes)
 
 
-def make_scoring_step(decoder: Decoder, scoring: ScoringOptions):
+def make_scoring_step(decoder: Decoder, options: StepOptions):
     """The jitted scoring: (the decoder's arrays, batch) -> [A, 2, pairs of it]."""
-    graphdef = nnx.graphdef(decoder)
+    graphdef, scoring = nnx.graphdef(decoder), options.scoring
 
     def score(operands: Any, batch: Batch) -> Array:
         model = nnx.merge(graphdef, operands)
@@ -206,18 +207,19 @@ def make_scoring_step(decoder: Decoder, scoring: ScoringOptions):
         out_specs=P(None, None, DATA),
     )
     whole = place(P(), decoder.mesh)  # for every process to read
-    return jax.jit(sharded, out_shardings=whole, compiler_options=COMPILER_OPTIONS)
+    told = compiler_options(decoder.mesh, overlap=options.overlap_collectives)
+    return jax.jit(sharded, out_shardings=whole, compiler_options=told)
 
 
 def _score(
     run: Prepared,
     decoder: Decoder,
-    scoring: ScoringOptions,
+    options: StepOptions,
     parts: Iterable[Part],
     num_batches: int,
 ) -> None:
     """Every batch of every part; what is done stays on disk, whatever comes then."""
-    step, params = make_scoring_step(decoder, scoring), nnx.state(decoder)
+    step, params = make_scoring_step(decoder, options), nnx.state(decoder)
     operands = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
     )
@@ -226,7 +228,7 @@ def _score(
         grid = part.plan.layout.grid
         for shape in part.shapes if len(part.batches) else ():
             batch = abstract_batch(
-                shape, grid, run.mesh, arrangement=scoring.arrangement
+                shape, grid, run.mesh, arrangement=options.scoring.arrangement
             )
             arguments = operands, batch
             shapes.setdefault(grid, {})[shape] = arguments

@@ -291,6 +291,7 @@ def step_options(config: DPOConfig) -> StepOptions:
         max_grad_norm=config.max_grad_norm,
         skip_nonfinite=config.on_nonfinite == "skip",
         seed=config.seed,
+        overlap_collectives=config.overlap_collectives,
     )
 
 

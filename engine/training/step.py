@@ -20,6 +20,7 @@ from engine.objective.scoring import ScoringOptions
 from engine.parallel.batch import Batch, batch_specs, put_whole
 from engine.parallel.collectives import global_norm
 from engine.parallel.sharding import DATA, param_specs, place
+from engine.training.compiler_options import compiler_options
 from engine.training.gradients import Objective, Params
 from engine.training.metrics import PairValues, Sums
 from engine.training.optimizer import add_updates, float32_copy
@@ -54,12 +55,7 @@ class StepOptions:
     max_grad_norm: float | None = None
     skip_nonfinite: bool = False  # leave out an update that is not finite
     seed: int = 0  # of the rounding of parameters that are not float32
-
-
-# Without this the compiler may keep more digits than bfloat16 has wherever it fuses,
-# and fuses the policy's forward otherwise than the reference's: their difference would
-# start further from 0 than rounding explains.
-COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
+    overlap_collectives: bool = True
 
 
 def split_model(model: Decoder) -> tuple[nnx.GraphDef, Params, Params]:
@@ -228,7 +224,8 @@ def make_train_step(
         ),
         out_specs=(specs_in, P()),
     )
-    return jax.jit(sharded, donate_argnums=0, compiler_options=COMPILER_OPTIONS)
+    told = compiler_options(model.mesh, overlap=options.overlap_collectives)
+    return jax.jit(sharded, donate_argnums=0, compiler_options=told)
 
 
 def make_eval_step(
@@ -278,4 +275,5 @@ def _eval_step(
     )
     # What each pair gives is for every process to read.
     out = place(P(), model.mesh) if each_pair else None
-    return jax.jit(sharded, out_shardings=out, compiler_options=COMPILER_OPTIONS)
+    told = compiler_options(model.mesh, overlap=options.overlap_collectives)
+    return jax.jit(sharded, out_shardings=out, compiler_options=told)
