@@ -98,8 +98,7 @@ def row_of(option: Option, folder: Path) -> rows.Row:
     found = as_json(take_account(make_step(run, *model_configs(run), mesh), target))
     kept = ("fits", "capacity_bytes", "held_bytes", "gradient_bytes")
     kept += ("reference_on_host_bytes",)
-    kept += ("temporary_bytes", "collectives", "seconds", "least_s", "most_s")
-    kept += ("compile_s",)
+    kept += ("temporary_bytes", "collectives", "least_s", "most_s", "compile_s")
     return rows.row(
         "DPO step, planned",
         option.name,
@@ -115,6 +114,7 @@ def row_of(option: Option, folder: Path) -> rows.Row:
         options=option.trainer | option.model,
         pairs=option.pairs,
         length=LENGTH,
+        times=found["seconds"],
         **{name: found[name] for name in kept},
     )
 
