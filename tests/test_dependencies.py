@@ -15,15 +15,15 @@ OURS = {"bench", "dpo_kernels", "engine", "tests"}
 # Beside the dependencies: which extras a folder may count on.
 EXTRAS = {
     "dpo_kernels": ("cuda13", "tpu"),
-    "engine": ("plots",),
+    "engine": ("cuda13", "plots"),
     "examples": ("plots",),
     "bench": ("cuda13", "peers", "plots", "test", "tpu"),
-    "tests": ("test",),
+    "tests": ("cuda13", "test"),
 }
 # Comes with a declared package, in the version that goes with it.
 COMES_WITH = {"jaxlib": "jax", "ml_dtypes": "jax", "tokenizers": "transformers"}
 # A peer that whoever compares with it installs.
-ELSEWHERE = {"tokamax", "trl"}
+ELSEWHERE = {"trl"}
 
 
 def names(requirements: list[str]) -> set[str]:

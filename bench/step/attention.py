@@ -1,7 +1,7 @@
 """Each implementation of attention, compiled for devices that need not be here.
 
     python -m bench.step.attention [--target v6e:2x2]... \
-        [--implementation splash]...
+        [--implementation splash]...            # tokamax needs its package
 
 Value and gradients in bfloat16, in every form that an implementation claims, two rows
 on each device, inside the typed `shard_map` of the engine's step. A row of the table
@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 from bench import processes, rows
@@ -65,8 +66,10 @@ FORMS = (
 
 
 def implementations(target: str) -> tuple[str, ...]:
-    """Those that claim to run there."""
-    return ("tiles",) if target.startswith("h") else ("tiles", "splash")
+    """Those that claim to run there, of what is installed."""
+    if not target.startswith("h"):
+        return "tiles", "splash"
+    return ("tiles", "tokamax") if find_spec("tokamax") else ("tiles",)
 
 
 def program(target: str, name: str, form: Form) -> tuple[Any, tuple[Any, ...]]:
@@ -97,6 +100,7 @@ def program(target: str, name: str, form: Form) -> tuple[Any, tuple[Any, ...]]:
                 which=jnp.int32(0),
                 spans=KeySpans(*spans) if form.packed or form.shared else None,
                 longest=form.longest,
+                device=devices[0],
             )
             return out.astype(jnp.float32).sum(), out
 
@@ -185,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.worker:
         for name in filter(asked, implementations(args.worker)):
             for form in FORMS:
-                if name != "splash" or not form.shared:
+                if name == "tiles" or not form.shared:
                     processes.answer(compile_form(args.worker, name, form))
         return 0
     from engine.planning.targets import parse_target

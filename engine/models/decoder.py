@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from engine.errors import InputError
 from engine.models.architecture import DecoderConfig
-from engine.models.attention import attend, choose
+from engine.models.attention import Case, attend, choose
 from engine.models.dropout import Dropout, prefix_hashes
 from engine.models.linear import Linears
 from engine.models.remat import AUTO, BLOCK_OUT, LAYER_IN, REMAT, policy
@@ -135,16 +135,16 @@ class Decoder(nnx.Module):
         tokens, spans = parts.pad(tokens, spans)
         layers = {name: param[...] for name, param in self.layers.items()}
         kinds, rope = _layer_inputs(config, parts, spans)
-        platform = self.mesh.devices.flat[0].platform
         attend_as = functools.partial(
             attend,
-            choose(attention, platform, arrangement, parts.devices),
+            choose(attention, Case.of(self.mesh, arrangement, self.dtype)),
             scale=config.query_scale,
             softcap=config.attn_softcap,
             windows=config.windows,
             spans=parts.own(spans),
             longest=arrangement.longest,
             starts=parts.starts,
+            device=self.mesh.devices.flat[0],
         )
         dropout_of = self._dropout(parts, tokens, dropout_key, spans)
 

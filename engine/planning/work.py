@@ -137,6 +137,9 @@ def _count(jaxpr: Jaxpr, times: int, around: int, within: str, work: Work) -> No
         elif name in ("pallas_call", "core_map"):
             if _part(equation) != HEAD:
                 _count_kernel(equation, times, where, work)
+        elif name == "mpmd_map":  # a kernel for GPUs, of the head if not of attention
+            if _part(equation) == ATTENTION:
+                _count_fused(equation, times, where, work)
         else:
             total, length = times, around
             if name == "scan":
@@ -168,6 +171,22 @@ def _count_kernel(equation: Any, times: int, where: str, work: Work) -> None:
         work.add(part, phase, times * steps * block.total)
     else:
         work.uncounted.add(str(equation.params.get("name", equation.primitive.name)))
+
+
+def _count_fused(equation: Any, times: int, where: str, work: Work) -> None:
+    """Add what one of tokamax's kernels multiplies, of the keys up to each query.
+
+    That of the softmax multiplies twice. The others are given the results' gradient
+    besides, and make scores and their gradients anew: for those of queries, or of keys
+    and values.
+    """
+    shapes = [x.aval.shape for x in equation.invars]
+    rows, length, heads, size = shapes[0]
+    products = 2
+    if shapes[3:4] == shapes[:1]:
+        products = 2 + len(equation.outvars)
+    pairs = rows * heads * length * (length + 1) // 2
+    work.add(ATTENTION, _phase(where), times * products * 2 * pairs * size)
 
 
 def _product(equation: Any) -> int:

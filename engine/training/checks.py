@@ -22,7 +22,6 @@ from engine.models import DecoderConfig, attention
 from engine.objective.references import check_comparable, refuse_to_offload_a_base
 from engine.parallel.sharding import (
     FSDP,
-    SEQUENCE,
     VOCAB,
     check_mesh,
     padded_vocab,
@@ -111,10 +110,7 @@ def check_op(
         InputError: with the reason that the op, or attention, would give.
     """
     attention.choose(
-        config.attention,
-        mesh.devices.flat[0].platform,
-        config.arrangement,
-        mesh.shape[SEQUENCE],
+        config.attention, attention.Case.of(mesh, config.arrangement, dtype)
     )
     for _, capacity in plan.shapes:
         problem = op_problem(config, model, dtype, capacity, mesh)

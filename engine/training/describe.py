@@ -13,7 +13,7 @@ from engine.data.pair_streams import PairStream
 from engine.data.pairs import PairTokens
 from engine.data.stream_plans import Plan
 from engine.models import DecoderConfig, attention
-from engine.parallel.sharding import SEQUENCE, mesh_words
+from engine.parallel.sharding import mesh_words
 from engine.training.checks import op_problem
 from engine.training.compilation import Compiled
 from engine.training.prepare import Prepared
@@ -35,7 +35,7 @@ def describe(run: Prepared, programs: Iterable[Compiled] = ()) -> dict[str, str]
         "mesh": _mesh(run),
         "precision": f"computes in {about.dtype}, parameters {about.param_dtype}",
         "scoring": _scoring(run),
-        "attention": _attention(run),
+        "attention": _attention(run, about.dtype),
         "train": _stream(run.train)
         if isinstance(run.train, PairStream)
         else _pairs(run.train),
@@ -123,18 +123,20 @@ def _scoring(run: Prepared) -> str:
     return f"{', '.join(found)}, in a workspace of {mib:,.0f} MiB"
 
 
-def _attention(run: Prepared) -> str:
-    """Which implementation of attention there is, and why not a TPU's own on one."""
-    arguments, platform = run.arguments, run.mesh.devices.flat[0].platform
-    facts = platform, arguments.arrangement, run.mesh.shape[SEQUENCE]
-    name = attention.choose(arguments.attention, *facts)
+def _attention(run: Prepared, dtype: str) -> str:
+    """Which implementation of attention there is, and why not the device's fastest."""
+    arguments = run.arguments
+    case = attention.Case.of(run.mesh, arguments.arrangement, dtype)
+    name = attention.choose(arguments.attention, case)
     words = {
         "tiles": "tiles: plain JAX, a tile of queries and keys at a time",
         "splash": "splash: the kernels for TPUs that come with JAX",
+        "tokamax": "tokamax: its kernels for NVIDIA's Hopper and Blackwell GPUs",
     }[name]
-    why = attention.unsupported("splash", *facts)
-    if platform == "tpu" and arguments.attention == "auto" and why:
-        words += f"; not splash, as {why}"
+    fastest = {"tpu": "splash", "gpu": "tokamax"}.get(case.platform, name)
+    why = attention.unsupported(fastest, case)
+    if arguments.attention == "auto" and why:
+        words += f"; not {fastest}, as {why}"
     return words
 
 

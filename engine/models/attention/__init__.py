@@ -1,54 +1,87 @@
 """Attention, a file an implementation, and which of them a run has."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from engine.errors import InputError
 from engine.models.attention import tiles
 from engine.parallel.batch import Arrangement, KeySpans
+from engine.parallel.sharding import SEQUENCE
 
-IMPLEMENTATIONS = ("tiles", "splash")
+# The fastest that can be had comes last.
+IMPLEMENTATIONS = ("tiles", "splash", "tokamax")
+_TOKAMAX = "pip install tokamax"
 
-__all__ = ["IMPLEMENTATIONS", "attend", "choose", "unsupported"]
+__all__ = ["IMPLEMENTATIONS", "Case", "attend", "choose", "unsupported"]
 
 
-def unsupported(
-    name: str, platform: str, arrangement: Arrangement, sequence: int = 1
-) -> str | None:
-    """Why an implementation cannot be had, or None.
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What the choice of an implementation depends on."""
 
-    Args:
-        platform: of the devices: cpu, gpu or tpu.
-        sequence: devices that the tokens of a row are spread over.
-    """
+    platform: str  # of the devices: cpu, gpu or tpu
+    arrangement: Arrangement
+    dtype: str = "bfloat16"  # of queries, keys and values
+    sequence: int = 1  # devices that the tokens of a row are spread over
+    capability: float | None = None  # of NVIDIA's devices, to compute
+
+    @classmethod
+    def of(cls, mesh: Mesh, arrangement: Arrangement, dtype: Any) -> "Case":
+        """That of rows on a mesh, computed in `dtype`."""
+        device = mesh.devices.flat[0]
+        capability = getattr(device, "compute_capability", None)
+        return cls(
+            platform=device.platform,
+            arrangement=arrangement,
+            dtype=jnp.dtype(dtype).name,
+            sequence=mesh.shape[SEQUENCE],
+            capability=None if capability is None else float(capability),
+        )
+
+
+def unsupported(name: str, case: Case) -> str | None:
+    """Why an implementation cannot be had, or None."""
     if name == "tiles":
         return None
-    if platform != "tpu":
-        return f"it is for TPUs, and the devices are of platform {platform}"
-    if sequence > 1:
-        return f"its queries are whole rows (sharding.sequence={sequence})"
-    if arrangement.share_prompt:
+    kind, platform = ("TPUs", "tpu") if name == "splash" else ("NVIDIA GPUs", "gpu")
+    if case.platform != platform:
+        return f"it is for {kind}, and the devices are of platform {case.platform}"
+    if case.sequence > 1:
+        return f"its queries are whole rows (sharding.sequence={case.sequence})"
+    if case.arrangement.share_prompt:
         return "its rows have no place for what two sequences share (share_prompt)"
+    if name == "splash":
+        return None
+    if case.capability is None or not 9 <= case.capability < 11:
+        found = "not known" if case.capability is None else f"{case.capability:g}"
+        return (
+            "its kernels are for compute capability 9 and 10 (Hopper, Blackwell), and "
+            f"the devices' is {found}"
+        )
+    if case.dtype not in ("bfloat16", "float16"):
+        return f"its kernels compute in 16 bits (model.dtype={case.dtype})"
+    if find_spec("tokamax") is None:
+        return f"the tokamax package is not installed ({_TOKAMAX})"
     return None
 
 
-def choose(
-    asked: str, platform: str, arrangement: Arrangement, sequence: int = 1
-) -> str:
+def choose(asked: str, case: Case) -> str:
     """The implementation that a run has: the asked one, or with auto the fastest.
 
     Raises:
         InputError: the asked one cannot be had.
     """
-    facts = platform, arrangement, sequence
     if asked == "auto":
-        usable = (x for x in reversed(IMPLEMENTATIONS))
-        return next(x for x in usable if not unsupported(x, *facts))
-    if why := unsupported(asked, *facts):
+        return next(x for x in reversed(IMPLEMENTATIONS) if not unsupported(x, case))
+    if why := unsupported(asked, case):
         raise InputError(f"attention={asked!r} cannot be: {why}; use auto or tiles")
     return asked
 
@@ -66,6 +99,7 @@ def attend(
     spans: KeySpans | None,
     longest: int | None,
     starts: Sequence[int | Int[Array, ""]] = (0,),
+    device: Any = None,
 ) -> Float[Array, "R Q N H"]:
     """softmax(cap(scale * q . k)) v over the keys that each query sees.
 
@@ -78,15 +112,22 @@ def attend(
         longest: tokens that no sequence has more of.
         starts: the queries are so many runs of a row of keys, of equal lengths, and
             begin there in it.
+        device: one of those that this is for.
     """
     options = {"scale": scale, "softcap": softcap, "spans": spans}
+    window, length = None, key.shape[1]
+    widths = [length if x is None else min(x, length) for x in windows]
+    if min(widths) < length:  # else nothing is hidden
+        window = jnp.asarray(widths, jnp.int32)[which]
     if name == "tiles":
-        window, length = None, key.shape[1]
-        widths = [length if x is None else min(x, length) for x in windows]
-        if min(widths) < length:  # else nothing is hidden
-            window = jnp.asarray(widths, jnp.int32)[which]
         return tiles.attend(query, key, value, window=window, starts=starts, **options)
-    assert name == "splash" and len(starts) == 1
+    assert len(starts) == 1
+    if name == "tokamax":
+        # Here, since other runs need not have the package.
+        from engine.models.attention import hopper
+
+        return hopper.attend(query, key, value, window=window, device=device, **options)
+    assert name == "splash"
     # Here, since it takes Pallas's time to be imported.
     from engine.models.attention import splash
 

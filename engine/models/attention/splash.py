@@ -74,8 +74,8 @@ def attend(
     sizes = sizes or block_sizes(length, reach)
     kernel = kernel_of(length, N // K, reach, softcap, interpret, sizes)
     scaled = query * jnp.asarray(scale, query.dtype)
-    out: Any = _attend(
-        kernel, rows(scaled), rows(key)[:, :, 0], rows(value)[:, :, 0], segments
+    out: Any = untyped.attention(
+        kernel, None, rows(scaled), rows(key)[:, :, 0], rows(value)[:, :, 0], segments
     )
     return out.transpose(0, 3, 1, 2, 4).reshape(R, length, N, H)[:, :S]
 
@@ -151,34 +151,3 @@ def kernel_of(
 
     over_heads = jax.vmap(attend, in_axes=(0, 0, 0, None))
     return jax.vmap(over_heads)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(
-    kernel: Any,
-    query: Float[Array, "R K G S H"],
-    key: Float[Array, "R K S H"],
-    value: Float[Array, "R K S H"],
-    segments: Any,
-) -> Float[Array, "R K G S H"]:
-    return untyped.call(kernel, query, key, value, segments)
-
-
-def _forward(
-    kernel: Any, query: Array, key: Array, value: Array, segments: Any
-) -> tuple[Array, Any]:
-    def with_pullback(query: Array, key: Array, value: Array, segments: Any) -> Any:
-        return jax.vjp(lambda *x: kernel(*x, segments), query, key, value)
-
-    return untyped.call(with_pullback, query, key, value, segments)
-
-
-def _backward(
-    kernel: Any, pullback: Any, dout: Float[Array, "R K G S H"]
-) -> tuple[Array, Array, Array, None]:
-    del kernel
-    found = untyped.call(lambda pullback, dout: pullback(dout), pullback, dout)
-    return *found, None
-
-
-_attend.defvjp(_forward, _backward)

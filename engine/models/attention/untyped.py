@@ -6,6 +6,7 @@ traced where there is no mesh, and computed again with types: results vary over 
 arguments vary over, as they are a device's own.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,23 +15,35 @@ import jax
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Literal
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
 # Primitives that call a function, and where they have it.
-_CALLS = {"jit": "jaxpr", "custom_vjp_call": "call_jaxpr"}
+_CALLS = {
+    "jit": "jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vmap_call": "call",
+    "remat_opt": "fwd_jaxpr",
+}
+_KERNELS = ("pallas_call", "mpmd_map")  # of a TPU, and of a GPU
 
 
-def call[T](function: Callable[..., T], *args: Any) -> T:
+def call[T](function: Callable[..., T], *args: Any, device: Any = None) -> T:
     """function(*args), which uses no collectives.
 
     Args:
         args: trees of arrays.
+        device: which a library takes for the default one; it need not be here.
     """
     leaves, tree = jax.tree.flatten(args)
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
 
     def trace() -> tuple[ClosedJaxpr, Any]:
         # The library's code is written for JAX's defaults.
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        with (
+            jax.numpy_dtype_promotion("standard"),
+            jax.numpy_rank_promotion("allow"),
+            jax.default_device(device),
+        ):
             make = jax.make_jaxpr(function, return_shape=True)
             return make(*jax.tree.unflatten(tree, shapes))
 
@@ -40,6 +53,42 @@ def call[T](function: Callable[..., T], *args: Any) -> T:
     axes = {a for x in leaves for a in jax.typeof(x).manual_axis_type.varying}
     found = _evaluate(jaxpr, leaves, tuple(sorted(axes)))
     return jax.tree.unflatten(jax.tree.structure(out), found)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def attention[T](
+    kernel: Callable[..., T],
+    device: Any,
+    query: Array,
+    key: Array,
+    value: Array,
+    *rest: Any,
+) -> T:
+    """kernel(query, key, value, *rest), differentiable by the first three.
+
+    device: see `call`.
+    """
+    return call(kernel, query, key, value, *rest, device=device)
+
+
+def _forward(
+    kernel: Any, device: Any, query: Array, key: Array, value: Array, *rest: Any
+) -> tuple[Array, Any]:
+    def with_pullback(query: Array, key: Array, value: Array, *rest: Any) -> Any:
+        return jax.vjp(lambda *x: kernel(*x, *rest), query, key, value)
+
+    out, pullback = call(with_pullback, query, key, value, *rest, device=device)
+    return out, (pullback, [None] * len(rest))
+
+
+def _backward(kernel: Any, device: Any, kept: Any, dout: Array) -> tuple[Any, ...]:
+    del kernel
+    pullback, nothing = kept
+    grads = call(lambda pull, dout: pull(dout), pullback, dout, device=device)
+    return *grads, *nothing
+
+
+attention.defvjp(_forward, _backward)
 
 
 def _evaluate(
@@ -68,7 +117,7 @@ def _evaluate(
             found = _evaluate(eqn.params[inner], inputs, axes)
         else:
             params = dict(eqn.params)
-            if axes and eqn.primitive.name == "pallas_call":
+            if axes and eqn.primitive.name in _KERNELS:
                 params["out_avals"] = tuple(
                     _like(jax.typeof(inputs[0]), x) for x in params["out_avals"]
                 )

@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from engine.errors import InputError
-from engine.models import attention
 from engine.models.attention import splash, tiles
-from engine.parallel.batch import PADDED, Arrangement, KeySpans
+from engine.parallel.batch import KeySpans
 from engine.parallel.sharding import make_mesh
 from tests.engine.tiny_models import relative
 
@@ -144,19 +142,3 @@ def test_on_a_mesh_its_arrays_have_the_types_of_their_arguments(options, reach):
     lowered = jax.jit(by_row).trace(*args, SPANS).lower(lowering_platforms=("tpu",))
     # Alone; for the gradient: forward, dq, dk and dv.
     assert lowered.as_text().count("tpu_custom_call") == 4
-
-
-def test_which_one_a_run_has():
-    assert attention.choose("auto", "tpu", PADDED) == "splash"
-    assert attention.choose("auto", "tpu", Arrangement(packing=True)) == "splash"
-    assert attention.choose("auto", "gpu", PADDED) == "tiles"
-    assert attention.choose("tiles", "tpu", PADDED) == "tiles"
-    shared = Arrangement(share_prompt=True)
-    assert attention.choose("auto", "tpu", shared) == "tiles"
-    with pytest.raises(InputError, match="'splash' cannot be: its rows have no place"):
-        attention.choose("splash", "tpu", shared)
-    with pytest.raises(InputError, match="for TPUs, and the devices are of .* cpu"):
-        attention.choose("splash", "cpu", PADDED)
-    assert attention.choose("auto", "tpu", PADDED, sequence=2) == "tiles"
-    with pytest.raises(InputError, match=r"whole rows \(sharding.sequence=2\); use"):
-        attention.choose("splash", "tpu", PADDED, sequence=2)

@@ -4,12 +4,17 @@ P: weights of a layer's projections, of which the backward pass needs no second 
 `down`; R sequences of S tokens; attention's two products are 2 R S S N H each.
 """
 
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
 import pytest
 
 from engine.config.lora import LoraConfig
 from engine.config.run import ShardingConfig
+from engine.planning import work
 from engine.planning.targets import parse_target
-from engine.planning.work import work_of
+from engine.planning.work import Work, work_of
 from tests.engine.planning.runs import MODEL, tiny_run, tiny_step
 
 L, D, F = 3, 64, 96
@@ -125,3 +130,21 @@ def test_attention_of_a_tpu_is_counted_in_its_kernels(tmp_path, monkeypatch):
     # these are measured from, a sum over the results.
     backward = 7 * attention // 2 + 2 * L * R * 2048 * Q
     assert work.flops["attention", "backward"] == backward
+
+
+@pytest.mark.parametrize(
+    ("operands", "results", "products"),
+    [("qkk", "q", 2), ("qkks", "qss", 2), ("qkkqsss", "q", 3), ("qkkqsss", "kk", 4)],
+)
+def test_tokamaxs_kernels_are_told_apart(operands, results, products):
+    """By what they are given and what they return; queries see 1 + ... + 16 keys."""
+    shapes = {"q": (3, 16, 4, 8), "k": (3, 16, 2, 8), "s": (3, 4, 16)}
+
+    def variables(letters):
+        avals = [jax.ShapeDtypeStruct(shapes[x], jnp.float32) for x in letters]
+        return [SimpleNamespace(aval=x) for x in avals]
+
+    equation = SimpleNamespace(invars=variables(operands), outvars=variables(results))
+    counted = Work()
+    work._count_fused(equation, 5, "", counted)
+    assert counted.total == 5 * products * 2 * (3 * 4 * 8) * 16 * 17 // 2

@@ -1,0 +1,90 @@
+"""Which implementation of attention a run has, and why not another."""
+
+from typing import Any
+
+import pytest
+
+from engine.errors import InputError
+from engine.models import attention
+from engine.models.attention import Case
+from engine.parallel.batch import PADDED, Arrangement
+from tests.engine.tiny_models import mesh_of
+
+PACKED = Arrangement(packing=True)
+SHARED = Arrangement(share_prompt=True)
+
+
+@pytest.fixture(autouse=True)
+def tokamax_is_installed(monkeypatch):
+    monkeypatch.setattr(attention, "find_spec", lambda name: name)
+
+
+def case(platform="tpu", arrangement=PADDED, **facts: Any):
+    if platform == "gpu":
+        facts.setdefault("capability", 9.0)
+    return Case(platform=platform, arrangement=arrangement, **facts)
+
+
+@pytest.mark.parametrize(
+    "given, chosen",
+    [
+        (case("tpu"), "splash"),
+        (case("tpu", PACKED), "splash"),
+        (case("tpu", dtype="float32"), "splash"),
+        (case("tpu", SHARED), "tiles"),
+        (case("tpu", sequence=2), "tiles"),
+        (case("gpu"), "tokamax"),
+        (case("gpu", PACKED, dtype="float16", capability=10.0), "tokamax"),
+        (case("gpu", SHARED), "tiles"),
+        (case("gpu", sequence=2), "tiles"),
+        (case("gpu", dtype="float32"), "tiles"),
+        (case("gpu", capability=8.0), "tiles"),
+        (case("gpu", capability=12.0), "tiles"),
+        (case("gpu", capability=None), "tiles"),  # AMD's
+        (case("cpu"), "tiles"),
+    ],
+)
+def test_auto_is_the_fastest_that_can_be_had(given, chosen):
+    assert attention.choose("auto", given) == chosen
+    assert attention.choose("tiles", given) == "tiles"
+
+
+@pytest.mark.parametrize(
+    "name, given, why",
+    [
+        ("splash", case("tpu", SHARED), "its rows have no place .* (share_prompt)"),
+        (
+            "splash",
+            case("tpu", sequence=2),
+            "are whole rows (sharding.sequence=2)",
+        ),
+        ("splash", case("cpu"), "for TPUs, and the devices are of platform cpu"),
+        (
+            "tokamax",
+            case("tpu"),
+            "for NVIDIA GPUs, and the devices are of .* tpu",
+        ),
+        ("tokamax", case("gpu", SHARED), "its rows have no place .* (share_prompt)"),
+        ("tokamax", case("gpu", sequence=4), "are whole rows (sharding.sequence=4)"),
+        ("tokamax", case("gpu", dtype="float32"), "16 bits (model.dtype=float32); use"),
+        ("tokamax", case("gpu", capability=8.6), "and the devices' is 8.6; use auto"),
+        ("tokamax", case("gpu", capability=None), "and the devices' is not known"),
+    ],
+)
+def test_what_was_asked_for_and_cannot_be_is_refused(name, given, why):
+    why = why.replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(InputError, match=f"attention='{name}' cannot be: .*{why}"):
+        attention.choose(name, given)
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(attention, "find_spec", lambda name: None)
+    assert attention.choose("auto", case("gpu")) == "tiles"
+    assert attention.choose("auto", case("tpu")) == "splash"
+    with pytest.raises(InputError, match="is not installed .pip install tokamax.; use"):
+        attention.choose("tokamax", case("gpu"))
+
+
+def test_a_case_is_read_off_the_mesh():
+    found = Case.of(mesh_of((1, 2, 1, 2)), PACKED, "float32")
+    assert found == case("cpu", PACKED, dtype="float32", sequence=2)
