@@ -12,6 +12,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = environment.xla_flags(os.environ.get("XLA_FLAGS", ""))
 if environment.OLDER not in os.environ["XLA_FLAGS"]:
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# Workers compile for absent TPUs at once; libtpu takes them for users of one TPU.
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

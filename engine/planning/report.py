@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from engine.models import attention
 from engine.parallel.sharding import mesh_words
 from engine.planning.account import Account
 from engine.planning.work import PHASES
@@ -62,6 +63,9 @@ def _run(account: Account, shapes: str) -> Iterator[str]:
         f"up to {capacity:,} of them scored"
     )
     yield f"shapes       {shapes}"
+    arguments, policy = step.run.arguments, step.policy
+    case = attention.Case.of(step.run.mesh, arguments.arrangement, policy.dtype)
+    yield f"attention    {attention.describe(arguments.attention, case)}"
 
 
 def _memory(account: Account) -> Iterator[str]:

@@ -35,7 +35,10 @@ def describe(run: Prepared, programs: Iterable[Compiled] = ()) -> dict[str, str]
         "mesh": _mesh(run),
         "precision": f"computes in {about.dtype}, parameters {about.param_dtype}",
         "scoring": _scoring(run),
-        "attention": _attention(run, about.dtype),
+        "attention": attention.describe(
+            arguments.attention,
+            attention.Case.of(run.mesh, arguments.arrangement, about.dtype),
+        ),
         "train": _stream(run.train)
         if isinstance(run.train, PairStream)
         else _pairs(run.train),
@@ -121,23 +124,6 @@ def _scoring(run: Prepared) -> str:
             found[name] = None
     mib = run.arguments.workspace_bytes / 2**20
     return f"{', '.join(found)}, in a workspace of {mib:,.0f} MiB"
-
-
-def _attention(run: Prepared, dtype: str) -> str:
-    """Which implementation of attention there is, and why not the device's fastest."""
-    arguments = run.arguments
-    case = attention.Case.of(run.mesh, arguments.arrangement, dtype)
-    name = attention.choose(arguments.attention, case)
-    words = {
-        "tiles": "tiles: plain JAX, a tile of queries and keys at a time",
-        "splash": "splash: the kernels for TPUs that come with JAX",
-        "tokamax": "tokamax: its kernels for NVIDIA's Hopper and Blackwell GPUs",
-    }[name]
-    fastest = {"tpu": "splash", "gpu": "tokamax"}.get(case.platform, name)
-    why = attention.unsupported(fastest, case)
-    if arguments.attention == "auto" and why:
-        words += f"; not {fastest}, as {why}"
-    return words
 
 
 def _pairs(pairs: PairTokens) -> str:

@@ -20,7 +20,14 @@ from engine.parallel.sharding import SEQUENCE
 IMPLEMENTATIONS = ("tiles", "splash", "tokamax")
 _TOKAMAX = "pip install tokamax"
 
-__all__ = ["IMPLEMENTATIONS", "Case", "attend", "choose", "unsupported"]
+_WORDS = {
+    "tiles": "tiles: plain JAX, a tile of queries and keys at a time",
+    "splash": "splash: the kernels for TPUs that come with JAX",
+    "tokamax": "tokamax: its kernels for NVIDIA's Hopper and Blackwell GPUs",
+}
+_FASTEST = {"tpu": "splash", "gpu": "tokamax"}  # of those that a platform can have
+
+__all__ = ["IMPLEMENTATIONS", "Case", "attend", "choose", "describe", "unsupported"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +91,19 @@ def choose(asked: str, case: Case) -> str:
     if why := unsupported(asked, case):
         raise InputError(f"attention={asked!r} cannot be: {why}; use auto or tiles")
     return asked
+
+
+def describe(asked: str, case: Case) -> str:
+    """Which one a run has, and with auto why not the platform's fastest.
+
+    Raises:
+        InputError: as `choose`.
+    """
+    words = _WORDS[choose(asked, case)]
+    fastest = _FASTEST.get(case.platform, "tiles")
+    if asked == "auto" and (why := unsupported(fastest, case)):
+        words += f"; not {fastest}, as {why}"
+    return words
 
 
 def attend(

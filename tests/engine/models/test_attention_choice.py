@@ -85,6 +85,16 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
         attention.choose("tokamax", case("gpu"))
 
 
+def test_a_run_says_why_it_has_not_its_devices_own():
+    assert attention.describe("auto", case("gpu")).startswith("tokamax: its kernels")
+    for platform, fastest in (("gpu", "tokamax"), ("tpu", "splash")):
+        words = attention.describe("auto", case(platform, SHARED))
+        assert words.startswith("tiles: plain JAX")
+        assert f"; not {fastest}, as its rows have no place" in words
+    for asked, given in (("tiles", case("gpu", SHARED)), ("auto", case("cpu"))):
+        assert "not" not in attention.describe(asked, given)
+
+
 def test_a_case_is_read_off_the_mesh():
     found = Case.of(mesh_of((1, 2, 1, 2)), PACKED, "float32")
     assert found == case("cpu", PACKED, dtype="float32", sequence=2)
