@@ -1,7 +1,9 @@
 """Each implementation of attention, compiled for devices that need not be here.
 
     python -m bench.step.attention [--target v6e:2x2]... \
-        [--implementation splash]...            # tokamax needs its package
+        [--implementation splash]... [--form shared]
+
+tokamax is left out where its package is not installed.
 
 Value and gradients in bfloat16, in every form that an implementation claims, two rows
 on each device, inside the typed `shard_map` of the engine's step. A row of the table
@@ -38,7 +40,7 @@ class Form:
     softcap: float | None = None
     window: int | None = None
     packed: bool = False
-    shared: bool = False  # packed, and pairs that begin alike
+    shared: bool = False  # pairs begin alike
     longest: int | None = None
 
 
@@ -55,7 +57,15 @@ FORMS = (
         packed=True,
         longest=2048,
     ),
-    Form(name="Llama 3.1 8B, shared", S=8192, N=32, K=8, H=128, shared=True),
+    Form(
+        name="Llama 3.1 8B, shared",
+        S=8192,
+        N=32,
+        K=8,
+        H=128,
+        packed=True,
+        shared=True,
+    ),
     Form(name="Gemma 2 9B, sliding", S=8192, N=16, K=8, H=256, softcap=50, window=4096),
     Form(name="Gemma 2 9B, packed", S=8192, N=16, K=8, H=256, softcap=50, packed=True),
     Form(name="Gemma 2 9B, packed", S=1000, N=16, K=8, H=256, softcap=50, packed=True),
@@ -79,13 +89,20 @@ def program(target: str, name: str, form: Form) -> tuple[Any, tuple[Any, ...]]:
     from jax.sharding import PartitionSpec
 
     from engine.models import attention
-    from engine.parallel.batch import KeySpans
+    from engine.parallel.batch import Arrangement, KeySpans
     from engine.parallel.sharding import BATCH, make_mesh, place
     from engine.planning.devices import devices_of
     from engine.planning.targets import parse_target
 
     devices = devices_of(parse_target(target))
     mesh = make_mesh(len(devices), 1, 1, devices=devices)
+
+    arrangement = Arrangement(
+        packing=form.packed, share_prompt=form.shared, longest=form.longest
+    )
+
+    def of_rows(*spans):
+        return KeySpans(*spans) if arrangement.with_spans else None
 
     def value_and_gradient(query, key, value, *spans):
         def total(query, key, value):
@@ -98,7 +115,7 @@ def program(target: str, name: str, form: Form) -> tuple[Any, tuple[Any, ...]]:
                 softcap=form.softcap,
                 windows=(form.window,),
                 which=jnp.int32(0),
-                spans=KeySpans(*spans) if form.packed or form.shared else None,
+                spans=attention.laid_out(name, of_rows(*spans), arrangement),
                 longest=form.longest,
                 device=devices[0],
             )
@@ -180,16 +197,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.step.attention")
     parser.add_argument("--target", action="append", choices=TARGETS)
     parser.add_argument("--implementation", action="append", default=[])
+    parser.add_argument("--form", metavar="WORD", default="", help="whose name has it")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
 
-    def asked(name: str) -> bool:
-        return not args.implementation or name in args.implementation
+    def asked(name: str, form: str) -> bool:
+        return args.form in form and name in (args.implementation or [name])
 
     if args.worker:
-        for name in filter(asked, implementations(args.worker)):
+        for name in implementations(args.worker):
             for form in FORMS:
-                if name == "tiles" or not form.shared:
+                if asked(name, form.name):
                     processes.answer(compile_form(args.worker, name, form))
         return 0
     from engine.planning.targets import parse_target
@@ -200,12 +218,13 @@ def main(argv: list[str] | None = None) -> int:
     results = [
         row
         for row in rows.read(path)
-        if row["device"] not in devices or not asked(row["implementation"])
+        if row["device"] not in devices or not asked(row["implementation"], row["form"])
     ]
     for target in chosen:
         environment = parse_target(target).environment
         words = ["--worker", target]
         words += [f"--implementation={name}" for name in args.implementation]
+        words += [f"--form={args.form}"]
         for row in processes.ask_as_it_goes("bench.step.attention", words, environment):
             results.append(row)
             rows.write_to(path, results)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from engine.errors import InputError
 from engine.models.architecture import DecoderConfig
-from engine.models.attention import Case, attend, choose
+from engine.models.attention import Case, attend, choose, laid_out
 from engine.models.dropout import Dropout, prefix_hashes
 from engine.models.linear import Linears
 from engine.models.remat import AUTO, BLOCK_OUT, LAYER_IN, REMAT, policy
@@ -135,13 +135,14 @@ class Decoder(nnx.Module):
         tokens, spans = parts.pad(tokens, spans)
         layers = {name: param[...] for name, param in self.layers.items()}
         kinds, rope = _layer_inputs(config, parts, spans)
+        name = choose(attention, Case.of(self.mesh, arrangement, self.dtype))
         attend_as = functools.partial(
             attend,
-            choose(attention, Case.of(self.mesh, arrangement, self.dtype)),
+            name,
             scale=config.query_scale,
             softcap=config.attn_softcap,
             windows=config.windows,
-            spans=parts.own(spans),
+            spans=laid_out(name, parts.own(spans), arrangement),
             longest=arrangement.longest,
             starts=parts.starts,
             device=self.mesh.devices.flat[0],

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from engine.errors import InputError
 from engine.models.attention import tiles
+from engine.models.attention.unshared import Unshared
 from engine.parallel.batch import Arrangement, KeySpans
 from engine.parallel.sharding import SEQUENCE
 
@@ -27,7 +28,15 @@ _WORDS = {
 }
 _FASTEST = {"tpu": "splash", "gpu": "tokamax"}  # of those that a platform can have
 
-__all__ = ["IMPLEMENTATIONS", "Case", "attend", "choose", "describe", "unsupported"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Case",
+    "attend",
+    "choose",
+    "describe",
+    "laid_out",
+    "unsupported",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +72,6 @@ def unsupported(name: str, case: Case) -> str | None:
         return f"it is for {kind}, and the devices are of platform {case.platform}"
     if case.sequence > 1:
         return f"its queries are whole rows (sharding.sequence={case.sequence})"
-    if case.arrangement.share_prompt:
-        return "its rows have no place for what two sequences share (share_prompt)"
     if name == "splash":
         return None
     if case.capability is None or not 9 <= case.capability < 11:
@@ -106,6 +113,22 @@ def describe(asked: str, case: Case) -> str:
     return words
 
 
+def laid_out(
+    name: str, spans: KeySpans | None, arrangement: Arrangement
+) -> KeySpans | Unshared | None:
+    """What `attend` is to be given of rows: once a step, not once a layer.
+
+    All but the plain tiles have a single run of keys for a query.
+    """
+    if spans is None or name == "tiles" or not arrangement.share_prompt:
+        return spans
+    length = spans.begin.shape[1]
+    longer = 2 * length
+    if arrangement.longest is not None and not arrangement.packing:
+        longer = min(longer, length + arrangement.longest)  # a row has one pair
+    return Unshared.of(spans, longer)
+
+
 def attend(
     name: str,
     query: Float[Array, "R Q N H"],
@@ -116,7 +139,7 @@ def attend(
     softcap: float | None,
     windows: Sequence[int | None],
     which: Int[Array, ""],
-    spans: KeySpans | None,
+    spans: KeySpans | Unshared | None,
     longest: int | None,
     starts: Sequence[int | Int[Array, ""]] = (0,),
     device: Any = None,
@@ -128,12 +151,17 @@ def attend(
         windows: what layers have: how many tokens of its sequence a query sees, itself
             included; None: all up to it.
         which: the number of this layer's window.
-        spans: the keys of each query's sequence; None: all of its row up to it.
+        spans: the keys of each query's sequence, as `laid_out` gives them; None: all of
+            its row up to it.
         longest: tokens that no sequence has more of.
         starts: the queries are so many runs of a row of keys, of equal lengths, and
             begin there in it.
         device: one of those that this is for.
     """
+    if isinstance(spans, Unshared):
+        same = partial(attend, name, scale=scale, softcap=softcap, windows=windows)
+        of_longer = partial(same, which=which, longest=longest, device=device)
+        return spans.attend(partial(of_longer, spans=spans.spans), query, key, value)
     options = {"scale": scale, "softcap": softcap, "spans": spans}
     window, length = None, key.shape[1]
     widths = [length if x is None else min(x, length) for x in windows]

@@ -2,8 +2,7 @@
 
 They are written in Pallas's Mosaic GPU dialect. Each query sees keys from one on up to
 its own, and blocks that none of a block's queries sees are skipped; so sequences that
-share a row, and windows, are where that begins. A sequence that shares its beginning
-with another sees two such ranges, for which they have no place.
+share a row, and windows, are where that begins.
 
 Source: tokamax 0.0.17, `ops/attention`; its public function takes such ranges as a mask
 of queries x keys alone, hence the private names.

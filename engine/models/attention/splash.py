@@ -1,8 +1,7 @@
 """Attention on TPUs: the kernels that come with JAX (`splash_attention`).
 
 They look at blocks of keys alone that causality or a window leaves visible; sequences
-that share a row are told apart by segment ids. One that shares its beginning with
-another has no place in that: `check` refuses it.
+that share a row are told apart by segment ids.
 """
 
 import functools

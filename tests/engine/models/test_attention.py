@@ -12,10 +12,10 @@ from tests.engine.tiny_models import relative
 R, S, N, K, H = 3, 29, 4, 2, 8
 
 
-def spans_of(rows) -> KeySpans:
+def spans_of(groups_of_rows, rows=R, length=S) -> KeySpans:
     """Rows of groups, each (shared tokens, own tokens of each sequence, ...)."""
-    arrays = [np.tile(np.arange(S, dtype=np.int32), (R, 1)) for _ in range(3)]
-    for r, groups in enumerate(rows):
+    arrays = [np.tile(np.arange(length, dtype=np.int32), (rows, 1)) for _ in range(3)]
+    for r, groups in enumerate(groups_of_rows):
         first = 0
         for shared, *owns in groups:
             begin = first

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from engine.errors import InputError
 from engine.models import attention
 from engine.models.attention import Case
-from engine.parallel.batch import PADDED, Arrangement
+from engine.models.attention.unshared import Unshared
+from engine.parallel.batch import PADDED, Arrangement, KeySpans
 from tests.engine.tiny_models import mesh_of
 
 PACKED = Arrangement(packing=True)
@@ -31,11 +33,11 @@ def case(platform="tpu", arrangement=PADDED, **facts: Any):
         (case("tpu"), "splash"),
         (case("tpu", PACKED), "splash"),
         (case("tpu", dtype="float32"), "splash"),
-        (case("tpu", SHARED), "tiles"),
+        (case("tpu", SHARED), "splash"),
         (case("tpu", sequence=2), "tiles"),
         (case("gpu"), "tokamax"),
         (case("gpu", PACKED, dtype="float16", capability=10.0), "tokamax"),
-        (case("gpu", SHARED), "tiles"),
+        (case("gpu", SHARED), "tokamax"),
         (case("gpu", sequence=2), "tiles"),
         (case("gpu", dtype="float32"), "tiles"),
         (case("gpu", capability=8.0), "tiles"),
@@ -52,7 +54,6 @@ def test_auto_is_the_fastest_that_can_be_had(given, chosen):
 @pytest.mark.parametrize(
     "name, given, why",
     [
-        ("splash", case("tpu", SHARED), "its rows have no place .* (share_prompt)"),
         (
             "splash",
             case("tpu", sequence=2),
@@ -64,7 +65,6 @@ def test_auto_is_the_fastest_that_can_be_had(given, chosen):
             case("tpu"),
             "for NVIDIA GPUs, and the devices are of .* tpu",
         ),
-        ("tokamax", case("gpu", SHARED), "its rows have no place .* (share_prompt)"),
         ("tokamax", case("gpu", sequence=4), "are whole rows (sharding.sequence=4)"),
         ("tokamax", case("gpu", dtype="float32"), "16 bits (model.dtype=float32); use"),
         ("tokamax", case("gpu", capability=8.6), "and the devices' is 8.6; use auto"),
@@ -88,11 +88,28 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
 def test_a_run_says_why_it_has_not_its_devices_own():
     assert attention.describe("auto", case("gpu")).startswith("tokamax: its kernels")
     for platform, fastest in (("gpu", "tokamax"), ("tpu", "splash")):
-        words = attention.describe("auto", case(platform, SHARED))
+        words = attention.describe("auto", case(platform, sequence=2))
         assert words.startswith("tiles: plain JAX")
-        assert f"; not {fastest}, as its rows have no place" in words
-    for asked, given in (("tiles", case("gpu", SHARED)), ("auto", case("cpu"))):
+        assert f"; not {fastest}, as its queries are whole rows" in words
+    for asked, given in (("tiles", case("gpu", sequence=2)), ("auto", case("cpu"))):
         assert "not" not in attention.describe(asked, given)
+
+
+def test_rows_are_laid_out_for_what_knows_one_run_of_keys():
+    spans = KeySpans(*[np.zeros((1, 10), np.int32)] * 3)
+    for name in attention.IMPLEMENTATIONS:
+        assert attention.laid_out(name, None, SHARED) is None
+        assert attention.laid_out(name, spans, PACKED) is spans
+    assert attention.laid_out("tiles", spans, SHARED) is spans
+    for arrangement, length in (
+        (SHARED, 20),
+        (Arrangement(share_prompt=True, longest=7), 17),
+        (Arrangement(share_prompt=True, longest=70), 20),
+        (Arrangement(share_prompt=True, packing=True, longest=7), 20),
+    ):
+        found = attention.laid_out("splash", spans, arrangement)
+        assert isinstance(found, Unshared)
+        assert found.source.shape == (1, length)
 
 
 def test_a_case_is_read_off_the_mesh():
