@@ -30,6 +30,9 @@ import tests.typechecker  # noqa: E402, F401, named in pyproject.toml
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Of a place in Python its line alone: to write whole stacks down is a twentieth of
+# what a short run takes. What an exception says stays as it is.
+jax.config.update("jax_include_full_tracebacks_in_locations", False)
 # Of this process alone: what compiles for absent devices cannot read it back, and what
 # dumps a compiler's files has to compile.
 _compiled = environment.compilation_cache(Path(__file__).parent.parent)

@@ -7,6 +7,7 @@ that had saved something. Processes are forked from one that has imported everyt
 and started nothing.
 """
 
+import gc
 import os
 import random
 import signal
@@ -56,6 +57,7 @@ def killed(path: str, kills: int, seed: int) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what is imported stays, in each process: no garbage to look for
     run_file, number, seed = sys.argv[1:]
     assert end(start([run_file, "trainer.save_directory=whole"])) == 0
     print(killed(run_file, int(number), int(seed)))

@@ -19,6 +19,8 @@ from engine.training.checkpoints import Store
 from tests.engine.training.runs import SHORT, make_trainer, one_device
 from tests.json_lines import read_lines
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 # A rate so high that the loss of held-out pairs has its least value early.
 SETTINGS: dict[str, Any] = {
     "train_dataset": SHORT,

@@ -20,6 +20,7 @@ from engine.training.checkpoints import Store
 from tests.engine.training.runs import FIXTURE, SHORT, make_trainer, one_device
 from tests.json_lines import read_lines
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
 EVERY = {"save_steps": 1, "save_total_limit": None}
 # 11 pairs: epochs of 2 whole batches and one of 3 pairs; lines average over 2 steps.
 SETTINGS: dict[str, Any] = {"num_train_epochs": 2, "train_dataset": SHORT} | EVERY

@@ -23,6 +23,8 @@ from tests.engine.training.runs import (
 from tests.engine.tutorial import TUTORIAL
 from tests.json_lines import read_lines
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 
 def test_the_tutorials_yaml_runs_as_it_stands(tmp_path, monkeypatch):
     """The names in it are directories here, as they are where there is no network."""

@@ -11,6 +11,8 @@ from engine.config.run import load_run_config
 from engine.training.evaluator import Evaluator
 from tests.engine.training.runs import FIXTURE, SHORT, make_trainer
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 TRAINED = str(FIXTURE.parents[1] / "trl_lora" / "trained" / "trained")
 CHAT = FIXTURE.parent / "chat"
 MODEL = str(CHAT / "model")

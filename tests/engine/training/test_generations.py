@@ -33,6 +33,8 @@ from tests.engine.training.runs import (
 )
 from tests.json_lines import read_lines
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 TOKENS = 6
 SETTINGS: dict[str, Any] = {
     "train_dataset": SHORT,

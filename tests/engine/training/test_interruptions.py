@@ -16,6 +16,8 @@ from tests import environment
 from tests.engine.training.runs import FIXTURE, make_trainer
 from tests.engine.training.test_checkpoints import lines, settings, weights
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 ROOT = Path(__file__).parents[3]
 RUN = """\
 config:

@@ -9,6 +9,8 @@ from engine import load_model
 from tests.engine.training.runs import SHORT, make_trainer, one_device
 from tests.json_lines import read_lines
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 SETTINGS = {
     "train_dataset": SHORT,
     "evaluate": False,

@@ -11,6 +11,8 @@ from tests.engine.training.runs import SHORT, make_trainer
 from tests.engine.training.test_checkpoints import weights
 from tests.json_lines import read_lines
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 # The sum of two such weights is infinite in float32: of rows 4 and 5, and so of step 2.
 BAD: list[Any] = [
     row | {"weight": 3e38 if i in (4, 5) else 1.0} for i, row in enumerate(SHORT)

@@ -1,5 +1,6 @@
 """The reference scored once: the same numbers, kept on disk, in no memory."""
 
+import json
 import logging
 import math
 from typing import Any
@@ -15,8 +16,10 @@ from engine.cli import main
 from engine.data.logps_cache import StoredLogps
 from engine.errors import InputError
 from tests.engine.tiny_models import mesh_of
-from tests.engine.training.runs import FIXTURE, ROWS, make_trainer
+from tests.engine.training.runs import FIXTURE, ROWS, SHORT, make_trainer
 from tests.json_lines import read_lines
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 EPS = float(np.finfo(np.float32).eps)
 VALUES = {"ref_chosen_logps": -20.0, "ref_rejected_logps": -30.5}
@@ -200,8 +203,8 @@ def test_columns_of_the_data_are_used_as_they_are(tmp_path, monkeypatch):
     monkeypatch.setattr("engine.training.trainer.make_reference", None)
     trainer = make_trainer(
         tmp_path,
-        train_dataset=with_values(ROWS),
-        eval_dataset=with_values(ROWS[:6]),
+        train_dataset=with_values([*SHORT, ROWS[19]]),  # which is long
+        eval_dataset=with_values(SHORT[:6]),
         max_training_steps=1,
         max_length=36,
     )
@@ -264,7 +267,9 @@ def test_what_is_refused(tmp_path, train, evaluation, options, message):
 def test_from_the_command_line(tmp_path, monkeypatch, capfd):
     """`dpo precompute`, then `dpo train`, which scores no reference any more."""
     monkeypatch.chdir(tmp_path)
-    source = f"{{informs: [{{data_files: {FIXTURE / 'data.jsonl'}}}]}}"
+    rows = "".join(json.dumps(row) + "\n" for row in SHORT)
+    (tmp_path / "pairs.jsonl").write_text(rows)
+    source = "{informs: [{data_files: pairs.jsonl}]}"
     (tmp_path / "run.yaml").write_text(
         f"config:\n  model: {{name_or_path: {FIXTURE / 'model'}, dtype: float32}}\n"
         "  reference_model:\n"
@@ -275,8 +280,8 @@ def test_from_the_command_line(tmp_path, monkeypatch, capfd):
     )
     assert main(["precompute", "run.yaml"]) == 0
     printed = capfd.readouterr().out
-    assert "train_dataset: 21 pairs, chosen -" in printed
-    assert "eval_dataset: 21 pairs, chosen -" in printed
+    assert "train_dataset: 11 pairs, chosen -" in printed
+    assert "eval_dataset: 11 pairs, chosen -" in printed
     assert not (tmp_path / "dpo_checkpoints").exists()
     monkeypatch.setattr("engine.training.precompute._score", None)
     assert main(["train", "run.yaml", "trainer.precompute_ref_log_probs=true"]) == 0

@@ -50,7 +50,7 @@ def runs(folder):
     programs = environment.compilation_cache(ROOT)
     env = os.environ | {
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": environment.xla_flags(f"{environment.DEVICES}=4"),
+        "XLA_FLAGS": environment.xla_flags(f"{environment.DEVICES}=2"),
         "JAX_COMPILATION_CACHE_DIR": str(programs),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # and other rounding, as elsewhere
@@ -63,7 +63,7 @@ def runs(folder):
 
 @pytest.fixture(scope="module")
 def alone(folder):
-    """The metrics of one process of eight devices."""
+    """The metrics of one process, of twice as many devices: eight."""
     return train(folder, "alone")
 
 
@@ -87,7 +87,7 @@ def assert_same_run(got, want):
 def test_two_processes_give_the_metrics_of_one_whatever_happens(folder, runs, alone):
     last = runs["left alone"]
     assert last["codes"] == [0, 0], last["said"]
-    assert "8 devices, 2 processes" in last["said"][0]
+    assert "4 devices, 2 processes" in last["said"][0]
     assert_same_run(read_lines(folder / "pair" / "metrics.jsonl"), alone)
     assert (folder / "pair" / "model.safetensors").is_file()
     # Process 0 alone says what all do.
@@ -114,7 +114,7 @@ def test_a_signal_to_one_process_stops_all_at_one_checkpoint(folder, runs):
     run = runs["stopped"]
     assert run["codes"] == [143, 143]
     assert "SIGTERM: finishing this step and saving" in run["said"][1]
-    ending = r"stopped after step (\d+) of 18; the same command goes on"
+    ending = rf"stopped after step (\d+) of {STEPS}; the same command goes on"
     found = {step for said in run["said"] for step in re.findall(ending, said)}
     (step,) = map(int, found)
     store = Store(folder / "stopped", None)

@@ -17,6 +17,8 @@ from engine.training.start_check import StartCheck
 from engine.training.step import StepOut
 from tests.engine.training.runs import make_trainer
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 
 def first_step(loss: float, chosen: float = 0.0, rejected: float = 0.0) -> StepOut:
     """Of 4 pairs, 40 tokens a side and 100 nats; `loss` is a pair's, the rest a sum."""

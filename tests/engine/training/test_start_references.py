@@ -18,6 +18,8 @@ from tests.engine.training.test_nonfinite import BAD
 from tests.engine.training.test_start_check import first_step
 from tests.json_lines import read_lines
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 ONE: dict[str, Any] = {
     "train_dataset": SHORT,
     "evaluate": False,

@@ -101,8 +101,8 @@ def test_a_weight_counts_as_so_many_pairs():
 @pytest.mark.parametrize(
     "sizes, remat",
     [
-        ((1, 1, 1), "none"),
-        pytest.param((2, 2, 2), "full", marks=pytest.mark.numerics),
+        pytest.param((1, 1, 1), "none", marks=pytest.mark.numerics),
+        ((2, 2, 2), "full"),
     ],
     ids=str,
 )
