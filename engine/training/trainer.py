@@ -18,6 +18,7 @@ from engine.objective.references import Cached, SyncedModel
 from engine.parallel import processes
 from engine.parallel.batch import Batch
 from engine.paths import as_path
+from engine.training.attention_check import check_attention
 from engine.training.checkpointing import Checkpointing
 from engine.training.compilation import (
     enough_memory,
@@ -157,6 +158,8 @@ class Trainer:
         self._checkpointing.begin(self.run.mesh)
         programs, check = self._programs, None
         programs.compile(training=True)
+        run = self.run
+        check_attention(run.model, run.arguments, self.model.dtype, run.mesh)
         if not self.progress.step and not self.arguments.without_reference:
             check = self._start_check()
 

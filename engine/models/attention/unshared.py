@@ -103,10 +103,10 @@ def _spread_forward(
 def _spread_backward(kept: Any, grads: Array) -> tuple[Array, None, None, None]:
     # Gathers: a scatter would add up in the dtype, and one after the other on a TPU.
     place, copy = kept
+    wide = grads.astype(jnp.float32)
     twice = (copy >= 0)[:, :, None, None]
-    first = _take(grads, place).astype(jnp.float32)
-    second = jnp.where(twice, _take(grads, jnp.maximum(copy, 0)), 0)
-    return (first + second).astype(grads.dtype), None, None, None
+    second = jnp.where(twice, _take(wide, jnp.maximum(copy, 0)), 0)
+    return (_take(wide, place) + second).astype(grads.dtype), None, None, None
 
 
 _spread.defvjp(_spread_forward, _spread_backward)
