@@ -31,7 +31,7 @@ def show(results: Sequence[rows.Row]) -> str:
     for row in results:
         received = sum(x["wire"] for x in row["collectives"])
         exposed = sum(x["exposed"] for x in row["collectives"])
-        times = row["times"]
+        times = row["roofline"]
         lines.append(
             (
                 row["target"],

@@ -114,7 +114,7 @@ def row_of(option: Option, folder: Path) -> rows.Row:
         options=option.trainer | option.model,
         pairs=option.pairs,
         length=LENGTH,
-        times=found["seconds"],
+        roofline=found["seconds"],
         **{name: found[name] for name in kept},
     )
 
