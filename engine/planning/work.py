@@ -185,7 +185,8 @@ def _count_fused(equation: Any, times: int, where: str, work: Work) -> None:
     products = 2
     if shapes[3:4] == shapes[:1]:
         products = 2 + len(equation.outvars)
-    pairs = rows * heads * length * (length + 1) // 2
+    # Spread rows have pieces from both ends on each device: half of the keys, too.
+    pairs = rows * heads * length * (shapes[1][1] + 1) // 2
     work.add(ATTENTION, _phase(where), times * products * 2 * pairs * size)
 
 

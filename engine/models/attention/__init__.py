@@ -70,10 +70,12 @@ def unsupported(name: str, case: Case) -> str | None:
     kind, platform = ("TPUs", "tpu") if name == "splash" else ("NVIDIA GPUs", "gpu")
     if case.platform != platform:
         return f"it is for {kind}, and the devices are of platform {case.platform}"
-    if case.sequence > 1:
-        return f"its queries are whole rows (sharding.sequence={case.sequence})"
     if name == "splash":
+        if case.sequence > 1:
+            return f"its queries are whole rows (sharding.sequence={case.sequence})"
         return None
+    if case.sequence > 1 and case.arrangement.share_prompt:
+        return "rows with shared beginnings are not spread over devices for it"
     if case.capability is None or not 9 <= case.capability < 11:
         found = "not known" if case.capability is None else f"{case.capability:g}"
         return (
@@ -169,13 +171,13 @@ def attend(
         window = jnp.asarray(widths, jnp.int32)[which]
     if name == "tiles":
         return tiles.attend(query, key, value, window=window, starts=starts, **options)
-    assert len(starts) == 1
     if name == "tokamax":
         # Here, since other runs need not have the package.
         from engine.models.attention import hopper
 
-        return hopper.attend(query, key, value, window=window, device=device, **options)
-    assert name == "splash"
+        options |= {"starts": starts, "device": device}
+        return hopper.attend(query, key, value, window=window, **options)
+    assert name == "splash" and len(starts) == 1
     # Here, since it takes Pallas's time to be imported.
     from engine.models.attention import splash
 

@@ -38,7 +38,8 @@ def case(platform="tpu", arrangement=PADDED, **facts: Any):
         (case("gpu"), "tokamax"),
         (case("gpu", PACKED, dtype="float16", capability=10.0), "tokamax"),
         (case("gpu", SHARED), "tokamax"),
-        (case("gpu", sequence=2), "tiles"),
+        (case("gpu", PACKED, sequence=2), "tokamax"),
+        (case("gpu", SHARED, sequence=2), "tiles"),
         (case("gpu", dtype="float32"), "tiles"),
         (case("gpu", capability=8.0), "tiles"),
         (case("gpu", capability=12.0), "tiles"),
@@ -65,7 +66,7 @@ def test_auto_is_the_fastest_that_can_be_had(given, chosen):
             case("tpu"),
             "for NVIDIA GPUs, and the devices are of .* tpu",
         ),
-        ("tokamax", case("gpu", sequence=4), "are whole rows (sharding.sequence=4)"),
+        ("tokamax", case("gpu", SHARED, sequence=4), "are not spread over devices for"),
         ("tokamax", case("gpu", dtype="float32"), "16 bits (model.dtype=float32); use"),
         ("tokamax", case("gpu", capability=8.6), "and the devices' is 8.6; use auto"),
         ("tokamax", case("gpu", capability=None), "and the devices' is not known"),
@@ -87,11 +88,16 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
 
 def test_a_run_says_why_it_has_not_its_devices_own():
     assert attention.describe("auto", case("gpu")).startswith("tokamax: its kernels")
-    for platform, fastest in (("gpu", "tokamax"), ("tpu", "splash")):
-        words = attention.describe("auto", case(platform, sequence=2))
-        assert words.startswith("tiles: plain JAX")
-        assert f"; not {fastest}, as its queries are whole rows" in words
-    for asked, given in (("tiles", case("gpu", sequence=2)), ("auto", case("cpu"))):
+    for given, why in (
+        (
+            case("gpu", dtype="float32"),
+            "not tokamax, as its kernels compute in 16 bits",
+        ),
+        (case("tpu", sequence=2), "not splash, as its queries are whole rows"),
+    ):
+        words = attention.describe("auto", given)
+        assert words.startswith("tiles: plain JAX") and f"; {why}" in words
+    for asked, given in (("tiles", case("tpu", sequence=2)), ("auto", case("cpu"))):
         assert "not" not in attention.describe(asked, given)
 
 

@@ -18,6 +18,7 @@ from tokamax._src.ops.attention.base import (  # pyright: ignore[reportMissingIm
 )
 
 from engine.models.attention import hopper, tiles
+from engine.parallel.batch import KeySpans
 from tests.engine.models.test_attention import SPANS, H, K, N, R, S, visible
 from tests.engine.tiny_models import relative
 
@@ -56,3 +57,24 @@ def test_it_is_attention(rows, window):
     want = gradient(tiles.attend)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert relative(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("rows", ["padded", "packed"])
+def test_queries_may_be_runs_of_a_row(rows, window):
+    """Of 28 keys the second quarter and the last one."""
+    rng = np.random.default_rng(0)
+    query, key, value = (
+        jnp.asarray(rng.standard_normal(x)[:, :28], jnp.float32) for x in SHAPES
+    )
+    own = np.r_[7:14, 21:28]
+    spans = SPANS[rows] and KeySpans(*(jnp.asarray(x)[:, own] for x in SPANS[rows]))
+    given = {"scale": 0.3, "window": window, "spans": spans, "starts": (7, 21)}
+    ours = functools.partial(
+        hopper.attend, op=DotProductAttention(), device=jax.devices()[0]
+    )
+    found = [
+        jax.jit(functools.partial(attend, **given))(query[:, own], key, value)
+        for attend in (ours, tiles.attend)
+    ]
+    assert relative(*found) < 1e-5
