@@ -40,8 +40,12 @@ WARPGROUP = 128  # threads
 SPEED_WORKSPACE = 2**30  # keeps the exponentials of (4096, 4096, 128256)
 
 
+# Axes of one device each, with names that a kernel may have for its own.
+TAKEN = ("sm", "cluster", "wg", "block", "sequence")
+
+
 def absent_mesh(target: str, devices: int) -> Any:
-    """A mesh of GPUs that are not here."""
+    """A mesh of GPUs that are not here, the vocabulary's axis first."""
     import jax
     import numpy as np
     from jax.experimental import topologies
@@ -51,7 +55,8 @@ def absent_mesh(target: str, devices: int) -> Any:
     assert described.target_config is not None
     config["target_config"] = described.target_config.read_text()
     found = topologies.get_topology_desc(**config).devices[:devices]
-    return jax.sharding.Mesh(np.array(found), ("vocab",))
+    shape = (devices, *(1 for _ in TAKEN))
+    return jax.sharding.Mesh(np.array(found).reshape(shape), ("vocab", *TAKEN))
 
 
 def warp_reductions(layouts: str) -> Iterator[bool]:

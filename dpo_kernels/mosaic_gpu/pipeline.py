@@ -37,6 +37,7 @@ import jax.experimental.pallas.mosaic_gpu
 import jax.numpy as jnp
 from jax import lax
 
+from dpo_kernels.mosaic_gpu import axes
 from dpo_kernels.op.gpu_tiling import MosaicTile
 
 # Any: a type checker takes some of its classes for abstract, others for private.
@@ -82,19 +83,19 @@ class TileScheduler:
     @property
     def num_tiles(self) -> Any:
         """Of this block: blocks of padding rows have no tiles at all."""
-        first, stride = lax.axis_index("sm"), lax.axis_size("sm")
+        first, stride = lax.axis_index(axes.SM), lax.axis_size(axes.SM)
         tiles = self.groups_t * self.blocks_v
         return lax.div(tiles - first + (stride - 1), stride)
 
     def origin(self, i: Any) -> tuple[Any, Any]:
         """First row and vocabulary entry of this block's i-th tile."""
         group, block_v = plgpu.planar_snake(
-            lax.axis_index("sm") + i * lax.axis_size("sm"),
+            lax.axis_index(axes.SM) + i * lax.axis_size(axes.SM),
             (self.groups_t, self.blocks_v),
             0,
             self.tile.group_t,
         )
-        block_t = group * self.tile.cluster + lax.axis_index("cluster")
+        block_t = group * self.tile.cluster + lax.axis_index(axes.CLUSTER)
         return block_t * self.tile.block_t, block_v * self.tile.block_v
 
     def slot(self, step: Any) -> Any:
@@ -129,7 +130,7 @@ def _copy_tiles(
                 head_g.at[entries, depth],
                 head_s.at[at],
                 full.at[at],
-                collective_axes="cluster" if tile.cluster > 1 else None,
+                collective_axes=axes.CLUSTER if tile.cluster > 1 else None,
             )
 
         lax.fori_loop(0, scheduler.steps, copy, None)
@@ -242,7 +243,7 @@ def logits_kernel(
         hidden_s, head_s, full, empty, *own = refs[len(names) :]
         staged = hidden_s, head_s, full, empty
         scheduler = TileScheduler.over(hidden_g, head_g, num_valid_g[0], tile)
-        wg = lax.axis_index("wg")
+        wg = lax.axis_index(axes.WARPGROUP)
 
         @pl.when(wg == WARPGROUPS)
         def _():
@@ -272,11 +273,11 @@ def logits_kernel(
         out_type=tuple(epilogue.outputs.values()),
         scratch_types=[*_stages(tile, hidden.dtype), *epilogue.scratch.values()],
         grid=(num_cores // tile.cluster,),
-        grid_names=("sm",),
+        grid_names=(axes.SM,),
         cluster=(tile.cluster,),
-        cluster_names=("cluster",),
+        cluster_names=(axes.CLUSTER,),
         num_threads=WARPGROUPS + 1,
-        thread_name="wg",
+        thread_name=axes.WARPGROUP,
         # exp2, tanh's division: 2 units in the last place of float32.
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name=epilogue.name,
@@ -302,5 +303,5 @@ def _stages(tile: MosaicTile, dtype: Any) -> list[Any]:
     if tile.cluster == 1:
         return [*operands, full, plgpu.Barrier(**readers)]
     # Of both blocks: arrivals are counted over the axis.
-    empty = plgpu.ClusterBarrier(collective_axes=("cluster",), **readers)
+    empty = plgpu.ClusterBarrier(collective_axes=(axes.CLUSTER,), **readers)
     return [*operands, full, empty]

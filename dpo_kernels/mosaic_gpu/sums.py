@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dpo_kernels.mosaic_gpu import axes
 from dpo_kernels.op.loops import make_varying, varying_axes
 from dpo_kernels.op.sums import Problem, gpu_reason
 
@@ -45,7 +46,7 @@ def forward(
         "sequence_sums",
         [*arrays, offsets],
         [jax.ShapeDtypeStruct((problem.R,), jnp.float32)] * 2,
-        grid={"sequence": problem.R},
+        grid={axes.SEQUENCE: problem.R},
     )
     return sums, counts
 
@@ -71,7 +72,7 @@ def backward(
         "sequence_sums_gradient",
         [*arrays, offsets, dsums.astype(jnp.float32)],
         [jax.ShapeDtypeStruct((capacity,), dtype) for dtype in dtypes],
-        grid={"block": capacity // block},
+        grid={axes.TOKENS: capacity // block},
     )
     dvalues, *dweights = (grad[: problem.T] for grad in grads)
     return dvalues, dweights[0] if dweights else None
@@ -102,5 +103,5 @@ def _launch(
     )
     results: Any = kernel(*arrays)
     # Pallas does not say over which mesh axes its results vary.
-    axes = varying_axes(*arrays)
-    return tuple(make_varying(x, axes) for x in results)
+    varying = varying_axes(*arrays)
+    return tuple(make_varying(x, varying) for x in results)

@@ -13,6 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
+from dpo_kernels.mosaic_gpu import axes
+
 WARPGROUP = 128  # threads; a block of tokens is a multiple of it
 VECTOR = 4  # tokens in one load of a thread, which starts at a multiple of it
 
@@ -43,7 +45,7 @@ def sums_kernel(T: int, block: int, *refs: Any) -> None:
     """
     values, *weights, offsets, sums, counts = refs
     capacity = values.shape[0]
-    r = lax.axis_index("sequence")
+    r = lax.axis_index(axes.SEQUENCE)
     first = jnp.clip(offsets[r], 0, T)
     last = jnp.clip(offsets[r + 1], 0, T)
     origin = first // VECTOR * VECTOR
@@ -96,7 +98,7 @@ def gradient_kernel(
     weight_refs, refs = refs[:weighted], refs[weighted:]
     offsets, dsums, dvalues, *dweights = refs
     R = dsums.shape[0]
-    start = lax.axis_index("block") * block
+    start = lax.axis_index(axes.TOKENS) * block
     token = _tokens(start, block)
     first = _first_sequence(offsets, R, start)
 

@@ -103,7 +103,11 @@ def traced_device() -> Device:
     if abstract is not None:
         kind, platform = str(abstract.device_kind), str(abstract.platform)
         return _device(platform, kind, abstract.num_cores, None)
-    device: Any = jax.local_devices(backend=jax.default_backend())[0]
+    return of_jax(jax.local_devices(backend=jax.default_backend())[0])
+
+
+def of_jax(device: Any) -> Device:
+    """One of JAX's devices, which need not be here."""
     return _device(
         # The platform of a CUDA device is called gpu; only its client's name tells.
         device.client.platform_version if device.platform == "gpu" else device.platform,

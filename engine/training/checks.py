@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_kernels.op import tiling
 from dpo_kernels.op.backends import load_backend
-from dpo_kernels.op.devices import Device
+from dpo_kernels.op.devices import of_jax
 from dpo_kernels.pallas_tpu import backward_tiling as tpu_tiling
 from engine.config.dpo import DPOConfig
 from engine.config.lora import check_dropout
@@ -89,14 +89,13 @@ def op_problem(
     config: DPOConfig, model: DecoderConfig, dtype: Any, capacity: int, mesh: Mesh
 ) -> tiling.Problem:
     """What the op is asked of a batch with `capacity` scored tokens on each device."""
-    device = mesh.devices.flat[0]
     return tiling.Problem(
         T=mesh.shape[FSDP] * capacity,
         D=model.hidden_size,
         V=padded_vocab(model, mesh) // size_of(VOCAB, mesh),
         dtype=jnp.dtype(dtype),
         workspace_bytes=config.workspace_bytes,
-        device=Device(platform=device.platform, kind=device.device_kind),
+        device=of_jax(mesh.devices.flat[0]),
         ragged=True,
     )
 

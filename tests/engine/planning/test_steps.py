@@ -56,3 +56,26 @@ def test_what_training_refuses_is_refused(tmp_path):
             tiny_step(run, "cpu:2")
     with pytest.raises(InputError, match="total_batch_size=3 pairs cannot be split"):
         tiny_step(tiny_run(tmp_path, total_batch_size=3), "cpu:2")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    target = "h200:1"
+    for name, value in parse_target(target).environment.items():
+        monkeypatch.setenv(name, value)
+    return target
+
+
+@pytest.mark.parametrize("name", ["triton", "xla"])
+def test_an_implementation_may_be_named_for_a_gpu(name, tmp_path, gpu):
+    """Its kernels ask for a compute capability."""
+    step = tiny_step(tiny_run(tmp_path, implementation=name), gpu)
+    assert step.run.mesh.devices.flat[0].device_kind == "NVIDIA H200"
+
+
+def test_a_gpus_step_compiles_with_its_kernels(tmp_path, gpu):
+    """On one device: there a kernel that asks which one it is on does not compile."""
+    step = tiny_step(tiny_run(tmp_path, implementation="mosaic_gpu"), gpu)
+    text = step.request.step.lower(*step.operands).compile().as_text()
+    for kernel in ("token_logprobs_forward", "sequence_sums", "sequence_sums_gradient"):
+        assert kernel in text
