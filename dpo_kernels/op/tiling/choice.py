@@ -42,6 +42,8 @@ def backward_tile(problem: Problem, *, fused: bool) -> BackwardTile:
     candidates = list(backward_candidates(problem, fused))
     if len(candidates) == 1:
         return candidates[0]
+    with_room = [x for x in candidates if fits.tail_fits(problem, x, fused)]
+    candidates = with_room or candidates
     return min(candidates, key=lambda x: backward_seconds(problem, x, fused=fused))
 
 

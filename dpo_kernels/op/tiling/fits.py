@@ -42,6 +42,20 @@ def backward_bytes(problem: Problem, block_t: int, fused: bool) -> tuple[int, in
     return masked, per_row * block_t + per_unit * problem.D
 
 
+def tail_fits(problem: Problem, tile: BackwardTile, fused: bool) -> bool:
+    """Whether the workspace has room for the last chunk, which may be a narrower one.
+
+    It is no part of the loop over the others. Where padding is skipped on a GPU, XLA
+    has zeros ready for its gradient of the head, beside all that a chunk takes.
+    """
+    tail = problem.V % tile.chunk_v
+    if not tail or not problem.ragged or problem.platform != "gpu":
+        return True
+    masked, column = backward_bytes(problem, tile.block_t, fused)
+    zeros = problem.itemsize * problem.D
+    return masked + (column + zeros) * tail <= problem.workspace_bytes
+
+
 def writes_dhead_at_once(dtype: jnp.dtype, T: int, block_t: int) -> bool:
     """Whether a chunk of d head is one matmul's result, in the dtype of the head.
 
