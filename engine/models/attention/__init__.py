@@ -1,8 +1,9 @@
 """Attention, a file an implementation, and which of them a run has."""
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,7 +20,6 @@ from engine.parallel.sharding import SEQUENCE
 
 # The fastest that can be had comes last.
 IMPLEMENTATIONS = ("tiles", "splash", "tokamax")
-_TOKAMAX = "pip install tokamax"
 
 _WORDS = {
     "tiles": "tiles: plain JAX, a tile of queries and keys at a time",
@@ -84,8 +84,18 @@ def unsupported(name: str, case: Case) -> str | None:
         )
     if case.dtype not in ("bfloat16", "float16"):
         return f"its kernels compute in 16 bits (model.dtype={case.dtype})"
+    return _fault_of_tokamax()
+
+
+@cache
+def _fault_of_tokamax() -> str | None:
+    """Why its kernels cannot be imported; None where they can."""
     if find_spec("tokamax") is None:
-        return f"the tokamax package is not installed ({_TOKAMAX})"
+        return "the tokamax package is not installed (pip install tokamax)"
+    try:
+        importlib.import_module("engine.models.attention.hopper")
+    except (ImportError, AttributeError) as error:
+        return f"the tokamax package that is installed has another form: {error}"
     return None
 
 

@@ -1,5 +1,6 @@
 """Which implementation of attention a run has, and why not another."""
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,12 @@ from tests.engine.tiny_models import mesh_of
 
 PACKED = Arrangement(packing=True)
 SHARED = Arrangement(share_prompt=True)
+FAULT_OF_TOKAMAX = attention._fault_of_tokamax
 
 
 @pytest.fixture(autouse=True)
 def tokamax_is_installed(monkeypatch):
-    monkeypatch.setattr(attention, "find_spec", lambda name: name)
+    monkeypatch.setattr(attention, "_fault_of_tokamax", lambda: None)
 
 
 def case(platform="tpu", arrangement=PADDED, **facts: Any):
@@ -78,12 +80,27 @@ def test_what_was_asked_for_and_cannot_be_is_refused(name, given, why):
         attention.choose(name, given)
 
 
-def test_a_package_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr(attention, "find_spec", lambda name: None)
+def of_a_package(found, monkeypatch):
+    """What is said where `find_spec` finds this."""
+    monkeypatch.setattr(attention, "find_spec", lambda name: found)
+    fault = FAULT_OF_TOKAMAX.__wrapped__
+    monkeypatch.setattr(attention, "_fault_of_tokamax", fault)
     assert attention.choose("auto", case("gpu")) == "tiles"
     assert attention.choose("auto", case("tpu")) == "splash"
-    with pytest.raises(InputError, match="is not installed .pip install tokamax.; use"):
+    with pytest.raises(InputError) as refused:
         attention.choose("tokamax", case("gpu"))
+    return str(refused.value)
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    said = of_a_package(None, monkeypatch)
+    assert "is not installed (pip install tokamax); use auto or tiles" in said
+
+
+def test_a_package_of_another_form_is_no_traceback(monkeypatch):
+    monkeypatch.setitem(sys.modules, "engine.models.attention.hopper", None)
+    said = of_a_package("found", monkeypatch)
+    assert "the tokamax package that is installed has another form: import of" in said
 
 
 def test_a_run_says_why_it_has_not_its_devices_own():
