@@ -2,7 +2,7 @@
 
     JAX_PLATFORMS=cpu python -m bench.step.devices [--target h200:8] [--show]
 
-The engine's step of Llama-3.1-8B, 2 pairs of 2,048 tokens at once on each device, on 1
+The engine's step of Llama-3.1-8B, 2 pairs of 2,048 tokens at once on each device, on 2
 to 8 H200s and on slices of v5p: see `bench.step.planned`. So that one device has the
 memory for it, moments are kept in 8 bits, and the reference's log-probabilities are
 scored beforehand. Nothing runs.
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from bench import rows
 from bench.step.planned import Option, Table, gib
 
-TARGETS = "h200:1", "h200:2", "h200:4", "h200:8", "v5p:2x2x2", "v5p:4x4x4"
+TARGETS = "h200:2", "h200:4", "h200:8", "v5p:2x2x2", "v5p:4x4x4"
 SMALL = {"mu_dtype": "8bit", "nu_dtype": "8bit", "precompute_ref_log_probs": True}
 OPTIONS = [Option(name="8bit moments", target=x, trainer=SMALL) for x in TARGETS]
 

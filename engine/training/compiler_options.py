@@ -23,6 +23,8 @@ _BY_SPARSE_CORES = (
     "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather",
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter",
     "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter",
+    # Along three axes of the torus libtpu gathers by adding up, which they cannot do.
+    "xla_tpu_prefer_async_allgather_to_allreduce",
 )
 _WITH_SPARSE_CORES = ("TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e", "TPU7x")
 # What elsewhere lets exchanges run beside products, unless it is told not to.
