@@ -12,6 +12,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from dpo_kernels.op.devices import of_jax
 from engine.errors import InputError
 from engine.models.attention import tiles
 from engine.models.attention.unshared import Unshared
@@ -43,23 +44,22 @@ __all__ = [
 class Case:
     """What the choice of an implementation depends on."""
 
-    platform: str  # of the devices: cpu, gpu or tpu
+    platform: str  # of the devices: cpu, gpu (NVIDIA's), rocm or tpu
     arrangement: Arrangement
     dtype: str = "bfloat16"  # of queries, keys and values
     sequence: int = 1  # devices that the tokens of a row are spread over
-    capability: float | None = None  # of NVIDIA's devices, to compute
+    capability: tuple[int, int] | None = None  # of an NVIDIA GPU, to compute
 
     @classmethod
     def of(cls, mesh: Mesh, arrangement: Arrangement, dtype: Any) -> "Case":
         """That of rows on a mesh, computed in `dtype`."""
-        device = mesh.devices.flat[0]
-        capability = getattr(device, "compute_capability", None)
+        device = of_jax(mesh.devices.flat[0])
         return cls(
             platform=device.platform,
             arrangement=arrangement,
             dtype=jnp.dtype(dtype).name,
             sequence=mesh.shape[SEQUENCE],
-            capability=None if capability is None else float(capability),
+            capability=device.capability,
         )
 
 
@@ -76,8 +76,8 @@ def unsupported(name: str, case: Case) -> str | None:
         return None
     if case.sequence > 1 and case.arrangement.share_prompt:
         return "rows with shared beginnings are not spread over devices for it"
-    if case.capability is None or not 9 <= case.capability < 11:
-        found = "not known" if case.capability is None else f"{case.capability:g}"
+    if case.capability is None or case.capability[0] not in (9, 10):
+        found = ".".join(map(str, case.capability or ())) or "not known"
         return (
             "its kernels are for compute capability 9 and 10 (Hopper, Blackwell), and "
             f"the devices' is {found}"

@@ -1,16 +1,19 @@
 """Which implementation of attention a run has, and why not another."""
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from engine.errors import InputError
 from engine.models import attention
 from engine.models.attention import Case
 from engine.models.attention.unshared import Unshared
 from engine.parallel.batch import PADDED, Arrangement, KeySpans
+from engine.parallel.sharding import AXES
 from tests.engine.tiny_models import mesh_of
 
 PACKED = Arrangement(packing=True)
@@ -25,7 +28,7 @@ def tokamax_is_installed(monkeypatch):
 
 def case(platform="tpu", arrangement=PADDED, **facts: Any):
     if platform == "gpu":
-        facts.setdefault("capability", 9.0)
+        facts.setdefault("capability", (9, 0))
     return Case(platform=platform, arrangement=arrangement, **facts)
 
 
@@ -38,14 +41,15 @@ def case(platform="tpu", arrangement=PADDED, **facts: Any):
         (case("tpu", SHARED), "splash"),
         (case("tpu", sequence=2), "tiles"),
         (case("gpu"), "tokamax"),
-        (case("gpu", PACKED, dtype="float16", capability=10.0), "tokamax"),
+        (case("gpu", PACKED, dtype="float16", capability=(10, 0)), "tokamax"),
         (case("gpu", SHARED), "tokamax"),
         (case("gpu", PACKED, sequence=2), "tokamax"),
         (case("gpu", SHARED, sequence=2), "tiles"),
         (case("gpu", dtype="float32"), "tiles"),
-        (case("gpu", capability=8.0), "tiles"),
-        (case("gpu", capability=12.0), "tiles"),
-        (case("gpu", capability=None), "tiles"),  # AMD's
+        (case("gpu", capability=(8, 0)), "tiles"),
+        (case("gpu", capability=(12, 0)), "tiles"),
+        (case("gpu", capability=None), "tiles"),
+        (case("rocm"), "tiles"),
         (case("cpu"), "tiles"),
     ],
 )
@@ -70,7 +74,11 @@ def test_auto_is_the_fastest_that_can_be_had(given, chosen):
         ),
         ("tokamax", case("gpu", SHARED, sequence=4), "are not spread over devices for"),
         ("tokamax", case("gpu", dtype="float32"), "16 bits (model.dtype=float32); use"),
-        ("tokamax", case("gpu", capability=8.6), "and the devices' is 8.6; use auto"),
+        (
+            "tokamax",
+            case("gpu", capability=(8, 6)),
+            "and the devices' is 8.6; use auto",
+        ),
         ("tokamax", case("gpu", capability=None), "and the devices' is not known"),
     ],
 )
@@ -138,3 +146,28 @@ def test_rows_are_laid_out_for_what_knows_one_run_of_keys():
 def test_a_case_is_read_off_the_mesh():
     found = Case.of(mesh_of((1, 2, 1, 2)), PACKED, "float32")
     assert found == case("cpu", PACKED, dtype="float32", sequence=2)
+
+
+class Gpu:
+    """What JAX says of one; its client's name alone tells whose it is."""
+
+    platform = "gpu"
+    core_count = 132
+
+    def __init__(self, kind, capability, platform_version):
+        self.device_kind, self.compute_capability = kind, capability
+        self.client = SimpleNamespace(platform_version=platform_version)
+
+
+@pytest.mark.parametrize(
+    ("device", "found"),
+    [
+        (Gpu("NVIDIA H200", "9.0", "cuda 13000"), case("gpu")),
+        (Gpu("NVIDIA H200", None, "cuda 13000"), case("gpu")),  # by its name
+        (Gpu("AMD Instinct MI300X", "gfx942", "rocm 60200"), case("rocm")),
+    ],
+)
+def test_gpus_of_two_makers_are_told_apart(device, found):
+    mesh = Mesh(np.array([device]).reshape(1, 1, 1, 1), AXES)
+    assert Case.of(mesh, PADDED, "bfloat16") == found
+    assert attention.choose("auto", found) in ("tokamax", "tiles")
