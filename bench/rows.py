@@ -118,6 +118,11 @@ def read(path: Path) -> list[Row]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
+def others(path: Path, row: Row, *names: str) -> list[Row]:
+    """The rows of a file that are not the same as `row` in all of these fields."""
+    return [x for x in read(path) if any(x.get(name) != row[name] for name in names)]
+
+
 def table(header: Sequence[str], cells: Sequence[Sequence[Any]]) -> str:
     """A Markdown table, padded so that it reads well in a terminal too."""
     text = [[str(x) for x in line] for line in (header, *cells)]

@@ -187,10 +187,7 @@ def run_case(index: int, case: Case, side: str, path: Path) -> None:
     environment = parse_target(case.target).environment
     words = ["--worker", str(index), "--side", side]
     for row in processes.ask_as_it_goes("bench.step.plan", words, environment):
-        key = ("model", "target", "implementation")
-        kept = [
-            x for x in rows.read(path) if any(x.get(name) != row[name] for name in key)
-        ]
+        kept = rows.others(path, row, "model", "target", "implementation")
         rows.write_to(path, [*kept, row])
         print(show([row]).splitlines()[-1], f"{row['compile_s']} s", flush=True)
 

@@ -37,10 +37,7 @@ def run_case(index: int, case: Case) -> None:
     environment = parse_target(case.target).environment
     words = ["--worker", str(index)]
     for row in processes.ask_as_it_goes("bench.step.plan_sequence", words, environment):
-        key = ("model", "target", "length", "sequence")
-        kept = [
-            x for x in rows.read(PATH) if any(x.get(name) != row[name] for name in key)
-        ]
+        kept = rows.others(PATH, row, "model", "target", "length", "sequence")
         rows.write_to(PATH, [*kept, row])
         print(show([row]).splitlines()[-1], f"{row['compile_s']} s", flush=True)
 

@@ -73,7 +73,7 @@ class Table:
         def place(row: rows.Row) -> int:
             return order.index((row["target"], row["implementation"]))
 
-        others = [x for x in rows.read(self.path) if place(x) != index]
+        others = rows.others(self.path, row, "target", "implementation")
         rows.write_to(self.path, sorted([*others, row], key=place))
         print(self.show([row]).splitlines()[-1], f"{row['compile_s']} s", flush=True)
 

@@ -6,7 +6,7 @@ are scored, and in which sequence (`ScoredTokens`), and which sequences make a p
 (`Pairs`). Only the first depends on how sequences are laid out in rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -54,6 +54,25 @@ class KeySpans(NamedTuple):
     first: Int32[np.ndarray | Array, "*A W S"]
     shared_end: Int32[np.ndarray | Array, "*A W S"]
     begin: Int32[np.ndarray | Array, "*A W S"]
+
+    @classmethod
+    def of_groups(cls, groups: Iterable[Sequence[int]], length: int) -> "KeySpans":
+        """Those of one row [1, length], padded at its end.
+
+        groups: for each its shared tokens, and the own tokens of each of its sequences.
+        """
+        row = np.arange(length, dtype=np.int32)[None]
+        first, shared_end, begin = row.copy(), row.copy(), row.copy()
+        start = 0
+        for shared, *owns in groups:
+            at = start
+            for head, size in ((0, shared), *((shared, own) for own in owns)):
+                part = slice(at, at + size)
+                first[0, part], shared_end[0, part] = start, start + head
+                begin[0, part] = at
+                at += size
+            start = at
+        return cls(first, shared_end, begin)
 
     @property
     def positions(self) -> Any:

@@ -128,21 +128,10 @@ def _run(
 
 
 def spans_of(arrangement: Arrangement) -> KeySpans | None:
-    """What the tokens of the row see; the last one pads it."""
+    """What the tokens of the row see; the last ones pad it."""
     if not arrangement.with_spans:
         return None
     groups = _PACKED
     if arrangement.share_prompt:
         groups = _SHARED if arrangement.packing else _ONE
-    row = np.arange(_LENGTH, dtype=np.int32)[None]
-    first, shared_end, begin = row.copy(), row.copy(), row.copy()
-    start = 0
-    for shared, *owns in groups:
-        at = start
-        for head, size in ((0, shared), *((shared, own) for own in owns)):
-            part = slice(at, at + size)
-            first[0, part], shared_end[0, part] = start, start + head
-            begin[0, part] = at
-            at += size
-        start = at
-    return KeySpans(first, shared_end, begin)
+    return KeySpans.of_groups(groups, _LENGTH)

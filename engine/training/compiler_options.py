@@ -15,8 +15,7 @@ from engine.errors import InputError, one_line
 _ROUNDS_AS_WRITTEN = {"xla_allow_excess_precision": False}
 
 # A TPU's SparseCores can gather and add up while its TensorCores, which otherwise wait,
-# go on.
-# libtpu 0.0.48 has them do it on TPU7x by itself, along one axis of the torus.
+# go on. libtpu 0.0.48 has them do it on TPU7x by itself, along one axis of the torus.
 _BY_SPARSE_CORES = (
     "xla_tpu_enable_sparse_core_collective_offload_all_gather",
     "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather",

@@ -20,14 +20,13 @@ from engine.parallel.batch import Arrangement, KeySpans
 from engine.parallel.sharding import SEQUENCE
 
 # The fastest that can be had comes last.
-IMPLEMENTATIONS = ("tiles", "splash", "tokamax")
-
 _WORDS = {
     "tiles": "tiles: plain JAX, a tile of queries and keys at a time",
     "splash": "splash: the kernels for TPUs that come with JAX",
     "tokamax": "tokamax: its kernels for NVIDIA's Hopper and Blackwell GPUs",
 }
 _FASTEST = {"tpu": "splash", "gpu": "tokamax"}  # of those that a platform can have
+IMPLEMENTATIONS = tuple(_WORDS)
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -174,26 +173,26 @@ def attend(
         same = partial(attend, name, scale=scale, softcap=softcap, windows=windows)
         of_longer = partial(same, which=which, longest=longest, device=device)
         return spans.attend(partial(of_longer, spans=spans.spans), query, key, value)
-    options = {"scale": scale, "softcap": softcap, "spans": spans}
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "spans": spans}
+    if name == "splash":
+        assert len(starts) == 1
+        # Here, since it takes Pallas's time to be imported.
+        from engine.models.attention import splash
+
+        options |= {"longest": longest}
+        kernels = [partial(splash.attend, window=x, **options) for x in windows]
+        if len(kernels) == 1:
+            return kernels[0](query, key, value)
+        return lax.switch(which, kernels, query, key, value)
     window, length = None, key.shape[1]
     widths = [length if x is None else min(x, length) for x in windows]
     if min(widths) < length:  # else nothing is hidden
         window = jnp.asarray(widths, jnp.int32)[which]
+    options |= {"window": window, "starts": starts}
     if name == "tiles":
-        return tiles.attend(query, key, value, window=window, starts=starts, **options)
-    if name == "tokamax":
-        # Here, since other runs need not have the package.
-        from engine.models.attention import hopper
+        return tiles.attend(query, key, value, **options)
+    assert name == "tokamax"
+    # Here, since other runs need not have the package.
+    from engine.models.attention import hopper
 
-        options |= {"starts": starts, "device": device}
-        return hopper.attend(query, key, value, window=window, **options)
-    assert name == "splash" and len(starts) == 1
-    # Here, since it takes Pallas's time to be imported.
-    from engine.models.attention import splash
-
-    kernels = [
-        partial(splash.attend, window=x, longest=longest, **options) for x in windows
-    ]
-    if len(kernels) == 1:
-        return kernels[0](query, key, value)
-    return lax.switch(which, kernels, query, key, value)
+    return hopper.attend(query, key, value, device=device, **options)

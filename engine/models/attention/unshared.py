@@ -33,9 +33,8 @@ class Unshared(NamedTuple):
         length: of the longer rows: twice that of rows is enough for all of them.
         """
         first, shared_end, begin = (jnp.asarray(x, jnp.int32) for x in spans)
-        index = jnp.broadcast_to(
-            jnp.arange(first.shape[1], dtype=jnp.int32), first.shape
-        )
+        last = first.shape[1] - 1
+        index = jnp.broadcast_to(jnp.arange(last + 1, dtype=jnp.int32), first.shape)
         shared = shared_end - first
         # Where the second of two sequences begins. The first one's own tokens are right
         # behind what it shares.
@@ -46,8 +45,8 @@ class Unshared(NamedTuple):
         places = jnp.arange(length, dtype=jnp.int32)
         following = jax.vmap(lambda x: jnp.searchsorted(x, places))(place)
         places = jnp.broadcast_to(places, following.shape)
-        behind = following == first.shape[1]
-        following = jnp.minimum(following, first.shape[1] - 1).astype(jnp.int32)
+        behind = following > last
+        following = jnp.minimum(following, last).astype(jnp.int32)
 
         def at(x: Array) -> Array:
             return jnp.take_along_axis(x, following, axis=1)
@@ -58,15 +57,13 @@ class Unshared(NamedTuple):
         starts = jnp.where(behind, places, at(start))
 
         # Of what is shared: the second sequence begins next.
-        last = first.shape[1] - 1
-        begins = jnp.where(second, index, last)
-        begins = lax.cummin(begins, axis=1, reverse=True)
-        of_next = [
+        begins = lax.cummin(jnp.where(second, index, last), axis=1, reverse=True)
+        shared_from, shared_to, own_place, is_second = (
             jnp.take_along_axis(x, begins, axis=1)
-            for x in (first, shared_end, place, second.astype(jnp.int32))
-        ]
-        is_shared = (of_next[0] <= index) & (index < of_next[1]) & (of_next[3] == 1)
-        copy = jnp.where(is_shared, of_next[2] - (of_next[1] - index), -1)
+            for x in (first, shared_end, place, second)
+        )
+        is_shared = (shared_from <= index) & (index < shared_to) & is_second
+        copy = jnp.where(is_shared, own_place - (shared_to - index), -1)
         return cls(source, own, place, copy, KeySpans(starts, starts, starts))
 
     def attend(
@@ -128,7 +125,7 @@ def _collect_forward(
 def _collect_backward(kept: Any, grads: Array) -> tuple[Array, None, None, None]:
     source, own = kept
     found = jnp.where(own[:, :, None, None], _take(grads, source), 0)
-    return found.astype(grads.dtype), None, None, None
+    return found, None, None, None
 
 
 _collect.defvjp(_collect_forward, _collect_backward)

@@ -14,19 +14,9 @@ R, S, N, K, H = 3, 29, 4, 2, 8
 
 def spans_of(groups_of_rows, rows=R, length=S) -> KeySpans:
     """Rows of groups, each (shared tokens, own tokens of each sequence, ...)."""
-    arrays = [np.tile(np.arange(length, dtype=np.int32), (rows, 1)) for _ in range(3)]
-    for r, groups in enumerate(groups_of_rows):
-        first = 0
-        for shared, *owns in groups:
-            begin = first
-            for head, size in [(0, shared), *((shared, own) for own in owns)]:
-                for array, value in zip(
-                    arrays, (first, first + head, begin), strict=True
-                ):
-                    array[r, begin : begin + size] = value
-                begin += size
-            first = begin
-    return KeySpans(*arrays)
+    assert len(groups_of_rows) == rows
+    found = [KeySpans.of_groups(groups, length) for groups in groups_of_rows]
+    return KeySpans(*map(np.concatenate, zip(*found, strict=True)))
 
 
 SPANS = {

@@ -49,6 +49,14 @@ def tiny_run(
     )
 
 
+def absent_devices(target, monkeypatch):
+    """A target's, with the environment that its compiler needs."""
+    found = parse_target(target)
+    for name, value in found.environment.items():
+        monkeypatch.setenv(name, value)
+    return devices_of(found)
+
+
 def tiny_step(run, target="cpu:1"):
     mesh = run.sharding.mesh(devices_of(parse_target(target)))
     return make_step(run, *model_configs(run), mesh)

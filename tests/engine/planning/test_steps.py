@@ -4,7 +4,7 @@ from engine.config.run import ShardingConfig
 from engine.errors import InputError
 from engine.planning.devices import devices_of
 from engine.planning.targets import parse_target
-from tests.engine.planning.runs import tiny_run, tiny_step
+from tests.engine.planning.runs import absent_devices, tiny_run, tiny_step
 
 WIDE = {"hidden_size": 128, "num_attention_heads": 8}
 
@@ -12,8 +12,7 @@ WIDE = {"hidden_size": 128, "num_attention_heads": 8}
 @pytest.fixture
 def tpu(monkeypatch):
     target = "v6e:1x1"
-    for name, value in parse_target(target).environment.items():
-        monkeypatch.setenv(name, value)
+    absent_devices(target, monkeypatch)
     return target
 
 
@@ -61,8 +60,7 @@ def test_what_training_refuses_is_refused(tmp_path):
 @pytest.fixture
 def gpu(monkeypatch):
     target = "h200:1"
-    for name, value in parse_target(target).environment.items():
-        monkeypatch.setenv(name, value)
+    absent_devices(target, monkeypatch)
     return target
 
 

@@ -5,6 +5,7 @@ from engine.errors import InputError
 from engine.planning import targets
 from engine.planning.devices import devices_of
 from engine.planning.targets import apply_environment, parse_target
+from tests.engine.planning.runs import absent_devices
 
 
 @pytest.mark.parametrize(
@@ -95,9 +96,7 @@ def test_a_compiler_that_is_missing_is_named(monkeypatch):
 
 
 def test_devices_of_a_slice_that_is_not_here(monkeypatch):
-    for name, value in parse_target("v5e:2x4").environment.items():
-        monkeypatch.setenv(name, value)
-    found = devices_of(parse_target("v5e:2x4"))
+    found = absent_devices("v5e:2x4", monkeypatch)
     assert [x.device_kind for x in found] == ["TPU v5 lite"] * 8
     assert len(devices_of(parse_target("tpu7x:2x2x1"))) == 8
     # Of a part of a host, too.

@@ -13,9 +13,8 @@ import pytest
 from engine.config.lora import LoraConfig
 from engine.config.run import ShardingConfig
 from engine.planning import work
-from engine.planning.targets import parse_target
 from engine.planning.work import Work, work_of
-from tests.engine.planning.runs import MODEL, tiny_run, tiny_step
+from tests.engine.planning.runs import MODEL, absent_devices, tiny_run, tiny_step
 
 L, D, F = 3, 64, 96
 Q, KV = 64, 32
@@ -120,8 +119,7 @@ def test_rows_over_two_devices_are_half_the_work_of_each(tmp_path):
 
 def test_attention_of_a_tpu_is_counted_in_its_kernels(tmp_path, monkeypatch):
     """Blocks of 1,024 of 2,048 tokens: 3 of 4."""
-    for name, value in parse_target("v6e:1x1").environment.items():
-        monkeypatch.setenv(name, value)
+    absent_devices("v6e:1x1", monkeypatch)
     work = work_of(tiny_step(tiny_run(tmp_path, max_length=2048), "v6e:1x1"))
     attention = 4 * L * R * 2048 * 2048 * Q * 3 // 4
     assert not work.uncounted

@@ -11,11 +11,10 @@ from jax.sharding import PartitionSpec as P
 from engine.errors import InputError
 from engine.models.linear import gathered
 from engine.parallel.sharding import FSDP, SPLIT, make_mesh
-from engine.planning.devices import devices_of
 from engine.planning.hlo import parse
-from engine.planning.targets import parse_target
 from engine.planning.traffic import traffic_of
 from engine.training.compiler_options import compiler_options, known_options
+from tests.engine.planning.runs import absent_devices
 from tests.engine.tiny_models import mesh_of
 
 ALWAYS = {"xla_allow_excess_precision": False}
@@ -28,9 +27,7 @@ class FakeGpu:
 
 
 def absent(target: str, monkeypatch):
-    for name, value in parse_target(target).environment.items():
-        monkeypatch.setenv(name, value)
-    return make_mesh(1, -1, 1, devices_of(parse_target(target)))
+    return make_mesh(1, -1, 1, absent_devices(target, monkeypatch))
 
 
 @pytest.mark.parametrize("target", ["v5p:2x2x1", "v6e:2x2", "tpu7x:1x1x1"])
