@@ -29,6 +29,7 @@ from dpo_kernels.op.gpu_tiling import MosaicTile
 from dpo_kernels.op.interface import LogitOptions, Partials, kept_scale
 
 _NARROW, _WIDE = 32, 64  # vocabulary entries of a piece
+_LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 def partial_fields(options: LogitOptions) -> tuple[str, ...]:
@@ -75,17 +76,21 @@ def _reduce(
         diff = z - rows_of(shift, z)
         e = jnp.exp2(diff * (unit * LOG2E))
         add("sum_exp", e)
-        keep(i, e, z, column)
         hit = columns(z) == rows_of(target - column, z)
         found_here = _folded(jnp.maximum, jnp.where(hit, z, -jnp.inf))
         at_target = jnp.maximum(at_target, found_here)
         if "sum_exp_diff" in fields:
-            finite = jnp.where(z == -jnp.inf, 0.0, diff) if masked else diff
+            # e * diff is 0 * -inf, a NaN, where nothing exists. Asking z for it instead
+            # keeps more alive: with a bias the kernel spilled.
+            finite = jnp.maximum(diff, _LOWEST) if masked else diff
             add("sum_exp_diff", e * finite)
         if "sum_exp2" in fields:
             add("sum_exp2", e * e)
         if "sum_logit" in fields:
             add("sum_logit", jnp.where(z == -jnp.inf, 0.0, z) if masked else z)
+        # Last, as it branches: sums behind it have z, diff and e live across it. The
+        # assembler puts sums off while it has registers, and one was too many.
+        keep(i, e, z, column)
     found = {name: total.sum(axis=1) for name, total in sums.items()}
     found["max"] = top
     found["target_logit"] = at_target.max(axis=1)
