@@ -155,13 +155,14 @@ def full_logits(
     targets: Any,
     *,
     axis_name: Any,
+    rows_axis: Any,
     num_valid: Any = None,
     bias: Any = None,
     softcap: float | None = None,
     stats: tuple[str, ...] = (),
     **_: Any,
 ) -> Any:
-    """What a JAX user writes in the place of `token_logprobs`.
+    """What a JAX user writes in the place of `spread_token_logprobs`.
 
     float32 logits of all rows, over the devices' shards of the vocabulary, and their
     log-softmax at the targets. It is spared the stats, which are zeros.
@@ -171,6 +172,9 @@ def full_logits(
 
     from dpo_kernels import TokenLogprobs
 
+    T = hidden.shape[0]
+    hidden = lax.all_gather(hidden, rows_axis, tiled=True)
+    targets = lax.all_gather(targets, rows_axis, tiled=True, to="invarying")
     z_TV = jnp.einsum("TD,VD->TV", hidden, head, preferred_element_type=jnp.float32)
     if softcap is not None:
         z_TV = softcap * jnp.tanh(z_TV / softcap)
@@ -183,7 +187,9 @@ def full_logits(
     picked = jnp.take_along_axis(z_TV, jnp.where(own, local, 0)[:, None], axis=1)[:, 0]
     lse = top + jnp.log(total)
     logprob = lax.psum(jnp.where(own, picked, 0.0), axis_name) - lse
-    valid = jnp.arange(targets.shape[0], dtype=jnp.int32) < num_valid
+    first = lax.axis_index(rows_axis) * T
+    logprob, lse = (lax.dynamic_slice_in_dim(x, first, T) for x in (logprob, lse))
+    valid = jnp.arange(T, dtype=jnp.int32) < num_valid
     zeros = jnp.zeros_like(lse)
     spared = {name: zeros for name in stats if name != "top1"}
     if "top1" in stats:
@@ -196,12 +202,12 @@ def plain_head() -> Iterator[None]:
     """Within it the engine's step has plain JAX's head."""
     from engine.objective import scoring
 
-    ours = scoring.token_logprobs
-    scoring.token_logprobs = full_logits
+    ours = scoring.spread_token_logprobs
+    scoring.spread_token_logprobs = full_logits
     try:
         yield
     finally:
-        scoring.token_logprobs = ours
+        scoring.spread_token_logprobs = ours
 
 
 def write_config(values: dict[str, Any], folder: Path) -> str:

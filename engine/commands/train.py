@@ -28,6 +28,7 @@ def load_models(
         param_dtype=run.model.param_dtype if adapter is None else run.model.dtype,
         remat=run.model.remat,
         reduce_dtype=run.model.reduce_dtype,
+        mlp_tile=run.model.mlp_tile,
     )
     model, reference = base, None
     if run.lora is not None and adapter is not None:

@@ -35,9 +35,13 @@ class ModelConfig:
     # In which layers' gradients are added up over fsdp; null: in `dtype`. (Over data
     # they are in float32.)
     reduce_dtype: Dtype | None = None
+    # Tokens of which MLPs are computed at a time, about, with remat full and offload.
+    # null: 16384; 0: all.
+    mlp_tile: int | None = None
 
     def __post_init__(self):
         check_types(self)
+        check_within(self, 0, COUNT_LIMIT, "mlp_tile")
         _check_not_empty("name_or_path", self.name_or_path)
         _expand(self, "name_or_path", "tokenizer")
 

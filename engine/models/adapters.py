@@ -125,6 +125,7 @@ def decoder_like(
         dtype=model.dtype.name,
         remat=model.remat,
         reduce_dtype=model.reduce_dtype,
+        mlp_tile=model.mlp_tile,
     )
 
 

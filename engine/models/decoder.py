@@ -16,27 +16,21 @@ from engine.errors import InputError
 from engine.models.architecture import DecoderConfig
 from engine.models.attention import Case, attend, choose, laid_out
 from engine.models.dropout import Dropout, prefix_hashes
+from engine.models.embed import look_up
 from engine.models.linear import Linears
-from engine.models.remat import AUTO, BLOCK_OUT, LAYER_IN, REMAT, policy
+from engine.models.mlp import MLP_TILE, mlp
+from engine.models.remat import AUTO, BLOCK_OUT, LAYER_IN, REMAT, policy, recomputes
 from engine.models.rope import rope_tables, rotate
 from engine.parallel.batch import PADDED, Arrangement, KeySpans
 from engine.parallel.host_memory import on_device
 from engine.parallel.row_parts import RowParts
 from engine.parallel.sharding import (
-    FSDP,
     TENSOR,
-    VOCAB,
     ParameterPath,
     variable_type,
 )
 
 DTYPES = ("bfloat16", "float16", "float32")
-
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-}
 
 
 def rms_norm(
@@ -69,10 +63,13 @@ class Decoder(nnx.Module):
         dtype: str = "bfloat16",
         remat: str = "full",
         reduce_dtype: str | None = None,
+        mlp_tile: int | None = None,
     ):
         """`arrays`: a value for each path of `config.parameters()`.
 
         reduce_dtype: of the sums of layers' gradients over `fsdp`; None: `dtype`.
+        mlp_tile: tokens of which MLPs are computed at a time where a layer is computed
+            again for its gradient; None: `MLP_TILE`, 0: all.
         """
         if dtype not in DTYPES:
             raise InputError(f"model dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
@@ -84,6 +81,7 @@ class Decoder(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
         self.reduce_dtype = reduce_dtype or dtype
+        self.mlp_tile = mlp_tile
         variables = {
             path: variable_type(parameter)(arrays[path])
             for path, parameter in config.parameters().items()
@@ -147,6 +145,8 @@ class Decoder(nnx.Module):
             starts=parts.starts,
             device=self.mesh.devices.flat[0],
         )
+        tile = MLP_TILE if self.mlp_tile is None else self.mlp_tile
+        tile = tile if recomputes(self.remat) else 0
         dropout_of = self._dropout(parts, tokens, dropout_key, spans)
 
         def layer(hidden, xs):
@@ -162,11 +162,14 @@ class Decoder(nnx.Module):
                 parts=parts,
                 dropout=dropout_of(number),
                 reduce_dtype=self.reduce_dtype,
+                tile=tile,
             ), None
 
         layer = jax.checkpoint(layer, policy=policy(self.remat), prevent_cse=False)
         number_L = jnp.arange(config.num_layers, dtype=jnp.int32)
-        hidden = self._embed(parts, tokens)
+        table = on_device(self.embed[...])
+        hidden = look_up(table, tokens, parts, self.dtype)
+        hidden *= jnp.asarray(config.embed_scale, self.dtype)
         hidden, _ = lax.scan(layer, hidden, (number_L, layers, *kinds))
         final_norm = on_device(self.final_norm[...])
         return rms_norm(hidden, final_norm, config.rms_eps, config.gemma)
@@ -189,19 +192,6 @@ class Decoder(nnx.Module):
             return Dropout(rate=rate, key=key_of_layer, prefixes=prefixes_RS)
 
         return of_layer
-
-    def _embed(self, parts: RowParts, tokens: Array) -> Array:
-        """Each device looks the ids of its fsdp row up in its own vocab slice."""
-        table = on_device(self.embed[...])
-        ids = lax.all_gather(tokens, FSDP, axis=0, tiled=True, to="invarying")
-        ids = ids - lax.axis_index(VOCAB) * table.shape[0]
-        own = (ids >= 0) & (ids < table.shape[0])
-        # Rows are cast after the look-up, so that their gradients add up unrounded.
-        rows = table[jnp.where(own, ids, 0)].astype(self.dtype)
-        rows = jnp.where(own[:, :, None], rows, jnp.zeros((), self.dtype))
-        hidden = lax.psum_scatter(rows, FSDP, scatter_dimension=0, tiled=True)
-        hidden = lax.psum(parts.sum_scatter(hidden), TENSOR)
-        return hidden * jnp.asarray(self.config.embed_scale, self.dtype)
 
 
 def _layer_inputs(config: DecoderConfig, parts: RowParts, spans: KeySpans | None):
@@ -236,6 +226,7 @@ def _layer(
     parts,
     dropout,
     reduce_dtype,
+    tile,
 ):
     """One layer: `weights` are this device's shards, `hidden` is whole on `tensor`."""
 
@@ -279,7 +270,5 @@ def _layer(
     hidden = hidden + (norm("attn_post_norm", out) if config.gemma else out)
 
     normed = on_each(norm("mlp_norm", hidden))
-    gate = column(normed, "gate").astype(jnp.float32)
-    gate = _ACTIVATIONS[config.activation](gate).astype(hidden.dtype)
-    out = row(gate * column(normed, "up"), "down")
+    out = checkpoint_name(mlp(linears, normed, config.activation, tile), BLOCK_OUT)
     return hidden + (norm("mlp_post_norm", out) if config.gemma else out)

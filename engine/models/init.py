@@ -60,6 +60,7 @@ def init_model(
     param_dtype: str = "float32",
     remat: str = "full",
     reduce_dtype: str | None = None,
+    mlp_tile: int | None = None,
 ) -> Decoder:
     """Random weights, made where they live; the same ones on every mesh.
 
@@ -95,6 +96,7 @@ def init_model(
         dtype=dtype,
         remat=remat,
         reduce_dtype=reduce_dtype,
+        mlp_tile=mlp_tile,
     )
 
 
@@ -106,6 +108,7 @@ def abstract_model(
     param_dtype: str = "float32",
     remat: str = "full",
     reduce_dtype: str | None = None,
+    mlp_tile: int | None = None,
 ) -> Decoder:
     """A decoder of `jax.ShapeDtypeStruct`s, to compile for absent devices.
 
@@ -125,4 +128,5 @@ def abstract_model(
         dtype=dtype,
         remat=remat,
         reduce_dtype=reduce_dtype,
+        mlp_tile=mlp_tile,
     )

@@ -47,6 +47,11 @@ def policy(remat: str) -> Callable[..., bool]:
     return keep.nothing_saveable
 
 
+def recomputes(remat: str) -> bool:
+    """Whether all of a layer is computed again for its gradient."""
+    return remat not in ("none", "dots")
+
+
 def remats_of_auto(memory_is_known: bool) -> tuple[Remat, ...]:
     """What `auto` tries, from what keeps most on.
 

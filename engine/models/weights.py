@@ -65,6 +65,7 @@ def load_model(
     param_dtype: str = "float32",
     remat: str = "full",
     reduce_dtype: str | None = None,
+    mlp_tile: int | None = None,
 ) -> Decoder:
     """A decoder from a checkpoint directory or a hub id, sharded over `mesh`.
 
@@ -74,6 +75,7 @@ def load_model(
         mesh: all local devices on the fsdp axis where not given.
         dtype: of the computation. param_dtype: of the stored parameters.
         reduce_dtype: of the sums of gradients over fsdp; None: `dtype`.
+        mlp_tile: see `Decoder`.
 
     Raises:
         InputError: an unsupported model; missing, extra or mis-shaped tensors.
@@ -103,4 +105,5 @@ def load_model(
         dtype=dtype,
         remat=remat,
         reduce_dtype=reduce_dtype,
+        mlp_tile=mlp_tile,
     )

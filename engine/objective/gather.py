@@ -2,13 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int, Shaped
 
 
 @jax.custom_vjp
 def take_distinct_rows(
-    x: Float[Array, "N D"], index: Int[Array, " T"], used: Bool[Array, " T"]
-) -> Float[Array, "T D"]:
+    x: Shaped[Array, "N D"], index: Int[Array, " T"], used: Bool[Array, " T"]
+) -> Shaped[Array, "T D"]:
     """x[index], where no row of x is taken by more than one used entry.
 
     Entries that are not used may repeat, hold any row, and pass no gradient back. Since
@@ -33,21 +33,3 @@ def _backward(saved, dy):
 
 
 take_distinct_rows.defvjp(_forward, _backward)
-
-
-def compact_index(
-    counts: Int[Array, " F"], capacity: int
-) -> tuple[Int[Array, " rows"], Int[Array, ""]]:
-    """Where the valid rows of F blocks of `capacity` rows are, one block after another.
-
-    Block f is valid in its first counts[f] rows. The first `total` entries of the
-    index, of length F * capacity, are the valid rows in order; the rest are 0.
-    """
-    F = counts.shape[0]
-    end_F = jnp.cumsum(counts)
-    slot = jnp.arange(F * capacity, dtype=jnp.int32)
-    block = jnp.searchsorted(end_F, slot, side="right").astype(jnp.int32)
-    block = jnp.minimum(block, F - 1)
-    within = slot - (end_F - counts)[block]
-    total = end_F[-1]
-    return jnp.where(slot < total, block * capacity + within, 0), total

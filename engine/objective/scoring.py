@@ -10,17 +10,20 @@ pairs, Q = 2P sequences and T scored tokens at most on each of them; B = F P.
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
-from dpo_kernels import TokenLogprobs, sequence_sums, token_logprobs
+from dpo_kernels import TokenLogprobs, sequence_sums, spread_token_logprobs
+from dpo_kernels.op.blocks import compact_index
 from engine.models import Decoder
-from engine.objective.gather import compact_index, take_distinct_rows
+from engine.objective.gather import take_distinct_rows
 from engine.parallel.batch import PADDED, Arrangement, Batch
+from engine.parallel.collectives import after
 from engine.parallel.row_parts import RowParts, even_size, spread_rows
-from engine.parallel.sharding import FSDP, SPLIT, VOCAB
+from engine.parallel.sharding import FSDP, SEQUENCE, SPLIT, VOCAB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +47,6 @@ class GroupTokens(NamedTuple):
     # Of the F*T gathered hidden states, those that are scored, in order; then others.
     order: Int[Array, " FT"]
     total: Int[Array, ""]  # how many are scored
-    targets: Int[Array, " FT"]  # in that order
     offsets: Int[Array, " FQ+1"]  # in that order, where each sequence begins
     pair_weights: Float[Array, " B"]
 
@@ -68,18 +70,34 @@ def group_tokens(microbatch: Batch) -> GroupTokens:
     """Gather which tokens are scored over `fsdp`, and close the gaps between them."""
     scored = microbatch.scored
     counts_FQ, capacity = _gather(scored.counts), scored.targets.shape[-1]
-    even = even_size(capacity)
-    targets = jnp.pad(scored.targets[0], (0, even - capacity))
-    order, total = compact_index(counts_FQ.sum(axis=1), even)
+    order, total = compact_index(counts_FQ.sum(axis=1), even_size(capacity))
     # In the order of the devices, and on each of its sequences: ascending.
     ends = jnp.cumsum(counts_FQ.reshape(-1))
     return GroupTokens(
         order=order,
         total=total,
-        targets=_gather(targets)[order],
         offsets=jnp.concatenate([jnp.zeros_like(ends[:1]), ends]),
         pair_weights=_gather(microbatch.pairs.weights[0]),
     )
+
+
+def _own_share(microbatch: Batch) -> tuple[Int[Array, " t"], Int[Array, ""]]:
+    """Targets of the rows that `spread_rows` gives this device; how many are scored."""
+    scored = microbatch.scored
+    capacity, devices = scored.targets.shape[-1], lax.axis_size(SEQUENCE)
+    size = even_size(capacity) // devices
+    first = lax.axis_index(SEQUENCE) * size
+    targets = jnp.pad(scored.targets[0], (0, size * devices - capacity))
+    targets = lax.dynamic_slice_in_dim(targets, first, size)
+    return targets, jnp.clip(scored.counts[0].sum() - first, 0, size)
+
+
+def _in_order(own: Array, group: GroupTokens) -> Array:
+    """Of each device's rows what the whole group has, in its order; others are 0."""
+    every = lax.all_gather(own, SPLIT, axis=0, tiled=True, to="invarying")
+    scored = jnp.arange(every.shape[0], dtype=jnp.int32) < group.total
+    ordered = take_distinct_rows(every[:, None], group.order, scored)[:, 0]
+    return jnp.where(scored, ordered, jnp.zeros((), ordered.dtype))
 
 
 def by_pair(values_FQ: Float[Array, " FQ"]) -> tuple[Array, Array]:
@@ -115,25 +133,24 @@ def score_completions(
     hidden_TD = take_distinct_rows(
         hidden_WSD.reshape(-1, hidden_WSD.shape[-1]), positions, used
     )
-    # Typed as varying: its gradient is then reduce-scattered, not summed.
     hidden_TD = spread_rows(hidden_TD, used)
-    hidden = lax.all_gather(hidden_TD, SPLIT, axis=0, tiled=True)
-    if lax.axis_size(FSDP) > 1:
-        valid = jnp.arange(hidden.shape[0], dtype=jnp.int32) < group.total
-        hidden = take_distinct_rows(hidden, group.order, valid)
+    targets, num_valid = _own_share(microbatch)
+    targets, num_valid = after((targets, num_valid), hidden_TD, model.mesh)
     head = model.head_weight()
-    tokens = token_logprobs(
-        hidden,
+    tokens = spread_token_logprobs(
+        hidden_TD,
         head,
-        group.targets,
-        num_valid=group.total,
+        targets,
+        num_valid=num_valid,
         bias=_padding_bias(model.config.vocab_size, head.shape[0]),
         softcap=model.config.final_softcap,
         axis_name=VOCAB,
+        rows_axis=SPLIT,
         stats=stats,
         workspace_bytes=options.workspace_bytes,
         implementation=options.implementation,
     )
+    tokens = jax.tree.map(lambda x: _in_order(x, group), tokens)
     return _sequence_logps(tokens, group, options)
 
 

@@ -86,6 +86,7 @@ def abstract_models(
         param_dtype=options.param_dtype,
         remat=options.remat,
         reduce_dtype=options.reduce_dtype,
+        mlp_tile=options.mlp_tile,
     )
     base, reference, given = policy, None, run.reference_model
     if run.lora is not None:

@@ -153,10 +153,12 @@ def moved(program: Program, within: Computation, one: Instruction) -> int:
         return 2 * size_of(shapes[1], slow=True)
     if one.opcode in ("copy-start", "slice-start"):
         return _moved_by_start(one, shapes[0])
-    if one.opcode == "fusion":
+    if one.opcode in ("fusion", "fusion-start"):
         called = re.search(r"calls=%([\w.\-]+)", one.attributes)
         assert called, one
         inside = program.computations[called[1]]
+        if one.opcode == "fusion-start":  # whose shape has what it is given, too
+            written = size_of(inside.instructions[inside.root].shape)
         return _moved_by_fusion(program, inside, shapes, written)
     return written + sum(size_of(shape, slow=True) for shape in shapes)
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.interpreters import partial_eval
 
 import dpo_kernels
 from engine.objective.references import Cached, NoReference
@@ -77,7 +78,8 @@ def work_of(step: Step) -> Work:
     """What a step computes."""
     work = Work(sequence=step.run.mesh.shape[SEQUENCE])
     jaxpr = step.request.step.trace(*step.operands).jaxpr
-    _count(jaxpr.jaxpr, 1, 1, "", work)
+    used, _ = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
+    _count(used, 1, 1, "", work)
     head = 2 * _head_size(step)
     reference, arguments = step.reference, step.run.arguments
     if not isinstance(reference, Cached | NoReference):

@@ -11,6 +11,7 @@ from dpo_kernels.op import tiling
 from dpo_kernels.op.backends import load_backend
 from dpo_kernels.op.devices import of_jax
 from dpo_kernels.pallas_tpu import backward_tiling as tpu_tiling
+from dpo_kernels.spread import blocks_of
 from engine.config.dpo import DPOConfig
 from engine.config.lora import check_dropout
 from engine.data.doubts import check_answers_differ
@@ -21,7 +22,8 @@ from engine.errors import InputError
 from engine.models import DecoderConfig, attention
 from engine.objective.references import check_comparable, refuse_to_offload_a_base
 from engine.parallel.sharding import (
-    FSDP,
+    SEQUENCE,
+    SPLIT,
     VOCAB,
     check_mesh,
     padded_vocab,
@@ -88,11 +90,14 @@ def check_vocabulary(
 def op_problem(
     config: DPOConfig, model: DecoderConfig, dtype: Any, capacity: int, mesh: Mesh
 ) -> tiling.Problem:
-    """What the op is asked of a batch with `capacity` scored tokens on each device."""
+    """What the op is asked at a time: `capacity` tokens are scored on each device."""
+    V = padded_vocab(model, mesh) // size_of(VOCAB, mesh)
+    devices = size_of(SPLIT, mesh)
+    _, size = blocks_of(-(-capacity // mesh.shape[SEQUENCE]), devices, V)
     return tiling.Problem(
-        T=mesh.shape[FSDP] * capacity,
+        T=devices * size,
         D=model.hidden_size,
-        V=padded_vocab(model, mesh) // size_of(VOCAB, mesh),
+        V=V,
         dtype=jnp.dtype(dtype),
         workspace_bytes=config.workspace_bytes,
         device=of_jax(mesh.devices.flat[0]),

@@ -25,6 +25,7 @@ _HARMLESS = (
     "actions",
     "eval_mixture",
     "mixture.cache_dir",
+    "model.mlp_tile",
     "model.remat",
     "sharding",
     "trainer.attention",

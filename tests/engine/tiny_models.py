@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,8 @@ def tiny_model(config, mesh, **options):
         whole = np.pad(drawn, [(0, n - m) for n, m in zip(shape, true, strict=True)])
         sharding = place(parameter_spec(one, config, mesh), mesh)
         arrays[path] = jax.device_put(whole, sharding)
-    return Decoder(config, arrays, mesh=mesh, **{"dtype": "float32"} | options)
+    given: dict[str, Any] = {"dtype": "float32"} | options
+    return Decoder(config, arrays, mesh=mesh, **given)
 
 
 def gradient_equations(**options):

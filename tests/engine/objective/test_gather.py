@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engine.objective.gather import compact_index, take_distinct_rows
+from dpo_kernels.op.blocks import compact_index
+from engine.objective.gather import take_distinct_rows
 
 
 def test_values_and_gradient_are_those_of_indexing():

@@ -124,3 +124,30 @@ ENTRY %main (x: bf16[1,4,8]) -> bf16[1,8,8] {{
     found = traffic_of(parse(text), MESH)
     [gather] = found.collectives
     assert (gather.calls, gather.payload, gather.wire) == (2, 256, 128)
+
+
+@pytest.mark.parametrize("start", ["", "-start"], ids=["at once", "beside others"])
+def test_an_array_that_is_changed_in_place_moves_by_what_is_changed(start):
+    """A copy of one of 64 rows, of 8 numbers in float32: read and written."""
+    shape = "f32[64,8]{1,0}"
+    given = f"({shape}, s32[], f32[1,8]{{1,0}})"
+    text = f"""HloModule m
+
+%put (all: f32[64,8], row: s32[], one: f32[1,8]) -> f32[64,8] {{
+  %all = {shape} parameter(0)
+  %row = s32[] parameter(1)
+  %one = f32[1,8]{{1,0}} parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %put.1 = {shape} dynamic-update-slice(%all, %one, %row, %zero)
+}}
+
+ENTRY %main (all: f32[64,8], row: s32[], one: f32[1,8]) -> f32[64,8] {{
+  %x = {shape} parameter(0)
+  %i = s32[] parameter(1)
+  %y = f32[1,8]{{1,0}} parameter(2)
+  %f = {f"({given}, {shape}, u32[])" if start else shape} \
+fusion{start}(%x, %i, %y), kind=kLoop, calls=%put
+  ROOT %g = {shape} {"fusion-done" if start else "bitcast"}(%f)
+}}
+"""
+    assert traffic_of(parse(text), MESH).memory_bytes == 2 * 32 + 4

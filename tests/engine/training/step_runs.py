@@ -98,8 +98,8 @@ def prompted_pairs(count: int, seed: int = 0) -> PairTokens:
 
 
 def model_on(sizes: tuple[int, ...], seed: int = 0, **kwargs) -> Decoder:
-    kwargs = {"dtype": "float32"} | kwargs
-    return init_model(CONFIG, mesh=mesh_of(sizes), seed=seed, **kwargs)
+    given: dict[str, Any] = {"dtype": "float32"} | kwargs
+    return init_model(CONFIG, mesh=mesh_of(sizes), seed=seed, **given)
 
 
 class Ran(NamedTuple):

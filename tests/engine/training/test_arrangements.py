@@ -2,6 +2,8 @@
 
 import pytest
 
+from dpo_kernels import spread
+from engine.models import embed
 from tests.engine.training.step_runs import assert_same, prompted_pairs, run
 
 PAIRS = prompted_pairs(48)
@@ -29,6 +31,19 @@ def padded():
 )
 def test_steps_agree(sizes, options, padded):
     assert_same(run(sizes, pairs=PAIRS, **options), padded)
+
+
+@pytest.mark.parametrize(
+    "sizes, options",
+    [((2, 2, 2), SHARED), ((1, 2, 1, 4), PACKED | SHARED)],
+    ids=str,
+)
+def test_steps_in_small_blocks_agree(sizes, options, padded, monkeypatch):
+    """The MLP's tokens, those that are looked up, and those that are scored."""
+    monkeypatch.setattr(embed, "_BLOCK_BYTES", 2**15)
+    monkeypatch.setattr(spread, "_LEAST_ROWS", 64)
+    got = run(sizes, pairs=PAIRS, model_options={"mlp_tile": 24}, **options)
+    assert_same(got, padded)
 
 
 def test_padding_pairs_weigh_nothing():
