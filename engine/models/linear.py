@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from dpo_kernels.op.devices import traced_device
 from engine.models.adapter import Adapter
 from engine.models.dropout import Dropout
 from engine.parallel.sharding import SPLIT, TENSOR
@@ -106,7 +107,13 @@ def gathered(shard: Array, axis: int, dtype: str, reduce_dtype: str) -> Array:
     `reduce_dtype`: of the cast's and the gather's own that would be `dtype`.
     """
     del reduce_dtype
-    return lax.all_gather(shard.astype(dtype), SPLIT, axis=axis, tiled=True)
+    if traced_device().platform != "gpu":
+        return lax.all_gather(shard.astype(dtype), SPLIT, axis=axis, tiled=True)
+    # There XLA gathers along the first axis alone; for another one it keeps transposed
+    # copies of the shards of all layers. So what is gathered of one is transposed.
+    parts = lax.all_gather(shard.astype(dtype), SPLIT)
+    whole = jnp.moveaxis(parts, 0, axis)
+    return whole.reshape(*shard.shape[:axis], -1, *shard.shape[axis + 1 :])
 
 
 def _gather(shard: Array, axis: int, dtype: str, reduce_dtype: str) -> Any:

@@ -156,10 +156,9 @@ class Trainer:
             if found is not None:
                 self.state = take_back(found, self._reference)
         self._checkpointing.begin(self.run.mesh)
-        programs, check = self._programs, None
-        programs.compile(training=True)
-        run = self.run
+        run, programs, check = self.run, self._programs, None
         check_attention(run.model, run.arguments, self.model.dtype, run.mesh)
+        programs.compile(training=True)
         if not self.progress.step and not self.arguments.without_reference:
             check = self._start_check()
 

@@ -5,11 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from dpo_kernels.op.devices import known_gpus, pretended
 from engine.models.linear import gathered
 from engine.parallel.sharding import SPLIT, make_mesh
-from tests.engine.tiny_models import gradient_equations
+from tests.engine.tiny_models import gradient_equations, mesh_of
 
 
 def test_gradients_are_added_up_in_the_dtype_that_was_asked_for():
@@ -41,6 +44,33 @@ def test_gradients_are_added_up_in_the_dtype_that_was_asked_for():
         off[reduce_dtype] = np.abs(np.asarray(got, np.float64) - truth) / sizes
     assert off["float32"].max() <= 7 * 2.0**-24
     assert 2.0**-12 < off["bfloat16"].max() <= 7 * 2.0**-9
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_gpu_gathers_the_same_along_the_first_axis(axis):
+    """Eight devices' shards, of two axes of the mesh, and their gradients."""
+    shape = (32, 48)
+    x, dout = np.random.default_rng(1).standard_normal((2, *shape)).astype(np.float32)
+    spec = P(None, SPLIT) if axis else P(SPLIT)
+
+    def pull(shard, dout):
+        whole: Any
+        dout = lax.pcast(dout, SPLIT, to="varying")
+        whole, pullback = jax.vjp(
+            lambda x: gathered(x, axis, "float32", "float32"), shard
+        )
+        return whole[None], pullback(dout)[0]
+
+    run = jax.shard_map(
+        pull,
+        mesh=mesh_of((1, 4, 1, 2)),
+        in_specs=(spec, P()),
+        out_specs=(P(SPLIT), spec),
+    )
+    with pretended(known_gpus()["h200"]):
+        whole, dshard = jax.jit(run)(x, dout)
+    np.testing.assert_array_equal(whole, np.broadcast_to(x, (8, *shape)))
+    np.testing.assert_array_equal(dshard, 8 * dout)
 
 
 def reductions(**options):
