@@ -115,10 +115,10 @@ CASES = (
     ),
     # To compile for a TPU takes several minutes of a core, but what does not fit is
     # refused soon, with what it would take.
+    Case(name="Llama-3.1-8B", values=LLAMA_8B, target="v5e:4x4", ours=(4,), plain=(4,)),
     Case(
-        name="Llama-3.1-8B", values=LLAMA_8B, target="v5e:4x4", ours=(4,), plain=(4,)
+        name="Gemma-2-9B", values=GEMMA2_9B, target="v6e:4x4", ours=(16, 8), plain=(8,)
     ),
-    Case(name="Gemma-2-9B", values=GEMMA2_9B, target="v6e:4x4", ours=(16, 8), plain=(8,)),
     Case(
         name="Llama-3.1-70B",
         values=LLAMA_70B,
