@@ -96,7 +96,7 @@ CASES = (
         values=LLAMA_8B,
         target="h200:8",
         ours=(50, 67, 68),
-        plain=(17, 18),
+        plain=(16, 17),
     ),
     Case(
         name="Qwen3-8B, LoRA",

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, field
 
 _HEAD = re.compile(r"(?:ENTRY )?%([\w.-]+) \(.*\) -> .*\{$")
+_UNKNOWN = 2**62
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _LINE = re.compile(r"\s+(?:ROOT )?%([\w.-]+) = (.*)")
 
@@ -68,10 +69,14 @@ def _turns(
 
 
 def estimated_cycles(text: str) -> dict[str, int]:
-    """Operation -> the cycles that XLA expects one run of it to take, where it says."""
+    """Operation -> the cycles that XLA expects one run of it to take, where it says.
+
+    Of some it says that it does not know, by the largest number that there is.
+    """
     lines = (_LINE.match(line) for line in text.splitlines())
     found = ((x[1], _CYCLES.search(x[2])) for x in lines if x)
-    return {name: int(cycles[1]) for name, cycles in found if cycles}
+    known = {name: int(cycles[1]) for name, cycles in found if cycles}
+    return {name: cycles for name, cycles in known.items() if cycles < _UNKNOWN}
 
 
 def trips(text: str, unknown: int | None = None) -> dict[str, int]:

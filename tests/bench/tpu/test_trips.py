@@ -89,6 +89,8 @@ def test_what_xla_expects_of_operations():
     config = ', backend_config={"estimated_cycles":"123","x":{}}'
     text = HLO.replace("%two.3)\n", f"%two.3){config}\n")
     assert estimated_cycles(text) == {"step.3": 123}
+    unknown = text.replace('"123"', f'"{2**63 - 1}"')
+    assert estimated_cycles(unknown) == {}
     assert estimated_cycles(HLO) == {}
 
 
