@@ -80,7 +80,7 @@ SPACES = {
 }
 # Of the shared backward: how much of the vocabulary a chunk has.
 CHUNKS = Space(
-    module="dpo_kernels.token_logprobs",
+    module="dpo_kernels.op.rule",
     function="backward_tile",
     fields={"chunk_v": (4096, 6144, 8192, 8448, 9472, 12288)},
 )

@@ -42,7 +42,7 @@ def test_tiles_beyond_the_shared_memory_are_not_compiled():
 
 def test_a_candidate_is_what_is_traced():
     """The chunk reaches the op's own choice, and is undone after it."""
-    op = importlib.import_module("dpo_kernels.token_logprobs")
+    op = importlib.import_module("dpo_kernels.op.rule")
     before = op.backward_tile
     space = dataclasses.replace(search.SPACES["triton"], fields={})
     seen = []
