@@ -32,6 +32,7 @@ from dpo_kernels.op.rule import (
     axis_tuple,
     forward,
     make_static,
+    unwrapped,
     vjp_backward,
     vjp_forward,
 )
@@ -80,7 +81,8 @@ def spread_token_logprobs(
         ValueError: as `token_logprobs` does, and where rows are spread over other axes
             than the vocabulary.
     """
-    if not set(axis_tuple(rows_axis)) <= set(axis_tuple(axis_name)):
+    rows_axes, vocab_axes = (frozenset(axis_tuple(x)) for x in (rows_axis, axis_name))
+    if not rows_axes <= vocab_axes:
         raise ValueError(
             f"{rows_axis=} must be among {axis_name=}: rows that are spread over other "
             "axes need not be gathered, as each device has what it multiplies them with"
@@ -90,8 +92,7 @@ def spread_token_logprobs(
     T, devices = hidden.shape[0], lax.axis_size(rows_axis)
     blocks, size = blocks_of(T, devices, head.shape[0], block_rows)
     valid = jnp.int32(T) if num_valid is None else jnp.asarray(num_valid, jnp.int32)
-    valid = make_varying(valid, frozenset(axis_tuple(rows_axis)))
-    targets = make_varying(targets, frozenset(axis_tuple(rows_axis)))
+    valid, targets = (make_varying(x, rows_axes) for x in (valid, targets))
     counts_N = lax.all_gather(valid, rows_axis, to="invarying")
     targets_NT = lax.all_gather(targets, rows_axis, to="invarying")
     first_B = jnp.arange(blocks, dtype=jnp.int32) * size
@@ -110,8 +111,7 @@ def spread_token_logprobs(
     )
     check_vocab_parallel(head, targets_NT, axis_name)
     axes = varying_axes(hidden, head, targets, bias, valid)
-    others = frozenset(axis_tuple(axis_name)) - set(axis_tuple(rows_axis))
-    hidden = make_varying(hidden, axes - others)
+    hidden = make_varying(hidden, axes - (vocab_axes - rows_axes))
     head = make_varying(head, axes)
     bias = None if bias is None else make_varying(bias, axes)
     spread = _Spread(static, rows_axis, blocks, size)
@@ -152,13 +152,17 @@ class _Spread(NamedTuple):
         return in_blocks(rows, 0, self.blocks, self.size)
 
     def gathered(self, hidden: Float[Array, "t D"], numbers: _Numbers) -> Any:
-        """A block's rows of all devices and their targets, valid ones first."""
+        """A block's rows of all devices and their targets, valid ones first.
+
+        Before these, of what is in the order of devices the index that makes it so;
+        behind them, how many are valid.
+        """
         order, total = compact_index(numbers.counts, self.size)
         targets = numbers.targets.reshape(-1)
         if numbers.counts.shape[0] == 1:
-            return hidden, targets, total
+            return order, hidden, targets, total
         rows = lax.all_gather(hidden, self.axis, tiled=True)
-        return rows[order], targets[order], total
+        return order, rows[order], targets[order], total
 
     def own(self, values: Shaped[Array, " Nt"], numbers: _Numbers) -> Array:
         """Of values in that order, those of this device's rows."""
@@ -166,9 +170,8 @@ class _Spread(NamedTuple):
         here = lax.axis_index(self.axis)
         return jnp.where(valid[here], values[slots[here]], jnp.zeros((), values.dtype))
 
-    def of_all(self, own: Float[Array, " t"], numbers: _Numbers) -> Array:
+    def of_all(self, own: Float[Array, " t"], order: Int[Array, " Nt"]) -> Array:
         """Of values of this device's rows, those of all, in that order."""
-        order, _ = compact_index(numbers.counts, self.size)
         return lax.all_gather(own, self.axis, tiled=True, to="invarying")[order]
 
     def scattered(self, rows: Float[Array, "Nt D"], numbers: _Numbers) -> Array:
@@ -182,45 +185,31 @@ class _Spread(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _spread_logprobs(spread: _Spread, hidden, head, bias, numbers):
-    def one(hidden: Array, numbers: _Numbers) -> Any:
-        rows, targets, total = spread.gathered(hidden, numbers)
+    def one(own: Array, numbers: _Numbers) -> Any:
+        _, rows, targets, total = spread.gathered(own, numbers)
         found = forward(spread.static, 0, rows, head, bias, targets, total)
         return tuple(spread.own(x, numbers) for x in found.results)
 
-    return _joined(spread, _each_block(spread, one, (spread.cut(hidden), numbers)))
+    return _joined(_each_block(spread, one, (spread.cut(hidden), numbers)))
 
 
-def _forward(spread: _Spread, hidden, head, bias, numbers):
+def _forward(spread: _Spread, *primals):
+    (hidden, head, bias, numbers), wanted = unwrapped(*primals)
+
     def one(own: Array, numbers: _Numbers) -> Any:
-        rows, targets, total = spread.gathered(own, numbers)
-        primals = _With(rows, hidden.perturbed), head, bias
-        others = _With(targets, False), _With(total, False)
-        keep = spread.blocks == 1
-        results, saved = vjp_forward(spread.static, *primals, *others, keep=keep)
-        own_results = tuple(spread.own(x, numbers) for x in results)
-        _, saved_rows, kept, wanted = saved
-        return own_results, (saved_rows, kept, wanted)
+        _, rows, targets, total = spread.gathered(own, numbers)
+        values = rows, head, bias, targets, total
+        results, (_, saved_rows, kept, _) = vjp_forward(
+            spread.static, wanted, values, keep=spread.blocks == 1
+        )
+        return tuple(spread.own(x, numbers) for x in results), (saved_rows, kept)
 
-    numbers = jax.tree.map(lambda x: x.value, numbers, is_leaf=_is_primal)
-    blocks = spread.cut(hidden.value), numbers
-    results, saved = _each_block(spread, one, blocks)
-    bias = None if bias is None else bias.value
-    return _joined(spread, results), (hidden.value, head.value, bias, numbers, saved)
-
-
-class _With(NamedTuple):
-    """A primal as `symbolic_zeros` gives it."""
-
-    value: Array
-    perturbed: bool
-
-
-def _is_primal(x: Any) -> bool:
-    return hasattr(x, "perturbed")
+    results, saved = _each_block(spread, one, (spread.cut(hidden), numbers))
+    return _joined(results), (hidden, head, bias, numbers, wanted, saved)
 
 
 def _backward(spread: _Spread, saved, cotangents):
-    hidden, head, bias, numbers, saved_blocks = saved
+    hidden, head, bias, numbers, wanted, saved_blocks = saved
     acc = accumulator(head.dtype)
     cotangents = tuple(
         None if isinstance(ct, SymbolicZero) else spread.cut(ct)
@@ -228,17 +217,16 @@ def _backward(spread: _Spread, saved, cotangents):
     )
 
     def one(total: Any, block: Any) -> Any:
-        own, numbers, cotangents, (saved_rows, kept, wanted) = block
-        rows, targets, num_valid = spread.gathered(own, numbers)
+        own, numbers, cotangents, (saved_rows, kept) = block
+        order, rows, targets, num_valid = spread.gathered(own, numbers)
         zeros = jnp.zeros_like(saved_rows[0])
         cotangents = [
-            zeros if ct is None else spread.of_all(ct, numbers) for ct in cotangents
+            zeros if ct is None else spread.of_all(ct, order) for ct in cotangents
         ]
         values = rows, head, bias, targets, num_valid
-        found = vjp_backward(
+        drows, *rest, _, _ = vjp_backward(
             spread.static, (values, saved_rows, kept, wanted), cotangents
         )
-        drows, *rest = found[:3]
         dhidden = None if drows is None else spread.scattered(drows, numbers)
         if total is None:
             return rest, dhidden
@@ -249,7 +237,6 @@ def _backward(spread: _Spread, saved, cotangents):
     if spread.blocks == 1:
         (dhead, dbias), dhidden = one(None, (*_first(blocks), saved_blocks))
         return dhidden, dhead, dbias, None
-    wanted = saved_blocks[2]
     axes = varying_axes(head)
     zeros = (
         None if wanted.head is None else jnp.zeros(head.shape, acc),
@@ -275,7 +262,7 @@ def _first(blocks: Any) -> Any:
     return jax.tree.map(lambda x: x[0], blocks)
 
 
-def _joined(spread: _Spread, results: Any) -> Any:
+def _joined(results: Any) -> Any:
     return tuple(x.reshape(-1) for x in results)
 
 

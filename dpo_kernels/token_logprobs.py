@@ -19,6 +19,7 @@ from dpo_kernels.op.rule import (
     axis_tuple,
     forward,
     make_static,
+    unwrapped,
     vjp_backward,
     vjp_forward,
 )
@@ -120,4 +121,9 @@ def _token_logprobs(static, hidden, head, bias, targets, num_valid):
     return forward(static, 0, hidden, head, bias, targets, num_valid).results
 
 
-_token_logprobs.defvjp(vjp_forward, vjp_backward, symbolic_zeros=True)
+def _forward(static, *primals):
+    values, wanted = unwrapped(*primals)
+    return vjp_forward(static, wanted, values)
+
+
+_token_logprobs.defvjp(_forward, vjp_backward, symbolic_zeros=True)

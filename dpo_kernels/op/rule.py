@@ -5,7 +5,7 @@ Letters: T tokens, D hidden, V vocabulary (this device's slice of it, under
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -128,20 +128,24 @@ def forward(
     return Forward(results, partials, kept)
 
 
-def vjp_forward(
-    static: Static, hidden, head, bias, targets, num_valid, *, keep: bool = True
-):
-    """Of primals with `symbolic_zeros`: the results, and what `vjp_backward` needs.
+def unwrapped(hidden, head, bias, *others) -> tuple[Any, Wanted]:
+    """Values of primals with `symbolic_zeros`, and which are differentiated.
 
+    That is static: it travels as tree structure.
+    """
+    primals = hidden, head, bias, *others
+    values = jax.tree.map(
+        lambda x: x.value, primals, is_leaf=lambda x: hasattr(x, "perturbed")
+    )
+    return values, Wanted(*(_flag(x) for x in (hidden, head, bias)))
+
+
+def vjp_forward(static: Static, wanted: Wanted, values, *, keep: bool = True):
+    """The results, and what `vjp_backward` needs.
+
+    values: hidden, head, bias, targets and num_valid.
     keep: exponentials too, as far as the workspace goes.
     """
-    values = jax.tree.map(
-        lambda x: x.value,
-        (hidden, head, bias, targets, num_valid),
-        is_leaf=lambda x: hasattr(x, "perturbed"),
-    )
-    # Whether an input is differentiated is static: it travels as tree structure.
-    wanted = Wanted(*(_flag(x) for x in (hidden, head, bias)))
     hidden, head, _, _, num_valid = values
     tile = _shared_tile(static, hidden, head, num_valid)
     keep = keep and tile is not None and wanted != (None, None, None)

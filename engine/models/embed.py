@@ -35,9 +35,9 @@ def look_up(
     ids = tokens.reshape(rows, pieces, length)
     ids = lax.all_gather(ids, FSDP, axis=0, tiled=True, to="invarying")
     ids = ids - lax.axis_index(VOCAB) * table.shape[0]
-    copies = 1 if ids.size == tokens.size else ids.size
-    whole_bytes = copies * table.shape[1] * jnp.dtype(dtype).itemsize
-    blocks, size = block_sizes(length, -(-whole_bytes // _BLOCK_BYTES))
+    found_bytes = ids.size * table.shape[1] * jnp.dtype(dtype).itemsize
+    alone = ids.size == tokens.size  # then what is found is what is returned
+    blocks, size = block_sizes(length, 1 if alone else -(-found_bytes // _BLOCK_BYTES))
     of_block = RowParts(pieces * size, parts.devices)
 
     def one(ids: Array) -> Array:

@@ -17,8 +17,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from dpo_kernels.op.blocks import block_sizes, in_blocks, out_of_blocks
+from dpo_kernels.op.loops import make_varying, varying_axes
 from engine.models.dropout import Dropout
 from engine.models.linear import Linears, Module, dropping
+from engine.parallel.collectives import zeros_like
 
 # At the peak rates of accelerators the traffic of the float32 gradients that each tile
 # adds to takes some hundredths of the time of its products.
@@ -127,8 +129,8 @@ def _tiled(
 
     # All vary over the same axes in there: sums over those that a weight does not vary
     # over are autodiff's, out here and once.
-    axes = jax.typeof(x).manual_axis_type.varying
-    trained, frozen = jax.tree.map(lambda w: _varying(w, axes), (trained, frozen))
+    axes = varying_axes(x)
+    trained, frozen = jax.tree.map(lambda w: make_varying(w, axes), (trained, frozen))
     out: Array = _over_tiles(
         part,
         None if dropout is None else dropout.rate,
@@ -138,11 +140,6 @@ def _tiled(
         (cut(x), None if dropout is None else cut(dropout.prefixes)),
     )
     return out_of_blocks(out, 1, R * S).reshape(R, S, D)
-
-
-def _varying(x: Array, axes: frozenset[str]) -> Array:
-    missing = tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying))
-    return lax.pcast(x, missing, to="varying") if missing else x
 
 
 def _dropout(rate: float | None, key: Any, prefixes: Array | None) -> Dropout | None:
@@ -169,12 +166,7 @@ def _forward(part, rate, *arguments):
 def _backward(part, rate, saved, dout):
     trained, frozen, key, tokens = saved
     modules = _merged(trained, frozen)
-    zeros = jax.tree.map(
-        lambda w: _varying(
-            jnp.zeros(w.shape, jnp.float32), jax.typeof(w).manual_axis_type.varying
-        ),
-        trained,
-    )
+    zeros = jax.tree.map(lambda w: zeros_like(w).astype(jnp.float32), trained)
 
     def one(total: Modules, tile: Any) -> Any:
         (x, prefixes), dout = tile

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -11,7 +12,6 @@ from dpo_kernels import spread_token_logprobs, token_logprobs
 from dpo_kernels.op.interface import STATS
 from dpo_kernels.spread import blocks_of
 from dpo_kernels.verify.table import CASES, Case, make_inputs, relative_error
-from tests.engine.tiny_models import jaxprs_in_params
 
 T, D, V = 96, 32, 1000
 VALID = np.array([24, 3, 0, 17], np.int32)  # of the 24 rows on each of four devices
