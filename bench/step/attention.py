@@ -6,10 +6,10 @@
 tokamax is left out where its package is not installed.
 
 Value and gradients in bfloat16, in every form that an implementation claims, two rows
-on each device, inside the typed `shard_map` of the engine's step. A row of the table
-says what the program takes beside its arguments and results (`temp_bytes`, of
-`memory_analysis()`) and, of the plain tiles, that no scores are among it. Exits with 1
-where something does not compile. Nothing runs.
+on each device (or on as many as rows are spread over), inside the typed `shard_map` of
+the engine's step. A row of the table says what the program takes beside its arguments
+and results (`temp_bytes`, of `memory_analysis()`) and, of the plain tiles, that no
+scores are among it. Exits with 1 where something does not compile. Nothing runs.
 """
 
 import argparse
@@ -42,6 +42,7 @@ class Form:
     packed: bool = False
     shared: bool = False  # pairs begin alike
     longest: int | None = None
+    sequence: int = 1  # devices that the tokens of a row are spread over
 
 
 FORMS = (
@@ -65,6 +66,17 @@ FORMS = (
         H=128,
         packed=True,
         shared=True,
+    ),
+    Form(name="Llama 3.1 8B, spread", S=65536, N=32, K=8, H=128, sequence=4),
+    Form(
+        name="Llama 3.1 8B, spread and packed",
+        S=65536,
+        N=32,
+        K=8,
+        H=128,
+        packed=True,
+        sequence=4,
+        longest=16384,
     ),
     Form(name="Gemma 2 9B, sliding", S=8192, N=16, K=8, H=256, softcap=50, window=4096),
     Form(name="Gemma 2 9B, packed", S=8192, N=16, K=8, H=256, softcap=50, packed=True),
@@ -90,13 +102,14 @@ def program(target: str, name: str, form: Form) -> tuple[Any, tuple[Any, ...]]:
 
     from engine.models import attention
     from engine.parallel.batch import Arrangement, KeySpans
-    from engine.parallel.sharding import BATCH, make_mesh, place
+    from engine.parallel.row_parts import RowParts
+    from engine.parallel.sharding import BATCH, SEQUENCE, make_mesh, place
     from engine.planning.devices import devices_of
     from engine.planning.targets import parse_target
 
     devices = devices_of(parse_target(target))
-    mesh = make_mesh(len(devices), 1, 1, devices=devices)
-
+    data = len(devices) // form.sequence
+    mesh = make_mesh(data, 1, 1, devices=devices, sequence=form.sequence)
     arrangement = Arrangement(
         packing=form.packed, share_prompt=form.shared, longest=form.longest
     )
@@ -105,35 +118,46 @@ def program(target: str, name: str, form: Form) -> tuple[Any, tuple[Any, ...]]:
         return KeySpans(*spans) if arrangement.with_spans else None
 
     def value_and_gradient(query, key, value, *spans):
+        parts, whole = RowParts.of(form.S), of_rows(*spans)
+        own = attention.laid_out(name, parts.own(whole), arrangement)
+
         def total(query, key, value):
             out = attention.attend(
                 name,
                 query,
-                key,
-                value,
+                parts.gather(key),
+                parts.gather(value),
                 scale=form.H**-0.5,
                 softcap=form.softcap,
                 windows=(form.window,),
                 which=jnp.int32(0),
-                spans=attention.laid_out(name, of_rows(*spans), arrangement),
+                spans=own,
                 longest=form.longest,
+                starts=parts.starts,
+                key_begin=jnp.asarray(whole.begin)
+                if whole and form.sequence > 1
+                else None,
                 device=devices[0],
             )
             return out.astype(jnp.float32).sum(), out
 
         return jax.grad(total, (0, 1, 2), has_aux=True)(query, key, value)
 
-    spec: Any = PartitionSpec(BATCH)
+    batch: Any = PartitionSpec(BATCH)
+    tokens: Any = PartitionSpec(BATCH, SEQUENCE)
 
-    def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
-        size = (ROWS * len(devices), form.S, *shape)
+    def array(spec: Any, *shape: int, dtype: Any = jnp.bfloat16) -> Any:
+        size = (ROWS * data, form.S, *shape)
         return jax.ShapeDtypeStruct(size, dtype, sharding=place(spec, mesh))
 
-    keys, span = array(form.K, form.H), array(dtype=jnp.int32)
+    keys, span = array(tokens, form.K, form.H), array(batch, dtype=jnp.int32)
     sharded = jax.shard_map(
-        value_and_gradient, mesh=mesh, in_specs=spec, out_specs=spec
+        value_and_gradient,
+        mesh=mesh,
+        in_specs=(*[tokens] * 3, *[batch] * 3),
+        out_specs=tokens,
     )
-    return sharded, (array(form.N, form.H), keys, keys, span, span, span)
+    return sharded, (array(tokens, form.N, form.H), keys, keys, span, span, span)
 
 
 def compile_form(target: str, name: str, form: Form) -> rows.Row:

@@ -25,6 +25,7 @@ import numpy as np
 from bench.tpu.programs import Program, ProgramError
 
 PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4, "fused": 5}
+ENGINES = ("forward", "dq", "dkv")  # the kernels that the engine calls
 DATA_NEXT, BLOCK_MASK = 0, 1  # operands of the kernels
 _LANES, _SUBLANES = 128, 4
 
@@ -71,7 +72,7 @@ def sizes(which: str, length: int, reach: int, options: dict[str, Any]) -> Any:
     given: dict[str, Any] = {
         v: int(options.pop(k)) for k, v in names.items() if k in options
     }
-    own = splash.block_sizes(length, reach)
+    own = splash.block_sizes(length, length, reach)
     fused = which == "fused"
     for name, dkv in (("block_q_dq", "block_q_dkv"), ("block_kv_dq", "block_kv_dkv")):
         given[name] = None if fused else given.get(name, getattr(own, dkv))
@@ -82,20 +83,39 @@ def sizes(which: str, length: int, reach: int, options: dict[str, Any]) -> Any:
     return dataclasses.replace(own, **given)
 
 
-def _mask_info(which: str, mask: Any, sizes: Any) -> Any:
+def _by_jax(
+    length: int, reach: int, group: int, softcap: float | None, sizes: Any
+) -> tuple[Any, Any]:
+    """A call with JAX's own mask, and what its kernel of all gradients goes over.
+
+    In the engine that kernel has one block of keys, and so it makes no others.
+    """
+    import jax
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernels,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_mask_info as infos,
     )
 
-    shards = {"head_shards": 1, "q_seq_shards": 1}
-    if which == "forward":
-        blocks = sizes.block_q, sizes.block_kv
-        return infos.process_mask(mask, blocks, **shards)[0]
-    if which == "dq":
-        blocks = sizes.block_q_dq, sizes.block_kv_dq
-        return infos.process_mask(mask, blocks, **shards)[0]
-    blocks, fused = (sizes.block_q_dkv, sizes.block_kv_dkv), which == "fused"
-    return infos.process_mask_dkv(mask, blocks, shrink_grid=not fused, **shards)[0]
+    shape = (length, length)
+    one: Any = masks.CausalMask(shape)
+    if reach < length:
+        one = masks.LocalMask(shape, window_size=(reach - 1, 0), offset=0)
+    mask = masks.MultiHeadMask([one] * group)
+
+    def attend(*arrays: Any) -> Any:
+        return kernels.make_splash_mqa_single_device(
+            mask=mask, block_sizes=sizes, attn_logits_soft_cap=softcap
+        )(*arrays)
+
+    blocks = sizes.block_q_dkv, sizes.block_kv_dkv
+    grid = {"head_shards": 1, "q_seq_shards": 1, "shrink_grid": False}
+    info, _ = infos.process_mask_dkv(mask, blocks, **grid)
+    return jax.vmap(jax.vmap(attend)), info
 
 
 def half(
@@ -144,8 +164,18 @@ def _program(
         raise ProgramError(f"D={D} is not a number of query heads of K={K} times H={H}")
     blocks = sizes(which, T, reach, options)
     whole = int(options.pop("whole", 0))
-    kernel = splash.kernel_of(T, group, reach, softcap, False, blocks)
-    info = _mask_info(which, splash.mask_of(T, reach, group), blocks)
+    rows = splash.Rows.of(length=T, keys=T, starts=(0,), runs=1, reach=reach)
+    kernel: Any = splash.Kernel(
+        rows=rows,
+        window=reach if reach < T else None,
+        softcap=softcap,
+        sizes=blocks,
+    )
+    if which == "fused" and blocks.block_kv_dkv < T:
+        kernel, info = _by_jax(T, reach, group, softcap, blocks)
+    else:
+        found = kernel.mask_infos(rows.queries())
+        info = found[ENGINES.index("dkv" if which == "fused" else which)]
     array = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
     query, key = array((1, K, group, T, H)), array((1, K, T, H))
     if whole:
@@ -153,7 +183,7 @@ def _program(
 
     def attend(*arrays: Any) -> Any:
         if not whole:
-            return kernel(*arrays, None)
+            return kernel(*arrays)
         static: dict[str, Any] = {"scale": H**-0.5, "softcap": softcap, "sizes": blocks}
         return splash.attend(*arrays, window=reach, **static)
 

@@ -29,6 +29,7 @@ from bench.tpu.compile import Job
 from bench.tpu.predict import predict, row_of
 from bench.tpu.programs import ProgramError
 from bench.tpu.report import NOTE
+from bench.tpu.splash import ENGINES
 
 NAME = "splash_blocks"
 TPUS = ("v6e", "v5e", "7x")
@@ -37,7 +38,6 @@ HEADS = 32 * 128  # N H
 BLOCKS = (512, 1024, 2048)
 COMPUTE = (512, 1024)
 WITHIN = 1.15
-ENGINES = ("forward", "dq", "dkv")  # the kernels that the engine calls
 KERNELS = (*ENGINES, "fused")
 PLAIN = ("tiles-forward", "tiles-backward")
 Blocks = tuple[int, ...]  # of queries, of keys, and of those computed at a time
@@ -59,7 +59,7 @@ def own(which: str, length: int) -> Blocks:
     """The engine's: of the fused kernel those that it has for dk and dv."""
     from engine.models.attention import splash
 
-    sizes = splash.block_sizes(length, length)
+    sizes = splash.block_sizes(length, length, length)
     found: tuple[Any, ...] = {
         "forward": (sizes.block_q, sizes.block_kv, sizes.block_kv_compute),
         "dq": (sizes.block_q_dq, sizes.block_kv_dq),

@@ -143,6 +143,7 @@ class Decoder(nnx.Module):
             spans=laid_out(name, parts.own(spans), arrangement),
             longest=arrangement.longest,
             starts=parts.starts,
+            key_begin=jnp.asarray(spans.begin) if spans and parts.devices > 1 else None,
             device=self.mesh.devices.flat[0],
         )
         tile = MLP_TILE if self.mlp_tile is None else self.mlp_tile

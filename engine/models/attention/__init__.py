@@ -69,12 +69,10 @@ def unsupported(name: str, case: Case) -> str | None:
     kind, platform = ("TPUs", "tpu") if name == "splash" else ("NVIDIA GPUs", "gpu")
     if case.platform != platform:
         return f"it is for {kind}, and the devices are of platform {case.platform}"
-    if name == "splash":
-        if case.sequence > 1:
-            return f"its queries are whole rows (sharding.sequence={case.sequence})"
-        return None
     if case.sequence > 1 and case.arrangement.share_prompt:
         return "rows with shared beginnings are not spread over devices for it"
+    if name == "splash":
+        return None
     if case.capability is None or case.capability[0] not in (9, 10):
         found = ".".join(map(str, case.capability or ())) or "not known"
         return (
@@ -153,6 +151,7 @@ def attend(
     spans: KeySpans | Unshared | None,
     longest: int | None,
     starts: Sequence[int | Int[Array, ""]] = (0,),
+    key_begin: Int[Array, "R S"] | None = None,
     device: Any = None,
 ) -> Float[Array, "R Q N H"]:
     """softmax(cap(scale * q . k)) v over the keys that each query sees.
@@ -167,6 +166,7 @@ def attend(
         longest: tokens that no sequence has more of.
         starts: the queries are so many runs of a row of keys, of equal lengths, and
             begin there in it.
+        key_begin: where the sequences of keys begin; None: as those of the queries.
         device: one of those that this is for.
     """
     if isinstance(spans, Unshared):
@@ -174,12 +174,12 @@ def attend(
         of_longer = partial(same, which=which, longest=longest, device=device)
         return spans.attend(partial(of_longer, spans=spans.spans), query, key, value)
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "spans": spans}
+    options |= {"starts": starts}
     if name == "splash":
-        assert len(starts) == 1
         # Here, since it takes Pallas's time to be imported.
         from engine.models.attention import splash
 
-        options |= {"longest": longest}
+        options |= {"longest": longest, "key_begin": key_begin}
         kernels = [partial(splash.attend, window=x, **options) for x in windows]
         if len(kernels) == 1:
             return kernels[0](query, key, value)
@@ -188,7 +188,7 @@ def attend(
     widths = [length if x is None else min(x, length) for x in windows]
     if min(widths) < length:  # else nothing is hidden
         window = jnp.asarray(widths, jnp.int32)[which]
-    options |= {"window": window, "starts": starts}
+    options |= {"window": window}
     if name == "tiles":
         return tiles.attend(query, key, value, **options)
     assert name == "tokamax"

@@ -123,7 +123,8 @@ def _evaluate(
                 )
             found = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(params))
             found = found if eqn.primitive.multiple_results else [found]
-        values |= zip(eqn.outvars, found, strict=True)
+        # What is made of nothing, as an iota is, varies over nothing yet.
+        values |= zip(eqn.outvars, map(varying, found), strict=True)
     return [value(x) for x in jaxpr.outvars]
 
 

@@ -39,7 +39,9 @@ def case(platform="tpu", arrangement=PADDED, **facts: Any):
         (case("tpu", PACKED), "splash"),
         (case("tpu", dtype="float32"), "splash"),
         (case("tpu", SHARED), "splash"),
-        (case("tpu", sequence=2), "tiles"),
+        (case("tpu", sequence=2), "splash"),
+        (case("tpu", PACKED, sequence=2), "splash"),
+        (case("tpu", SHARED, sequence=2), "tiles"),
         (case("gpu"), "tokamax"),
         (case("gpu", PACKED, dtype="float16", capability=(10, 0)), "tokamax"),
         (case("gpu", SHARED), "tokamax"),
@@ -63,8 +65,8 @@ def test_auto_is_the_fastest_that_can_be_had(given, chosen):
     [
         (
             "splash",
-            case("tpu", sequence=2),
-            "are whole rows (sharding.sequence=2)",
+            case("tpu", SHARED, sequence=2),
+            "rows with shared beginnings are not spread over devices for it",
         ),
         ("splash", case("cpu"), "for TPUs, and the devices are of platform cpu"),
         (
@@ -118,7 +120,10 @@ def test_a_run_says_why_it_has_not_its_devices_own():
             case("gpu", dtype="float32"),
             "not tokamax, as its kernels compute in 16 bits",
         ),
-        (case("tpu", sequence=2), "not splash, as its queries are whole rows"),
+        (
+            case("tpu", SHARED, sequence=2),
+            "not splash, as rows with shared beginnings are not spread",
+        ),
     ):
         words = attention.describe("auto", given)
         assert words.startswith("tiles: plain JAX") and f"; {why}" in words
