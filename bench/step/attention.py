@@ -103,13 +103,12 @@ def program(target: str, name: str, form: Form) -> tuple[Any, tuple[Any, ...]]:
     from engine.models import attention
     from engine.parallel.batch import Arrangement, KeySpans
     from engine.parallel.row_parts import RowParts
-    from engine.parallel.sharding import BATCH, SEQUENCE, make_mesh, place
+    from engine.parallel.sharding import BATCH, DATA, SEQUENCE, make_mesh, place
     from engine.planning.devices import devices_of
     from engine.planning.targets import parse_target
 
     devices = devices_of(parse_target(target))
-    data = len(devices) // form.sequence
-    mesh = make_mesh(data, 1, 1, devices=devices, sequence=form.sequence)
+    mesh = make_mesh(-1, 1, 1, devices=devices, sequence=form.sequence)
     arrangement = Arrangement(
         packing=form.packed, share_prompt=form.shared, longest=form.longest
     )
@@ -147,15 +146,13 @@ def program(target: str, name: str, form: Form) -> tuple[Any, tuple[Any, ...]]:
     tokens: Any = PartitionSpec(BATCH, SEQUENCE)
 
     def array(spec: Any, *shape: int, dtype: Any = jnp.bfloat16) -> Any:
-        size = (ROWS * data, form.S, *shape)
+        size = (ROWS * mesh.shape[DATA], form.S, *shape)
         return jax.ShapeDtypeStruct(size, dtype, sharding=place(spec, mesh))
 
     keys, span = array(tokens, form.K, form.H), array(batch, dtype=jnp.int32)
+    specs = (*[tokens] * 3, *[batch] * 3)
     sharded = jax.shard_map(
-        value_and_gradient,
-        mesh=mesh,
-        in_specs=(*[tokens] * 3, *[batch] * 3),
-        out_specs=tokens,
+        value_and_gradient, mesh=mesh, in_specs=specs, out_specs=tokens
     )
     return sharded, (array(tokens, form.N, form.H), keys, keys, span, span, span)
 

@@ -36,7 +36,8 @@ def look_up(
     ids = lax.all_gather(ids, FSDP, axis=0, tiled=True, to="invarying")
     ids = ids - lax.axis_index(VOCAB) * table.shape[0]
     found_bytes = ids.size * table.shape[1] * jnp.dtype(dtype).itemsize
-    alone = ids.size == tokens.size  # then what is found is what is returned
+    # What is found is what is returned.
+    alone = ids.size == tokens.size and parts.devices == 1
     blocks, size = block_sizes(length, 1 if alone else -(-found_bytes // _BLOCK_BYTES))
     of_block = RowParts(pieces * size, parts.devices)
 
