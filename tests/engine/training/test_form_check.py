@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from datasets import Dataset
 from jax import lax
 
 from engine import LoraConfig
 from engine.data import assembly, layouts
+from engine.data.pair_streams import PairStream
 from engine.errors import InputError
 from engine.models.attention import tiles
 from engine.objective import scoring
@@ -52,6 +54,7 @@ def said(caplog):
         ((2, 1, 1), PACKED | {"gradient_accumulation_steps": 2}, "does on one device"),
         (FOUR, PACKED | {"lora": LoraConfig(r=2)}, "does on one device (4 pairs"),
         (ONE, BOTH | {"ld_alpha": 0.3}, "give what"),
+        (ONE, SHARED | {"precompute_ref_log_probs": True}, "shared beginnings give"),
     ],
     ids=str,
 )
@@ -60,6 +63,19 @@ def test_a_form_that_is_right_passes(sizes, options, words, tmp_path, said):
     (line,) = said()
     assert words in line, line
     assert float(line.split("off by ")[1].split()[0]) < 0.3
+
+
+def test_of_a_stream_the_rows_that_have_been_read_are_compared(
+    tmp_path, said, monkeypatch
+):
+    """They are fewer than a batch has; and where none is a pair, there is no check."""
+    stream = Dataset.from_list(ROWS[:3]).to_iterable_dataset()
+    options: dict[str, Any] = {"train_dataset": stream, "max_training_steps": 1}
+    trainer = checked(tmp_path, **BOTH, **options)
+    assert "beginnings give what a row for each sequence does here (3 p" in said()[0]
+    monkeypatch.setattr(PairStream, "head", property(lambda stream: (None, [])))
+    check_form(trainer.run, trainer.model)
+    assert said()[1:] == ["start check: a stream's first rows have no pair to compare"]
 
 
 def test_plain_rows_on_one_device_are_not_compared(tmp_path, said):
