@@ -208,6 +208,36 @@ def test_parts_of_what_rounding_explains():
     assert (difference(np.nan).parts == np.inf).all()
 
 
+EPS, EPS_BF16 = 2.0**-23, 2.0**-7
+
+
+@pytest.mark.parametrize(
+    ("dtype", "off", "want"),
+    [
+        # Four tokens of 5 nats each: 24 or 20 + 4 roundings of the sum, in float32.
+        ("float32", 0.0, 2 * 6 * 2.0**-18),
+        ("bfloat16", 0.0, 2 * 6 * EPS_BF16 / 2),
+        ("bfloat16", 3.0, 3.0),  # plain JAX's own error is what counts
+    ],
+)
+def test_what_rounding_explains(dtype, off, want):
+    plain = np.full((2, 2), -20.0, np.float32)
+    tokens = np.full((2, 2), 4)
+    found = form_check._explained(plain, plain + np.float32(off), tokens, dtype)
+    np.testing.assert_allclose(found, 8 * (want + 24 * EPS), rtol=1e-5)
+    # That of one token is half of that of four.
+    one = form_check._explained(plain / 4, plain / 4 + off / 2, tokens // 4, dtype)
+    np.testing.assert_allclose(one, 8 * (want / 2 + 6 * EPS), rtol=1e-5)
+
+
+def test_what_is_exact_is_so_on_any_device():
+    class Step:
+        def lower(self, *arguments):
+            return arguments, jax.config.jax_default_matmul_precision
+
+    assert form_check._Exact(Step()).lower(1, 2) == ((1, 2), "highest")
+
+
 def test_a_model_that_is_not_finite_is_the_steps_to_refuse(tmp_path, monkeypatch, said):
     nothing = difference(np.nan, plain=np.nan)
     monkeypatch.setattr(form_check, "compare", lambda *given: nothing)
