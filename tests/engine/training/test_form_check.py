@@ -230,12 +230,12 @@ def test_what_rounding_explains(dtype, off, want):
     np.testing.assert_allclose(one, 8 * (want / 2 + 6 * EPS), rtol=1e-5)
 
 
-def test_what_is_exact_is_so_on_any_device():
+def test_what_is_to_be_exact_is_so_on_any_device():
     class Step:
         def lower(self, *arguments):
             return arguments, jax.config.jax_default_matmul_precision
 
-    assert form_check._Exact(Step()).lower(1, 2) == ((1, 2), "highest")
+    assert form_check._Precise(Step(), "high").lower(1, 2) == ((1, 2), "high")
 
 
 def test_a_model_that_is_not_finite_is_the_steps_to_refuse(tmp_path, monkeypatch, said):
