@@ -93,6 +93,10 @@ class DPOConfig(EvaluationConfig, CheckpointConfig, OptimizerConfig, LossConfig)
     use_wandb: bool = False  # also log to Weights & Biases; needs the wandb package
     progress_bar: bool = True  # where the output is a terminal
 
+    # Compare attention, rows and devices with plain ones before the first step, and its
+    # metrics with what they are at the start.
+    start_check: bool = True
+
     # What devices exchange goes on beside computation, where the compiler can do that.
     overlap_collectives: bool = True
     # Of the models' layers; auto: the fastest that the devices and the batches allow.

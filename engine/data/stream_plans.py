@@ -9,6 +9,7 @@ import numpy as np
 
 from engine.data.layouts import Layout
 from engine.data.pair_streams import Pair, PairStream, joined
+from engine.data.pair_tokens import PairTokens
 from engine.data.shapes import Sizes, stream_shapes
 from engine.errors import InputError
 from engine.parallel.batch import PADDED, Arrangement, Batch
@@ -121,11 +122,14 @@ class StreamPlan:
     def _build(self, group: list[Pair]) -> tuple[Batch, int]:
         members = np.full(self.pairs_per_batch, -1)
         members[: len(group)] = np.arange(len(group))
-        layout = Layout(
-            joined(group),
+        return self.layout_of(joined(group)).build(members, self.shapes)
+
+    def layout_of(self, pairs: PairTokens) -> Layout:
+        """How batches of these pairs are laid out."""
+        return Layout(
+            pairs,
             self.pairs_per_batch,
             *self.grid[:2],
             own=self._own,
             arrangement=self.arrangement,
         )
-        return layout.build(members, self.shapes)

@@ -54,6 +54,7 @@ _HARMLESS = (
     "trainer.save_steps",
     "trainer.save_total_limit",
     "trainer.share_prompt",
+    "trainer.start_check",
     "trainer.use_tensorboard",
     "trainer.use_wandb",
     "trainer.workspace_bytes",

@@ -26,6 +26,7 @@ from engine.training.compilation import (
 )
 from engine.training.evaluation import NotFinite, check_finite, evaluate
 from engine.training.events import Generation, Listener, Listeners, telling
+from engine.training.form_check import check_form
 from engine.training.generations import ask
 from engine.training.listeners import MetricsFile, own_listeners
 from engine.training.loop import Loop
@@ -156,10 +157,11 @@ class Trainer:
             if found is not None:
                 self.state = take_back(found, self._reference)
         self._checkpointing.begin(self.run.mesh)
-        run, programs, check = self.run, self._programs, None
-        check_attention(run.model, run.arguments, self.model.dtype, run.mesh)
+        programs, check = self._programs, None
+        if self.arguments.start_check:
+            self._check_programs()
         programs.compile(training=True)
-        if not self.progress.step and not self.arguments.without_reference:
+        if self.arguments.start_check and not self.progress.step:
             check = self._start_check()
 
         def dispatch(batch: Batch, step: int) -> StepOut:
@@ -202,8 +204,17 @@ class Trainer:
         self._saved = True
         return self.progress.latest
 
-    def _start_check(self) -> Callable[[StepOut], None]:
+    def _check_programs(self) -> None:
+        """What the devices compute, before they do; not again of what goes on."""
+        run, model = self.run, self.model
+        check_attention(run.model, run.arguments, model.dtype, run.mesh)
+        if not self.progress.step:
+            check_form(run, model)
+
+    def _start_check(self) -> Callable[[StepOut], None] | None:
         arguments, dtype = self.arguments, self.model.dtype
+        if arguments.without_reference:
+            return None
         if self._starts_as_reference:
             return StartCheck(arguments, dtype)
         return ReferenceCheck(self.run.model.vocab_size, dtype)

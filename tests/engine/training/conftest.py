@@ -19,7 +19,7 @@ BETWEEN_STEPS = {
     *("metric_for_best_model", "greater_is_better", "load_best_model_at_end"),
     *("early_stopping_patience", "early_stopping_threshold"),
     *("generation_num_prompts", "generation_max_new_tokens", "generation_temperature"),
-    *("use_tensorboard", "use_wandb", "progress_bar"),
+    *("use_tensorboard", "use_wandb", "progress_bar", "start_check"),
 }
 _kept: dict[Hashable, Compiled | None] = {}
 
