@@ -1,5 +1,6 @@
 """The optimizer by its name, and the rounding of what it does to parameters."""
 
+import functools
 import math
 import zlib
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class Optimizer:
             if usable is None:
                 return new
             # By what is known before: so new and old are never in memory whole.
-            return jax.tree.map(lambda x, y: jnp.where(usable, x, y), new, old)
+            return jax.tree.map(functools.partial(jnp.where, usable), new, old)
 
         if self.layered is None:
             return moved((params, state), grads, None)
@@ -207,12 +208,12 @@ def round_at_random(
     other = jnp.where(x < back, jnp.nextafter(near, jnp.array(-jnp.inf, dtype)), other)
     gap = other.astype(jnp.float32) - back
     share = jnp.where(gap == 0, 0.0, (x - back) / jnp.where(gap == 0, 1.0, gap))
-    drawn = _uniform(key, x.shape, layer)
+    drawn = uniform(key, x.shape, layer)
     chosen = jnp.where(drawn < share, other, near)
     return jnp.where(jnp.isfinite(back) & jnp.isfinite(x), chosen, near)
 
 
-def _uniform(
+def uniform(
     key: Key[Array, ""], shape: tuple[int, ...], layer: Int[Array, ""] | None
 ) -> Float[Array, "..."]:
     """`jax.random.uniform(key, shape)`, or of a stack of those shapes one layer.
@@ -234,7 +235,8 @@ def _uniform(
     lower = number * jnp.uint32(size & 0xFFFF)
     first = (upper << 16) + lower
     low = own + first
-    high = (upper >> 16) + (first < lower) + (low < own)
+    carried = (first < lower).astype(jnp.uint32) + (low < own).astype(jnp.uint32)
+    high = (upper >> 16) + carried
     bits = jnp.bitwise_xor(*threefry2x32_p.bind(*jax.random.key_data(key), high, low))
     # The digits of a number from 1 to 2.
     return lax.bitcast_convert_type(bits >> 9 | jnp.uint32(0x3F800000), jnp.float32) - 1
