@@ -52,11 +52,11 @@ def is_elementwise(
 
 def _has_elementwise_only(jaxpr: Jaxpr) -> bool:
     def suits(equation: JaxprEqn) -> bool:
-        if inner := list(jaxprs_in_params(equation.params)):
-            return all(map(_has_elementwise_only, inner))
+        name = equation.primitive.name
+        if name == "jit":  # no loop, which may be over what it takes
+            return all(map(_has_elementwise_only, jaxprs_in_params(equation.params)))
         arrays = [x for x in equation.invars if x.aval.ndim]  # pyright: ignore
         results = [x for x in equation.outvars if x.aval.ndim]  # pyright: ignore
-        name = equation.primitive.name
         if not arrays:  # of scalars: another one, or an array of the same everywhere
             return not results or name == "broadcast_in_dim"
         return name in _ELEMENTWISE
