@@ -41,8 +41,8 @@ class Optimizer:
     layered: Blocks | None = None  # where stacks are updated a layer at a time
 
     def init(self, params: Any) -> optax.OptState:
-        """The state before the first step, of float32 parameters."""
-        return self.inner.init(params)
+        """The state before the first step."""
+        return self.inner.init(float32_copy(params))
 
     def update[Params](
         self,

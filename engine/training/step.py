@@ -23,7 +23,7 @@ from engine.parallel.sharding import DATA, param_specs, place
 from engine.training.compiler_options import compiler_options
 from engine.training.gradients import Objective, Params
 from engine.training.metrics import PairValues, Sums
-from engine.training.optimizer import Optimizer, float32_copy
+from engine.training.optimizer import Optimizer
 
 
 class TrainState(NamedTuple):
@@ -106,8 +106,7 @@ def abstract_state(model: Decoder, optimizer: Optimizer) -> TrainState:
     """Shapes, dtypes and shardings of the state, to compile for or to restore into."""
 
     def initial(params: Params) -> TrainState:
-        opt_state = optimizer.init(float32_copy(params))
-        return TrainState(jnp.int32(0), params, opt_state)
+        return TrainState(jnp.int32(0), params, optimizer.init(params))
 
     shapes = jax.eval_shape(initial, split_model(model)[1])
     return jax.tree.map(
@@ -127,10 +126,7 @@ def init_state(model: Decoder, optimizer: Optimizer) -> TrainState:
     # In variables of its own: what happens to the model's is not the state's matter.
     params = jax.tree.map(lambda x: x, split_model(model)[1])
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer))
-    init = jax.jit(
-        lambda params: optimizer.init(float32_copy(params)),
-        out_shardings=shardings.opt_state,
-    )
+    init = jax.jit(optimizer.init, out_shardings=shardings.opt_state)
     step = put_whole(np.int32(0), model.mesh)
     return TrainState(step=step, params=params, opt_state=init(params))
 

@@ -36,7 +36,7 @@ class Update:
             self.optimizer = dataclasses.replace(self.optimizer, layered=None)
         params, specs = split_model(self.model)[1], split_specs(self.model)[0]
         self.params = jax.tree.map(lambda x: x.astype(dtype), params)
-        of_state = opt_state_specs(self.optimizer, params, specs)
+        of_state = opt_state_specs(self.optimizer, self.params, specs)
         self.shardings = jax.tree.map(lambda x: place(x, self.mesh), of_state)
 
         def update(params, state, grads, usable):
@@ -52,7 +52,7 @@ class Update:
     def run(self, *usable):
         """The parameters and the state at first and after each step."""
         init = jax.jit(self.optimizer.init, out_shardings=self.shardings)
-        found = [(self.params, init(split_model(self.model)[1]))]
+        found = [(self.params, init(self.params))]
         step = jax.jit(self.function)
         for number, is_usable in enumerate(usable):
             grads = gradients(self.model, number)
@@ -61,7 +61,7 @@ class Update:
 
     def arguments(self):
         """Shapes of what an update is given."""
-        state = jax.eval_shape(self.optimizer.init, split_model(self.model)[1])
+        state = jax.eval_shape(self.optimizer.init, self.params)
         usable = jax.ShapeDtypeStruct((), "bool")
         grads = jax.tree.map(lambda x: x.astype("float32"), self.params)
         return self.params, state, grads, usable
