@@ -265,7 +265,11 @@ def with_small_moments(
             del path
             return jnp.zeros(x.shape, jnp.uint32)
 
-        found = storage.stored(optimizer.init(params), no_bits)
+        # Not known to the compiler, which else computes the codes of whole stacks of
+        # zeros itself, for minutes.
+        zero = lax.optimization_barrier(jnp.float32(0.0))
+        start = jax.tree.map(lambda x: x + zero.astype(x.dtype), optimizer.init(params))
+        found = storage.stored(start, no_bits)
         return SmallState(jnp.int32(0), *found)
 
     def update(
