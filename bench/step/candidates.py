@@ -26,7 +26,7 @@ from engine.objective.losses import LOSSES
 from engine.parallel.batch import Batch, put_batch
 from engine.parallel.sharding import BATCH, SEQUENCE, make_mesh, param_specs
 from engine.training.metrics import means
-from engine.training.optimizer import make_optimizer
+from engine.training.optimizer import Optimizer, make_optimizer
 from engine.training.prepare import loss_options, step_options
 from engine.training.reference import make_reference
 from engine.training.schedules import learning_rate_schedule
@@ -198,9 +198,7 @@ def _optax(logits_RSV: Array, targets_RS: Array) -> Array:
 PICK = {PLAIN: _log_softmax, PLAIN_OPTAX: _optax}
 
 
-def make_plain_step(
-    model: Decoder, optimizer: optax.GradientTransformation, pick: Callable
-) -> Callable:
+def make_plain_step(model: Decoder, optimizer: Optimizer, pick: Callable) -> Callable:
     """The usual trainer: (state, reference, tokens, mask) -> (state, metrics)."""
     graphdef = nnx.split(model, nnx.Param)[0]
     options = LossOptions(beta=ARGUMENTS.beta)

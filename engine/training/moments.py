@@ -69,7 +69,8 @@ class Tiles:
     def split(self, x: Array) -> Array:
         """[..., blocks, numbers, ...]: `axis` counts blocks, as from the front."""
         axis = x.ndim + self.axis
-        shape = (*x.shape[:axis], -1, self.length, *x.shape[axis + 1 :])
+        blocks = x.shape[axis] // self.length
+        shape = (*x.shape[:axis], blocks, self.length, *x.shape[axis + 1 :])
         return x.reshape(shape)
 
     def spread(self, x: Array) -> Array:
@@ -152,17 +153,19 @@ def to_bfloat16(x: Float[Array, "..."], bits: UInt32[Array, "..."]) -> Array:
 
 
 def random_bits(
-    x: Array, block: Block, key: UInt32[Array, " 2"]
+    x: Array, block: Block, key: UInt32[Array, " 2"], layer: Array | None = None
 ) -> UInt32[Array, "..."]:
     """A number for each of a parameter, which is the same on every mesh.
 
     It follows from where the number is in the whole parameter, of which `x` may be one
-    device's shard.
+    device's shard, and of a stack that `layer` alone.
     """
     index, stride = jnp.zeros(x.shape, jnp.uint32), 1
     for axis in reversed(range(x.ndim)):
         names = axes_of(P(block.spec[axis]))
         first = lax.axis_index(names) * x.shape[axis] if names else jnp.int32(0)
+        if layer is not None and block.stacked and axis == 0:
+            first = layer
         own = lax.broadcasted_iota(jnp.uint32, x.shape, axis)
         index += (own + first.astype(jnp.uint32)) * jnp.uint32(stride % 2**32)
         stride *= x.shape[axis] * math.prod(lax.axis_size(name) for name in names)
@@ -245,8 +248,10 @@ def with_small_moments(
     nu: Kept,
     tensor: int,
     seed: int,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """The optimizer, with its moments of matrices and embeddings stored so.
+
+    Its update may be given one `layer` of all stacks, and rounds as in the whole then.
 
     Args:
         mu: of first moments, which in bfloat16 are so in the optimizer already.
@@ -260,10 +265,22 @@ def with_small_moments(
             del path
             return jnp.zeros(x.shape, jnp.uint32)
 
-        found = storage.stored(optimizer.init(params), no_bits)
+        # Not known to the compiler, which else computes the codes of whole stacks of
+        # zeros itself, for minutes.
+        zero = lax.optimization_barrier(jnp.float32(0.0))
+        start = jax.tree.map(lambda x: x + zero.astype(x.dtype), optimizer.init(params))
+        found = storage.stored(start, no_bits)
         return SmallState(jnp.int32(0), *found)
 
-    def update(grads: Any, state: SmallState, params: Any = None) -> tuple[Any, Any]:
+    def update(
+        grads: Any,
+        state: SmallState,
+        params: Any = None,
+        *,
+        layer: Array | None = None,
+        **more: Any,
+    ) -> tuple[Any, SmallState]:
+        del more  # as optax asks for
         updates, new = optimizer.update(grads, storage.restored(state), params)
         key = step_key(seed, state.steps)
 
@@ -272,8 +289,8 @@ def with_small_moments(
             assert block is not None
             name = zlib.crc32(jax.tree_util.keystr(path).encode())
             own = jax.random.fold_in(key, name)
-            return random_bits(x, block, jax.random.key_data(own))
+            return random_bits(x, block, jax.random.key_data(own), layer)
 
         return updates, SmallState(state.steps + 1, *storage.stored(new, bits_of))
 
-    return optax.GradientTransformation(init, update)  # pyright: ignore
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore

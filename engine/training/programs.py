@@ -9,7 +9,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
@@ -31,6 +30,7 @@ from engine.training.compilation import (
 from engine.training.gradients import Params
 from engine.training.memory import limit_bytes
 from engine.training.metrics import Sums
+from engine.training.optimizer import Optimizer
 from engine.training.prepare import loss_options, step_options
 from engine.training.resume import abstract_arrays
 from engine.training.schedules import learning_rate_schedule
@@ -91,7 +91,7 @@ class Programs:
         run: Outline,
         model: Decoder,
         reference: Reference,
-        optimizer: optax.GradientTransformation,
+        optimizer: Optimizer,
     ):
         self._run = run
         self.graphdef, params, self.frozen = split_model(model)

@@ -23,7 +23,7 @@ from engine.parallel.sharding import DATA, param_specs, place
 from engine.training.compiler_options import compiler_options
 from engine.training.gradients import Objective, Params
 from engine.training.metrics import PairValues, Sums
-from engine.training.optimizer import add_updates, float32_copy
+from engine.training.optimizer import Optimizer
 
 
 class TrainState(NamedTuple):
@@ -71,7 +71,7 @@ def split_specs(model: Decoder) -> tuple[Params, Params]:
     return trainable, frozen
 
 
-def opt_state_specs(optimizer: optax.GradientTransformation, params, specs) -> Any:
+def opt_state_specs(optimizer: Optimizer, params, specs) -> Any:
     """A PartitionSpec for each leaf of the optimizer's state: its parameter's own.
 
     Where an axis was summed over, and has length 1, it is not sharded.
@@ -94,7 +94,7 @@ def opt_state_specs(optimizer: optax.GradientTransformation, params, specs) -> A
     return jax.tree.map_with_path(spec_of, jax.eval_shape(optimizer.init, params))
 
 
-def state_specs(model: Decoder, optimizer: optax.GradientTransformation) -> TrainState:
+def state_specs(model: Decoder, optimizer: Optimizer) -> TrainState:
     """A PartitionSpec in the place of each array of the state."""
     specs = split_specs(model)[0]
     step: Any = P()
@@ -102,14 +102,11 @@ def state_specs(model: Decoder, optimizer: optax.GradientTransformation) -> Trai
     return TrainState(step=step, params=specs, opt_state=opt_specs)
 
 
-def abstract_state(
-    model: Decoder, optimizer: optax.GradientTransformation
-) -> TrainState:
+def abstract_state(model: Decoder, optimizer: Optimizer) -> TrainState:
     """Shapes, dtypes and shardings of the state, to compile for or to restore into."""
 
     def initial(params: Params) -> TrainState:
-        opt_state = optimizer.init(float32_copy(params))
-        return TrainState(jnp.int32(0), params, opt_state)
+        return TrainState(jnp.int32(0), params, optimizer.init(params))
 
     shapes = jax.eval_shape(initial, split_model(model)[1])
     return jax.tree.map(
@@ -121,7 +118,7 @@ def abstract_state(
     )
 
 
-def init_state(model: Decoder, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(model: Decoder, optimizer: Optimizer) -> TrainState:
     """The state before the first step. It takes the model's arrays over.
 
     The first step uses them up: until they are replaced, `model` is empty then.
@@ -129,10 +126,7 @@ def init_state(model: Decoder, optimizer: optax.GradientTransformation) -> Train
     # In variables of its own: what happens to the model's is not the state's matter.
     params = jax.tree.map(lambda x: x, split_model(model)[1])
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer))
-    init = jax.jit(
-        lambda params: optimizer.init(float32_copy(params)),
-        out_shardings=shardings.opt_state,
-    )
+    init = jax.jit(optimizer.init, out_shardings=shardings.opt_state)
     step = put_whole(np.int32(0), model.mesh)
     return TrainState(step=step, params=params, opt_state=init(params))
 
@@ -141,37 +135,33 @@ def update(
     state: TrainState,
     grads: Params,
     norm: Float[Array, ""],
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     options: StepOptions,
+    usable: Bool[Array, ""] | None = None,
 ) -> TrainState:
     """The state after an update by float32 gradients whose global norm is `norm`.
 
-    They are scaled down to `options.max_grad_norm` where they exceed it.
+    They are scaled down to `options.max_grad_norm` where they exceed it. Where they are
+    not `usable` the state is the old one, one step later.
     """
+    factor = None
     if options.max_grad_norm:
         factor = jnp.minimum(1.0, options.max_grad_norm / (norm + 1e-6))
-        grads = jax.tree.map(lambda g: g * factor, grads)
-    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an int
-        updates, opt_state = optimizer.update(
-            grads, state.opt_state, float32_copy(state.params)
-        )
-    key = jax.random.fold_in(jax.random.key(options.seed), state.step)
-    params = add_updates(state.params, updates, key)
+    params, opt_state = optimizer.update(
+        grads,
+        state.opt_state,
+        state.params,
+        step_key(options.seed, state.step),
+        factor=factor,
+        usable=usable,
+    )
     return TrainState(state.step + 1, params, opt_state)
-
-
-def _unless(usable: Bool[Array, ""], new: TrainState, old: TrainState) -> TrainState:
-    """`new`, or `old` one step later. (By what is known before the update: so both are
-    never in memory whole.)
-    """
-    kept = jax.tree.map(lambda x, y: jnp.where(usable, x, y), new, old)
-    return kept._replace(step=new.step)
 
 
 def make_train_step(
     model: Decoder,
     reference: Reference,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     schedule: optax.Schedule,
     options: StepOptions,
 ) -> Callable[..., tuple[TrainState, StepOut]]:
@@ -199,10 +189,9 @@ def make_train_step(
             state.params, frozen, ref, batch, numbers, specs, key
         )
         norm = global_norm(grads, specs)
-        new = update(state, grads, norm, optimizer, options)
         usable = jnp.isfinite(sums.sums["pairs"]["loss"] + norm)
-        if options.skip_nonfinite:
-            new = _unless(usable, new, state)
+        guard = usable if options.skip_nonfinite else None
+        new = update(state, grads, norm, optimizer, options, guard)
         finite = jnp.isfinite(global_norm(new.params, specs))
         applied = usable
         if not options.skip_nonfinite:

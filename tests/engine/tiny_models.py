@@ -88,14 +88,15 @@ def gradient_equations(**options):
 
     run = jax.shard_map(shard, mesh=mesh, in_specs=(specs, P(BATCH)), out_specs=specs)
     jaxpr = jax.make_jaxpr(run)(state, jnp.asarray(random_tokens(8, 16)))
-    yield from _equations(jaxpr.jaxpr)
+    yield from equations(jaxpr.jaxpr)
 
 
-def _equations(jaxpr):
+def equations(jaxpr):
+    """A jaxpr's, at any depth."""
     for eqn in jaxpr.eqns:
         yield eqn
         for inner in jaxprs_in_params(eqn.params):
-            yield from _equations(inner)
+            yield from equations(inner)
 
 
 def relative(got, want):

@@ -141,6 +141,13 @@ def moments_of(state: Any):
     return found
 
 
+def test_the_first_codes_are_computed_when_they_are_asked_for():
+    """By the compiler, they took minutes: of zeros, which it knew."""
+    _, optimizer = small_adam(mu="8bit", nu="8bit")
+    compiled = jax.jit(optimizer.init).lower({"x": jnp.zeros((1, 64, 256))}).compile()
+    assert " floor(" in str(compiled.as_text())
+
+
 @pytest.mark.parametrize("kept, spacing", [("8bit", 2.0**-3), ("bfloat16", 2.0**-7)])
 def test_second_moments_decay(kept, spacing):
     """Where the gradient ends, but of one number of each block, which stays large."""
