@@ -36,7 +36,7 @@ class ModelConfig:
     # they are in float32.)
     reduce_dtype: Dtype | None = None
     # Tokens of which MLPs are computed at a time, about, with remat full and offload.
-    # null: 16384; 0: all.
+    # null: 16384, on CPUs 512; 0: all.
     mlp_tile: int | None = None
 
     def __post_init__(self):

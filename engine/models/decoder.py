@@ -18,7 +18,7 @@ from engine.models.attention import Case, attend, choose, laid_out
 from engine.models.dropout import Dropout, prefix_hashes
 from engine.models.embed import look_up
 from engine.models.linear import Linears
-from engine.models.mlp import MLP_TILE, mlp
+from engine.models.mlp import mlp, tile_of
 from engine.models.remat import AUTO, BLOCK_OUT, LAYER_IN, REMAT, policy, recomputes
 from engine.models.rope import rope_tables, rotate
 from engine.parallel.batch import PADDED, Arrangement, KeySpans
@@ -69,7 +69,7 @@ class Decoder(nnx.Module):
 
         reduce_dtype: of the sums of layers' gradients over `fsdp`; None: `dtype`.
         mlp_tile: tokens of which MLPs are computed at a time where a layer is computed
-            again for its gradient; None: `MLP_TILE`, 0: all.
+            again for its gradient; None: `tile_of` the mesh, 0: all.
         """
         if dtype not in DTYPES:
             raise InputError(f"model dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
@@ -146,7 +146,7 @@ class Decoder(nnx.Module):
             key_begin=jnp.asarray(spans.begin) if spans and parts.devices > 1 else None,
             device=self.mesh.devices.flat[0],
         )
-        tile = MLP_TILE if self.mlp_tile is None else self.mlp_tile
+        tile = tile_of(self.mesh) if self.mlp_tile is None else self.mlp_tile
         tile = tile if recomputes(self.remat) else 0
         dropout_of = self._dropout(parts, tokens, dropout_key, spans)
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from dpo_kernels.op.blocks import block_sizes, in_blocks, out_of_blocks
@@ -22,9 +23,9 @@ from engine.models.dropout import Dropout
 from engine.models.linear import Linears, Module, dropping
 from engine.parallel.collectives import zeros_like
 
-# At the peak rates of accelerators the traffic of the float32 gradients that each tile
-# adds to takes some hundredths of the time of its products.
-MLP_TILE = 16384
+# At an accelerator's rates the traffic of the float32 gradients that each tile adds to
+# takes some hundredths of the time of its products. A CPU multiplies slowly.
+_TILE, _TILE_OF_CPUS = 16384, 512
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -39,6 +40,11 @@ class Modules(NamedTuple):
     gate: Module = Module()
     up: Module = Module()
     down: Module = Module()
+
+
+def tile_of(mesh: Mesh) -> int:
+    """Tokens of a tile on a mesh's devices, unless others are asked for."""
+    return _TILE_OF_CPUS if mesh.devices.flat[0].platform == "cpu" else _TILE
 
 
 def mlp(

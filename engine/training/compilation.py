@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import logging
 import os
 import time
@@ -104,6 +105,7 @@ def _return_freed_memory() -> None:
 
     glibc keeps it for the threads that had it: 0.4 GB a program, as long as the run.
     """
+    gc.collect()  # what is in cycles is not freed before
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

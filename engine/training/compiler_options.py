@@ -32,6 +32,9 @@ _OTHERWISE = {
     "gpu": "xla_gpu_enable_latency_hiding_scheduler",
 }
 
+# In the order that it takes by itself a CPU has gradients of 0 from the forward on.
+_OF_CPUS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
 
 def compiler_options(mesh: Mesh, *, overlap: bool) -> dict[str, Any]:
     """XLA's options, by name, for a step on the devices of a mesh.
@@ -40,6 +43,8 @@ def compiler_options(mesh: Mesh, *, overlap: bool) -> dict[str, Any]:
     """
     options: dict[str, Any] = dict(_ROUNDS_AS_WRITTEN)
     device = mesh.devices.flat[0]
+    if device.platform == "cpu":
+        options |= _OF_CPUS
     if mesh.size == 1:
         return options
     if device.device_kind in _WITH_SPARSE_CORES:

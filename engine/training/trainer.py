@@ -160,9 +160,10 @@ class Trainer:
         programs, check = self._programs, None
         if self.arguments.start_check:
             self._check_programs()
+            if not self.progress.step:
+                check = self._start_check()
+        # Last, since it gives back what compilers have freed.
         programs.compile(training=True)
-        if self.arguments.start_check and not self.progress.step:
-            check = self._start_check()
 
         def dispatch(batch: Batch, step: int) -> StepOut:
             self.state, out = programs.train(self.state, batch)

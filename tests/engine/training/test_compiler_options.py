@@ -56,9 +56,13 @@ def test_elsewhere_compilers_overlap_by_themselves(monkeypatch):
 
 
 def test_one_device_and_cpus_are_told_nothing_of_it(monkeypatch):
+    order = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
     for overlap in (True, False):
-        for mesh in (mesh_of((1, 2, 1)), absent("v6e:1x1", monkeypatch)):
-            assert compiler_options(mesh, overlap=overlap) == ALWAYS
+        for mesh, more in (
+            (mesh_of((1, 2, 1)), order),
+            (absent("v6e:1x1", monkeypatch), {}),
+        ):
+            assert compiler_options(mesh, overlap=overlap) == ALWAYS | more
 
 
 def test_an_option_that_a_compiler_does_not_know_is_one_line():
