@@ -32,8 +32,9 @@ _OTHERWISE = {
     "gpu": "xla_gpu_enable_latency_hiding_scheduler",
 }
 
-# In the order that it takes by itself a CPU has gradients of 0 from the forward on.
-_OF_CPUS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+# In the order that it takes by itself a CPU has gradients of 0 from the forward on. (Of
+# several devices each could come to collectives in another order then, and wait.)
+_OF_ONE_CPU = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 def compiler_options(mesh: Mesh, *, overlap: bool) -> dict[str, Any]:
@@ -43,10 +44,8 @@ def compiler_options(mesh: Mesh, *, overlap: bool) -> dict[str, Any]:
     """
     options: dict[str, Any] = dict(_ROUNDS_AS_WRITTEN)
     device = mesh.devices.flat[0]
-    if device.platform == "cpu":
-        options |= _OF_CPUS
     if mesh.size == 1:
-        return options
+        return options | _OF_ONE_CPU if device.platform == "cpu" else options
     if device.device_kind in _WITH_SPARSE_CORES:
         options |= dict.fromkeys(_BY_SPARSE_CORES, overlap)
     elif not overlap and device.platform in _OTHERWISE:

@@ -157,11 +157,7 @@ class Trainer:
             if found is not None:
                 self.state = take_back(found, self._reference)
         self._checkpointing.begin(self.run.mesh)
-        programs, check = self._programs, None
-        if self.arguments.start_check:
-            self._check_programs()
-            if not self.progress.step:
-                check = self._start_check()
+        programs, check = self._programs, self._checks()
         # Last, since it gives back what compilers have freed.
         programs.compile(training=True)
 
@@ -205,20 +201,20 @@ class Trainer:
         self._saved = True
         return self.progress.latest
 
-    def _check_programs(self) -> None:
-        """What the devices compute, before they do; not again of what goes on."""
-        run, model = self.run, self.model
+    def _checks(self) -> Callable[[StepOut], None] | None:
+        """Compare what devices compute, before they do; and what to do with step 1."""
+        run, model, first = self.run, self.model, not self.progress.step
+        if not self.arguments.start_check:
+            return None
         check_attention(run.model, run.arguments, model.dtype, run.mesh)
-        if not self.progress.step:
-            check_form(run, model)
-
-    def _start_check(self) -> Callable[[StepOut], None] | None:
-        arguments, dtype = self.arguments, self.model.dtype
-        if arguments.without_reference:
+        if not first:  # what goes on has been compared
+            return None
+        check_form(run, model)
+        if self.arguments.without_reference:
             return None
         if self._starts_as_reference:
-            return StartCheck(arguments, dtype)
-        return ReferenceCheck(self.run.model.vocab_size, dtype)
+            return StartCheck(self.arguments, model.dtype)
+        return ReferenceCheck(run.model.vocab_size, model.dtype)
 
     def _generate(self) -> list[Generation]:
         assert self._answers is not None

@@ -59,7 +59,8 @@ def test_one_device_and_cpus_are_told_nothing_of_it(monkeypatch):
     order = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
     for overlap in (True, False):
         for mesh, more in (
-            (mesh_of((1, 2, 1)), order),
+            (mesh_of((1, 2, 1)), {}),
+            (mesh_of((1, 1, 1)), order),
             (absent("v6e:1x1", monkeypatch), {}),
         ):
             assert compiler_options(mesh, overlap=overlap) == ALWAYS | more
