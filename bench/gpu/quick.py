@@ -93,6 +93,17 @@ class Run:
         return right
 
 
+def has_gpu(*, rehearse: bool) -> bool:
+    """Take it, or a CPU; says why there is none."""
+    jax.config.update("jax_platforms", "cpu" if rehearse else "cuda")
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # a plugin that finds no driver
+        print(f"no GPU that JAX can use was found; --rehearse needs none {error}")
+        return False
+    return True
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print and write the rows."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.quick")
@@ -100,11 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="lines of JSON, added to")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, tiny")
     args = parser.parse_args(argv)
-    jax.config.update("jax_platforms", "cpu" if args.rehearse else "cuda")
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError) as error:  # a plugin that finds no driver
-        print(f"no GPU that JAX can use was found; --rehearse needs none {error}")
+    if not has_gpu(rehearse=args.rehearse):
         return 2
     size = sizes.REHEARSAL if args.rehearse else sizes.REAL
     results = Path(os.devnull) if args.rehearse else rows.RESULTS / "gpu_quick.jsonl"

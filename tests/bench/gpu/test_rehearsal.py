@@ -10,13 +10,23 @@ import json
 import time
 from concurrent.futures import Future
 
+import jax
 import numpy as np
 import pytest
 
 from bench import rows
 from bench.device import plan, programs
 from bench.gpu import __main__ as gpu
-from bench.gpu import correctness, goals, quick, sanitizer, sizes, speed, supervisor
+from bench.gpu import (
+    attention,
+    correctness,
+    goals,
+    quick,
+    sanitizer,
+    sizes,
+    speed,
+    supervisor,
+)
 from bench.gpu.pool import Pool
 from bench.gpu.worker import SECTIONS, Context
 from tests.bench.gpu.context import MAIN, TINY, context_at
@@ -206,3 +216,37 @@ def test_what_is_compiled_for_one_candidate_serves_its_like(tmp_path, monkeypatc
     halves = [found[one.subject] for one in more if "num_valid" in one.subject.setting]
     assert len(halves) == 2 and halves[0] is halves[1]
     assert main[0].subject == more[0].subject and more[0].subject in found
+
+
+def test_attention_has_a_row_for_each_form_and_operation(tmp_path, monkeypatch):
+    monkeypatch.setattr(sizes, "REHEARSAL", TINY)
+    output = tmp_path / "attention.jsonl"
+    # JAX's own attention is written for its defaults.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        assert attention.main(["--rehearse", "--output", str(output)]) == 0
+    found = [json.loads(text) for text in output.read_text().splitlines()]
+    assert [(row["form"], row["implementation"]) for row in found] == [
+        *[("padded", name) for name in ("tiles", "tiles", "XLA", "XLA")],
+        *[("packed", "tiles")] * 2,
+    ]
+    assert all(row["ms"] > 0 and 0 < row["relative_error"] < 0.02 for row in found)
+
+
+def test_attention_fails_where_one_is_wrong_and_says_what_does_not_run(monkeypatch):
+    form, given = attention.REHEARSAL[1], []
+    sound = attention.implementations(form)["tiles"]
+
+    def broken(*_):
+        raise NotImplementedError("heads of 16")
+
+    # Looks at other sequences' keys.
+    wrong = attention.implementations(attention.REHEARSAL[0])["tiles"]
+    for other in wrong, broken:
+        found = {"tiles": sound, "other": other}
+        monkeypatch.setattr(attention, "implementations", lambda _, x=found: x)
+        assert not attention.measure(form, TINY, given.append)
+        monkeypatch.undo()
+    assert [row["implementation"] for row in given[:4]] == ["tiles"] * 2 + ["other"] * 2
+    assert given[2]["relative_error"] > 0.1 > given[0]["relative_error"]
+    assert given[6]["error"] == "NotImplementedError: heads of 16"
+    assert given[6]["ms"] is None and given[4]["ms"] > 0
