@@ -199,8 +199,11 @@ class Kernel:
         def info(query: Any, keys: Any, *, by_keys: bool) -> Any:
             seen = queries.blocks(query, keys, self.rows.keys // keys)
             widths = self.rows.widths(query, keys)
-            width = widths.queries if by_keys else widths.keys
-            return mask_info(seen, width, queries.number, by_keys=by_keys)
+            if by_keys:
+                facts = {"width": widths.queries, "runs": self.rows.runs}
+            else:
+                facts = {"width": widths.keys}
+            return mask_info(seen, numbers=queries.number, by_keys=by_keys, **facts)
 
         sizes, dq = self.sizes, None
         forward = info(sizes.block_q, sizes.block_kv, by_keys=False)

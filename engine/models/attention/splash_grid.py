@@ -94,7 +94,8 @@ class Rows:
         """Of a grid of blocks of so many queries and so many keys."""
         if self.starts is not None:
             seen = self.queries().blocks(query, keys, self.keys // keys)
-            return Widths(int(seen.sum(axis=1).max()), int(seen.sum(axis=0).max()))
+            seeing = seen.reshape(self.runs, -1, seen.shape[1]).sum(axis=1)
+            return Widths(int(seen.sum(axis=1).max()), self.runs * int(seeing.max()))
         # What a block sees, and what sees it in a run, lies together, anywhere.
         most = (
             (size + self.reach - 3) // other + 2
@@ -130,7 +131,12 @@ class Queries(NamedTuple):
 
 
 def mask_info(
-    seen: Bool[Ints, "n m"], width: int, numbers: Int[Ints, " Q"], *, by_keys: bool
+    seen: Bool[Ints, "n m"],
+    width: int,
+    numbers: Int[Ints, " Q"],
+    *,
+    by_keys: bool,
+    runs: int = 1,
 ) -> infos.MaskInfo:
     """The grid of one kernel.
 
@@ -139,24 +145,33 @@ def mask_info(
         width: the most blocks of keys that any block of queries sees.
         numbers: of the queries in their row of keys.
         by_keys: of the kernel that goes over the queries of each block of keys; `width`
-            is the most blocks of queries that see one of keys then.
+            is the most blocks of queries that see one of keys then, of all `runs`.
     """
     xp: Any = np if isinstance(seen, np.ndarray) else jnp
     seen = seen.T if by_keys else seen
-    order = xp.argsort(~seen, axis=1, stable=True)[:, :width]
-    runs = xp.take_along_axis(seen, order, axis=1)
+    # Of each run those that see a block, or are seen, lie together: to sort them takes
+    # XLA's scheduler for TPUs off its way, and a program more memory.
+    parts = seen.reshape(seen.shape[0], runs, -1)
+    size, step = parts.shape[2], np.arange(width // runs, dtype=np.int32)
+    begin = np.arange(runs, dtype=np.int32)[None, :, None] * size
+    first = parts.argmax(axis=2)[:, :, None].astype(np.int32) + begin
+    count = parts.sum(axis=2)[:, :, None]
+    run = step[None, None] < count
     # A step that has nothing to do has the next block that there is something to do
-    # with: by keys the other heads' come first, and else the next queries'.
-    following = order[:, :1] if by_keys else xp.roll(order[:, :1], -1, axis=0)
-    order = xp.where(runs, order, following)
+    # with: by keys the other run's, or other heads', else the next queries'.
+    following = xp.roll(first, -1, axis=1 if by_keys else 0)
     if by_keys:
-        order, runs = order.T, runs.T
+        following = xp.where(xp.roll(count, -1, axis=1) > 0, following, first)
+    order = xp.where(run, first + step[None, None], following)
+    order, run = (x.reshape(x.shape[0], -1) for x in (order, run))
+    if by_keys:
+        order, run = order.T, run.T
     # These are in scalar memory, where room is scarce.
     dtype = np.int8 if seen.shape[1] <= 1 + np.iinfo(np.int8).max else np.int16
     return infos.MaskInfo(
         data_next=order[None].astype(dtype),
         mask_next=None,
-        block_mask=runs[None].astype(np.int8),
+        block_mask=run[None].astype(np.int8),
         partial_mask_blocks=None,
         q_sequence=numbers,  # pyright: ignore[reportArgumentType]
     )

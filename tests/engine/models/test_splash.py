@@ -208,7 +208,11 @@ def test_grids_have_room_for_all_that_is_seen(starts, reach):
             np.testing.assert_array_equal(blocks, seen)
             for by_keys, width in ((False, widths.keys), (True, widths.queries)):
                 info = splash_grid.mask_info(
-                    blocks, width, queries.number, by_keys=by_keys
+                    blocks,
+                    width,
+                    queries.number,
+                    by_keys=by_keys,
+                    runs=rows.runs if by_keys else 1,
                 )
                 order, runs = (
                     np.asarray(info.data_next)[0],
