@@ -149,8 +149,7 @@ def mask_info(
     """
     xp: Any = np if isinstance(seen, np.ndarray) else jnp
     seen = seen.T if by_keys else seen
-    # Of each run those that see a block, or are seen, lie together: to sort them takes
-    # XLA's scheduler for TPUs off its way, and a program more memory.
+    # Of each run those that see a block, or are seen, lie together: no need to sort.
     parts = seen.reshape(seen.shape[0], runs, -1)
     size, step = parts.shape[2], np.arange(width // runs, dtype=np.int32)
     begin = np.arange(runs, dtype=np.int32)[None, :, None] * size
