@@ -3,9 +3,8 @@
     python -m bench.gpu.attention [--rehearse] [--output FILE]
 
 Llama-3.1-8B's heads in bfloat16, padded rows of 2,048 and 8,192 tokens, and a packed
-row of four sequences: the plain tiles, the kernels of tokamax where it is installed,
-and cuDNN's by `jax.nn.dot_product_attention`, which the engine does not have (padded
-rows only), in turns.
+row of four sequences: the plain tiles, cuDNN's (padded rows only), and the kernels of
+tokamax where it is installed, in turns.
 
     tflops        of the products that causality leaves: 2 of the forward, and 5 more of
                   the gradients, 2 H each for a pair of a query and a key that it sees
@@ -15,7 +14,7 @@ rows only), in turns.
 
 Exits with 1 where an error is 8 times the tiles' own, with 2 where there is no GPU. An
 implementation that fails is a row with `error`. `--rehearse` runs on a CPU, at tiny
-shapes, with XLA's attention in cuDNN's place.
+shapes, where there are tiles alone.
 """
 
 import argparse
@@ -38,12 +37,11 @@ from bench.device.subject import Subject, why
 from bench.device.timing import take_turns
 from bench.gpu import quick, sizes, summary
 from bench.gpu.clocks import clocks
+from dpo_kernels.op.devices import of_jax
 from engine.models import attention
 from engine.parallel.batch import PADDED, Arrangement, KeySpans
-from engine.parallel.sharding import make_mesh
 
 OPS = {"attention": 2, "attention, with gradients": 7}  # and the products of each
-PEERS = {"cpu": ("XLA", "xla"), "gpu": ("cuDNN", "cudnn")}  # and what JAX calls them
 ALLOWED = 8
 # Of a library's kernel: the others' rows are wanted none the less.
 FAILURES = RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError
@@ -87,9 +85,14 @@ def implementations(form: Form) -> dict[str, Callable[..., Any]]:
         own = form.length // form.sequences
         one = KeySpans.of_groups([(0, own)] * form.sequences, form.length)
         spans = KeySpans(*(jnp.tile(jnp.asarray(x), (form.rows, 1)) for x in one))
-    mesh = make_mesh(1, 1, 1, devices=[device])
-    case = attention.Case.of(mesh, arrangement, jnp.bfloat16)
-    found: dict[str, Callable[..., Any]] = {
+    known = of_jax(device)
+    case = attention.Case(
+        platform=known.platform,
+        arrangement=arrangement,
+        capability=known.capability,
+        head_dim=form.heads[2],
+    )
+    return {
         name: functools.partial(
             attention.attend,
             name,
@@ -104,13 +107,6 @@ def implementations(form: Form) -> dict[str, Callable[..., Any]]:
         for name in attention.IMPLEMENTATIONS
         if not attention.unsupported(name, case)
     }
-    if spans is None:
-        name, how = PEERS[device.platform]
-        peer: Any = jax.nn.dot_product_attention
-        found[name] = functools.partial(
-            peer, scale=scale, is_causal=True, implementation=how
-        )
-    return found
 
 
 def programs(attend: Callable[..., Any]) -> dict[str, Callable[..., Any]]:

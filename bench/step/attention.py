@@ -26,6 +26,7 @@ from bench import processes, rows
 
 TARGETS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1", "h200:4")
 ROWS = 2  # of a device
+CUDNN = 91300  # the version that programs are made for: 9.13
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,29 @@ def implementations(target: str) -> tuple[str, ...]:
     """Those that claim to run there, of what is installed."""
     if not target.startswith("h"):
         return "tiles", "splash"
-    return ("tiles", "tokamax") if find_spec("tokamax") else ("tiles",)
+    return ("tiles", "cudnn", *["tokamax"] * bool(find_spec("tokamax")))
+
+
+def claimed(target: str, name: str, form: Form) -> bool:
+    """Whether an implementation has a form, on devices of a target."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    from engine.models import attention
+    from engine.parallel.batch import Arrangement
+
+    # To compile takes no cuDNN, which a program calls when it runs; and the device that
+    # JAX would ask is absent.
+    fused_attention_stablehlo.check_cudnn_version = lambda: CUDNN
+    fused_attention_stablehlo.check_compute_capability = lambda _: True
+    case = attention.Case(
+        platform="gpu" if target.startswith("h") else "tpu",
+        arrangement=Arrangement(packing=form.packed, share_prompt=form.shared),
+        sequence=form.sequence,
+        capability=(9, 0),
+        head_dim=form.H,
+        capped=form.softcap is not None,
+    )
+    return not attention.unsupported(name, case)
 
 
 def program(target: str, name: str, form: Form) -> tuple[Any, tuple[Any, ...]]:
@@ -228,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.worker:
         for name in implementations(args.worker):
             for form in FORMS:
-                if asked(name, form.name):
+                if asked(name, form.name) and claimed(args.worker, name, form):
                     processes.answer(compile_form(args.worker, name, form))
         return 0
     from engine.planning.targets import parse_target

@@ -79,7 +79,9 @@ ALIASES = {
     "torch_dtype": Alias("model.dtype", _DTYPE),
     "model_init_kwargs": Alias("model", "its keys are the options of loading"),
     "gradient_checkpointing": Alias("model.remat", "auto, none, dots, full or offload"),
-    "attn_implementation": Alias("trainer.attention", "auto, tiles or splash"),
+    "attn_implementation": Alias(
+        "trainer.attention", "auto, tiles, cudnn, splash or tokamax"
+    ),
     "peft_config": Alias("lora", "a section of PEFT's names"),
     "use_peft": Alias("lora", "a section; without it all parameters are trained"),
     "use_lora": Alias("lora", "a section; without it all parameters are trained"),

@@ -100,7 +100,7 @@ class DPOConfig(EvaluationConfig, CheckpointConfig, OptimizerConfig, LossConfig)
     # What devices exchange goes on beside computation, where the compiler can do that.
     overlap_collectives: bool = True
     # Of the models' layers; auto: the fastest that the devices and the batches allow.
-    attention: Literal["auto", "tiles", "splash", "tokamax"] = "auto"
+    attention: Literal["auto", "tiles", "cudnn", "splash", "tokamax"] = "auto"
     # How the scores are computed: see dpo_kernels.token_logprobs.
     workspace_bytes: int = 256 * 2**20  # bound on its temporaries
     implementation: str = "auto"  # or one that README lists under *Implementations*

@@ -133,7 +133,8 @@ class Decoder(nnx.Module):
         tokens, spans = parts.pad(tokens, spans)
         layers = {name: param[...] for name, param in self.layers.items()}
         kinds, rope = _layer_inputs(config, parts, spans)
-        name = choose(attention, Case.of(self.mesh, arrangement, self.dtype))
+        case = Case.of(self.mesh, arrangement, self.dtype, config)
+        name = choose(attention, case)
         attend_as = functools.partial(
             attend,
             name,

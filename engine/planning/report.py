@@ -64,7 +64,9 @@ def _run(account: Account, shapes: str) -> Iterator[str]:
     )
     yield f"shapes       {shapes}"
     arguments, policy = step.run.arguments, step.policy
-    case = attention.Case.of(step.run.mesh, arguments.arrangement, policy.dtype)
+    case = attention.Case.of(
+        step.run.mesh, arguments.arrangement, policy.dtype, step.model
+    )
     yield f"attention    {attention.describe(arguments.attention, case)}"
 
 

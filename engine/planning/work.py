@@ -46,6 +46,13 @@ REFERENCE, FORWARD, RECOMPUTED, BACKWARD = (
 PHASES = (REFERENCE, FORWARD, RECOMPUTED, BACKWARD)
 
 
+# JAX's calls of it, and the products of each.
+_BY_CUDNN = {
+    "dot_product_attention_fwd_wrapper": 2,
+    "dot_product_attention_bwd_wrapper": 5,
+}
+
+
 @dataclass
 class Work:
     """FLOPs on each device."""
@@ -142,6 +149,8 @@ def _count(jaxpr: Jaxpr, times: int, around: int, within: str, work: Work) -> No
         elif name == "mpmd_map":  # a kernel for GPUs, of the head if not of attention
             if _part(equation) == ATTENTION:
                 _count_fused(equation, times, where, work)
+        elif name in _BY_CUDNN:
+            _count_cudnn(equation, times, where, work)
         else:
             total, length = times, around
             if name == "scan":
@@ -189,6 +198,14 @@ def _count_fused(equation: Any, times: int, where: str, work: Work) -> None:
         products = 2 + len(equation.outvars)
     # Spread rows have pieces from both ends on each device: half of the keys, too.
     pairs = rows * heads * length * (shapes[1][1] + 1) // 2
+    work.add(ATTENTION, _phase(where), times * products * 2 * pairs * size)
+
+
+def _count_cudnn(equation: Any, times: int, where: str, work: Work) -> None:
+    """Add what cuDNN multiplies in attention, of the keys up to each query."""
+    rows, length, heads, size = equation.invars[0].aval.shape
+    pairs = rows * heads * length * (equation.invars[1].aval.shape[1] + 1) // 2
+    products = _BY_CUDNN[equation.primitive.name]
     work.add(ATTENTION, _phase(where), times * products * 2 * pairs * size)
 
 

@@ -40,7 +40,7 @@ def check_attention(
     Raises:
         InputError: they differ by more than rounding explains, and in what.
     """
-    case = attention.Case.of(mesh, arguments.arrangement, dtype)
+    case = attention.Case.of(mesh, arguments.arrangement, dtype, config)
     name = attention.choose(arguments.attention, case)
     if name == "tiles":
         return

@@ -114,7 +114,7 @@ def check_op(
         InputError: with the reason that the op, or attention, would give.
     """
     attention.choose(
-        config.attention, attention.Case.of(mesh, config.arrangement, dtype)
+        config.attention, attention.Case.of(mesh, config.arrangement, dtype, model)
     )
     for _, capacity in plan.shapes:
         problem = op_problem(config, model, dtype, capacity, mesh)

@@ -37,7 +37,7 @@ def describe(run: Prepared, programs: Iterable[Compiled] = ()) -> dict[str, str]
         "scoring": _scoring(run),
         "attention": attention.describe(
             arguments.attention,
-            attention.Case.of(run.mesh, arguments.arrangement, about.dtype),
+            attention.Case.of(run.mesh, arguments.arrangement, about.dtype, run.model),
         ),
         "train": _stream(run.train)
         if isinstance(run.train, PairStream)

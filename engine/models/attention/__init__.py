@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from dpo_kernels.op.devices import of_jax
 from engine.errors import InputError
-from engine.models.attention import tiles
+from engine.models.architecture import DecoderConfig
+from engine.models.attention import cudnn, tiles
 from engine.models.attention.unshared import Unshared
 from engine.parallel.batch import Arrangement, KeySpans
 from engine.parallel.sharding import SEQUENCE
@@ -22,9 +23,11 @@ from engine.parallel.sharding import SEQUENCE
 # The fastest that can be had comes last.
 _WORDS = {
     "tiles": "tiles: plain JAX, a tile of queries and keys at a time",
+    "cudnn": "cudnn: NVIDIA's library, as JAX calls it",
     "splash": "splash: the kernels for TPUs that come with JAX",
     "tokamax": "tokamax: its kernels for NVIDIA's Hopper and Blackwell GPUs",
 }
+_IN_16_BITS = ("bfloat16", "float16")
 _FASTEST = {"tpu": "splash", "gpu": "tokamax"}  # of those that a platform can have
 IMPLEMENTATIONS = tuple(_WORDS)
 
@@ -48,10 +51,14 @@ class Case:
     dtype: str = "bfloat16"  # of queries, keys and values
     sequence: int = 1  # devices that the tokens of a row are spread over
     capability: tuple[int, int] | None = None  # of an NVIDIA GPU, to compute
+    head_dim: int = 128
+    capped: bool = False  # whether scores are
 
     @classmethod
-    def of(cls, mesh: Mesh, arrangement: Arrangement, dtype: Any) -> "Case":
-        """That of rows on a mesh, computed in `dtype`."""
+    def of(
+        cls, mesh: Mesh, arrangement: Arrangement, dtype: Any, model: DecoderConfig
+    ) -> "Case":
+        """That of a model's rows on a mesh, computed in `dtype`."""
         device = of_jax(mesh.devices.flat[0])
         return cls(
             platform=device.platform,
@@ -59,6 +66,8 @@ class Case:
             dtype=jnp.dtype(dtype).name,
             sequence=mesh.shape[SEQUENCE],
             capability=device.capability,
+            head_dim=model.head_dim,
+            capped=model.attn_softcap is not None,
         )
 
 
@@ -69,19 +78,47 @@ def unsupported(name: str, case: Case) -> str | None:
     kind, platform = ("TPUs", "tpu") if name == "splash" else ("NVIDIA GPUs", "gpu")
     if case.platform != platform:
         return f"it is for {kind}, and the devices are of platform {case.platform}"
+    if name == "cudnn":
+        return _fault_of_cudnn(case)
     if case.sequence > 1 and case.arrangement.share_prompt:
         return "rows with shared beginnings are not spread over devices for it"
     if name == "splash":
         return None
     if case.capability is None or case.capability[0] not in (9, 10):
-        found = ".".join(map(str, case.capability or ())) or "not known"
         return (
             "its kernels are for compute capability 9 and 10 (Hopper, Blackwell), and "
-            f"the devices' is {found}"
+            f"the devices' is {_found(case)}"
         )
-    if case.dtype not in ("bfloat16", "float16"):
+    if case.dtype not in _IN_16_BITS:
         return f"its kernels compute in 16 bits (model.dtype={case.dtype})"
     return _fault_of_tokamax()
+
+
+def _fault_of_cudnn(case: Case) -> str | None:
+    """Why it cannot be had on a GPU; None where it can."""
+    capability = case.capability or (0, 0)
+    most = 256 if capability >= (9, 0) else 128
+    if case.arrangement.with_spans:
+        return "a row has one sequence for it (packing, share_prompt)"
+    if case.sequence > 1:
+        return f"its queries are whole rows (sharding.sequence={case.sequence})"
+    if capability < (8, 0):
+        return f"it needs compute capability 8.0, and the devices' is {_found(case)}"
+    if case.dtype not in _IN_16_BITS:
+        return f"it computes in 16 bits (model.dtype={case.dtype})"
+    if case.capped:
+        return "it caps no scores, as the model's attention does"
+    if case.head_dim > most or case.head_dim % 8:
+        return (
+            f"heads are multiples of 8 up to {most} for it on these devices, and the "
+            f"model's are {case.head_dim}"
+        )
+    return cudnn.fault()
+
+
+def _found(case: Case) -> str:
+    """The devices' compute capability."""
+    return ".".join(map(str, case.capability or ())) or "not known"
 
 
 @cache
@@ -175,12 +212,17 @@ def attend(
         return spans.attend(partial(of_longer, spans=spans.spans), query, key, value)
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "spans": spans}
     options |= {"starts": starts}
-    if name == "splash":
-        # Here, since it takes Pallas's time to be imported.
-        from engine.models.attention import splash
+    if name in ("cudnn", "splash"):
+        if name == "cudnn":
+            one = partial(cudnn.attend, scale=scale, device=device)
+        else:
+            # Here, since it takes Pallas's time to be imported.
+            from engine.models.attention import splash
 
-        options |= {"longest": longest, "key_begin": key_begin}
-        kernels = [partial(splash.attend, window=x, **options) for x in windows]
+            one = partial(
+                splash.attend, longest=longest, key_begin=key_begin, **options
+            )
+        kernels = [partial(one, window=x) for x in windows]
         if len(kernels) == 1:
             return kernels[0](query, key, value)
         return lax.switch(which, kernels, query, key, value)

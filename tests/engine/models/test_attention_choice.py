@@ -10,11 +10,11 @@ from jax.sharding import Mesh
 
 from engine.errors import InputError
 from engine.models import attention
-from engine.models.attention import Case
+from engine.models.attention import Case, cudnn
 from engine.models.attention.unshared import Unshared
 from engine.parallel.batch import PADDED, Arrangement, KeySpans
 from engine.parallel.sharding import AXES
-from tests.engine.tiny_models import mesh_of
+from tests.engine.tiny_models import mesh_of, tiny_config
 
 PACKED = Arrangement(packing=True)
 SHARED = Arrangement(share_prompt=True)
@@ -24,6 +24,7 @@ FAULT_OF_TOKAMAX = attention._fault_of_tokamax
 @pytest.fixture(autouse=True)
 def tokamax_is_installed(monkeypatch):
     monkeypatch.setattr(attention, "_fault_of_tokamax", lambda: None)
+    monkeypatch.setattr(cudnn, "fault", lambda: None)
 
 
 def case(platform="tpu", arrangement=PADDED, **facts: Any):
@@ -48,8 +49,13 @@ def case(platform="tpu", arrangement=PADDED, **facts: Any):
         (case("gpu", PACKED, sequence=2), "tokamax"),
         (case("gpu", SHARED, sequence=2), "tiles"),
         (case("gpu", dtype="float32"), "tiles"),
-        (case("gpu", capability=(8, 0)), "tiles"),
-        (case("gpu", capability=(12, 0)), "tiles"),
+        (case("gpu", capability=(8, 0)), "cudnn"),
+        (case("gpu", capability=(12, 0), head_dim=256), "cudnn"),
+        (case("gpu", PACKED, capability=(8, 0)), "tiles"),
+        (case("gpu", capability=(8, 9), head_dim=256), "tiles"),
+        (case("gpu", capability=(8, 0), capped=True), "tiles"),
+        (case("gpu", capability=(8, 0), sequence=2), "tiles"),
+        (case("gpu", capability=(7, 5)), "tiles"),
         (case("gpu", capability=None), "tiles"),
         (case("rocm"), "tiles"),
         (case("cpu"), "tiles"),
@@ -82,6 +88,17 @@ def test_auto_is_the_fastest_that_can_be_had(given, chosen):
             "and the devices' is 8.6; use auto",
         ),
         ("tokamax", case("gpu", capability=None), "and the devices' is not known"),
+        ("cudnn", case("tpu"), "for NVIDIA GPUs, and the devices are of .* tpu"),
+        ("cudnn", case("gpu", SHARED), "a row has one sequence for it (packing, "),
+        ("cudnn", case("gpu", sequence=2), "are whole rows (sharding.sequence=2); use"),
+        ("cudnn", case("gpu", capability=(7, 5)), "8.0, and the devices' is 7.5; use"),
+        ("cudnn", case("gpu", dtype="float32"), "16 bits (model.dtype=float32); use"),
+        ("cudnn", case("gpu", capped=True), "it caps no scores, as the model's"),
+        (
+            "cudnn",
+            case("gpu", head_dim=257),
+            "of 8 up to 256 for it .* model's are 257",
+        ),
     ],
 )
 def test_what_was_asked_for_and_cannot_be_is_refused(name, given, why):
@@ -95,7 +112,7 @@ def of_a_package(found, monkeypatch):
     monkeypatch.setattr(attention, "find_spec", lambda name: found)
     fault = FAULT_OF_TOKAMAX.__wrapped__
     monkeypatch.setattr(attention, "_fault_of_tokamax", fault)
-    assert attention.choose("auto", case("gpu")) == "tiles"
+    assert attention.choose("auto", case("gpu")) == "cudnn"
     assert attention.choose("auto", case("tpu")) == "splash"
     with pytest.raises(InputError) as refused:
         attention.choose("tokamax", case("gpu"))
@@ -149,8 +166,11 @@ def test_rows_are_laid_out_for_what_knows_one_run_of_keys():
 
 
 def test_a_case_is_read_off_the_mesh():
-    found = Case.of(mesh_of((1, 2, 1, 2)), PACKED, "float32")
-    assert found == case("cpu", PACKED, dtype="float32", sequence=2)
+    mesh = mesh_of((1, 2, 1, 2))
+    for model in map(tiny_config, ("llama", "gemma2")):
+        found = Case.of(mesh, PACKED, "float32", model)
+        facts = {"head_dim": model.head_dim, "capped": model.attn_softcap is not None}
+        assert found == case("cpu", PACKED, dtype="float32", sequence=2, **facts)
 
 
 class Gpu:
@@ -174,5 +194,20 @@ class Gpu:
 )
 def test_gpus_of_two_makers_are_told_apart(device, found):
     mesh = Mesh(np.array([device]).reshape(1, 1, 1, 1), AXES)
-    assert Case.of(mesh, PADDED, "bfloat16") == found
+    model = tiny_config("llama", head_dim=128)
+    assert Case.of(mesh, PADDED, "bfloat16", model) == found
     assert attention.choose("auto", found) in ("tokamax", "tiles")
+
+
+def test_without_cudnn_it_is_not_had(monkeypatch):
+    monkeypatch.undo()
+
+    def not_found():
+        raise RuntimeError("cuDNN is not detected.")
+
+    monkeypatch.setattr(
+        cudnn.fused_attention_stablehlo, "check_cudnn_version", not_found
+    )
+    with pytest.raises(InputError, match="JAX finds no cuDNN here: cuDNN is not detec"):
+        attention.choose("cudnn", case("gpu"))
+    assert attention.choose("auto", case("gpu", capability=(8, 0))) == "tiles"

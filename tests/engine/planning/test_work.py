@@ -12,6 +12,7 @@ import pytest
 
 from engine.config.lora import LoraConfig
 from engine.config.run import ShardingConfig
+from engine.models.attention import cudnn
 from engine.planning import work
 from engine.planning.work import Work, work_of
 from tests.engine.planning.runs import MODEL, absent_devices, tiny_run, tiny_step
@@ -146,3 +147,19 @@ def test_tokamaxs_kernels_are_told_apart(operands, results, products):
     counted = Work()
     work._count_fused(equation, 5, "", counted)
     assert counted.total == 5 * products * 2 * (3 * 4 * 8) * 16 * 17 // 2
+
+
+def test_calls_of_cudnn_are_counted(monkeypatch):
+    """Two products forward and five for the gradients; queries see 1 + ... + 16."""
+    module = cudnn.fused_attention_stablehlo
+    monkeypatch.setattr(module, "check_cudnn_version", lambda: 91300)
+    query, key = (jax.ShapeDtypeStruct((3, 16, n, 8), jnp.bfloat16) for n in (4, 2))
+
+    def total(query, key, value):
+        out = cudnn.attend(query, key, value, scale=1.0)
+        return out.astype(jnp.float32).sum()
+
+    counted = Work()
+    jaxpr = jax.make_jaxpr(jax.grad(total, (0, 1, 2)))(query, key, key)
+    work._count(jaxpr.jaxpr, 5, 1, "", counted)
+    assert counted.of_part("attention") == 5 * 7 * 2 * (3 * 4 * 8) * 16 * 17 // 2
