@@ -10,7 +10,6 @@ import functools
 from typing import Any
 
 import jax
-from jax._src.cudnn import fused_attention_stablehlo
 from jaxtyping import Array, Float
 
 from engine.models.attention import untyped
@@ -54,7 +53,10 @@ def _kernel(scale: float, window: int | None, implementation: Any) -> Any:
 def fault() -> str | None:
     """Why JAX cannot call it here; None where it can."""
     try:
+        # JAX's own question, which other versions of it may ask elsewhere.
+        from jax._src.cudnn import fused_attention_stablehlo
+
         fused_attention_stablehlo.check_cudnn_version()
-    except (AttributeError, RuntimeError) as error:
+    except (ImportError, AttributeError, RuntimeError) as error:
         return f"JAX finds no cuDNN here: {error}"
     return None

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import Mesh
 
 from engine.errors import InputError
@@ -205,9 +206,7 @@ def test_without_cudnn_it_is_not_had(monkeypatch):
     def not_found():
         raise RuntimeError("cuDNN is not detected.")
 
-    monkeypatch.setattr(
-        cudnn.fused_attention_stablehlo, "check_cudnn_version", not_found
-    )
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", not_found)
     with pytest.raises(InputError, match="JAX finds no cuDNN here: cuDNN is not detec"):
         attention.choose("cudnn", case("gpu"))
     assert attention.choose("auto", case("gpu", capability=(8, 0))) == "tiles"

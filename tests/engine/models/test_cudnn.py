@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import PartitionSpec as P
 
 from engine.models import attention
@@ -37,8 +38,7 @@ def test_it_is_attention(window):
 
 def test_on_a_mesh_its_calls_have_the_types_of_their_arguments(monkeypatch):
     """Of layers with a window and without; no GPU, and no cuDNN, is here."""
-    module = cudnn.fused_attention_stablehlo
-    monkeypatch.setattr(module, "check_cudnn_version", lambda: 91300)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91300)
     mesh = make_mesh(2, 1, 1, devices=jax.devices()[:2])
     args = [jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in SHAPES]
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from engine.config.lora import LoraConfig
 from engine.config.run import ShardingConfig
@@ -151,8 +152,7 @@ def test_tokamaxs_kernels_are_told_apart(operands, results, products):
 
 def test_calls_of_cudnn_are_counted(monkeypatch):
     """Two products forward and five for the gradients; queries see 1 + ... + 16."""
-    module = cudnn.fused_attention_stablehlo
-    monkeypatch.setattr(module, "check_cudnn_version", lambda: 91300)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91300)
     query, key = (jax.ShapeDtypeStruct((3, 16, n, 8), jnp.bfloat16) for n in (4, 2))
 
     def total(query, key, value):
