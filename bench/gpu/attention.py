@@ -19,7 +19,6 @@ shapes, where there are tiles alone.
 
 import argparse
 import functools
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -35,13 +34,14 @@ from bench import rows
 from bench.device.plan import Plan
 from bench.device.subject import Subject, why
 from bench.device.timing import take_turns
-from bench.gpu import quick, sizes, summary
+from bench.gpu import quick, sizes
 from bench.gpu.clocks import clocks
 from dpo_kernels.op.devices import of_jax
 from engine.models import attention
 from engine.parallel.batch import PADDED, Arrangement, KeySpans
 
-OPS = {"attention": 2, "attention, with gradients": 7}  # and the products of each
+FORWARD, GRADIENTS = "attention", "attention, with gradients"
+OPS = {FORWARD: 2, GRADIENTS: 7}  # and the products of each
 ALLOWED = 8
 # Of a library's kernel: the others' rows are wanted none the less.
 FAILURES = RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError
@@ -116,16 +116,16 @@ def programs(attend: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
         out, pullback = jax.vjp(attend, query, key, value)
         return out, *pullback(dout)
 
-    forward, gradients = OPS
-    return {forward: lambda *x: attend(*x[:3]), gradients: with_gradients}
+    return {FORWARD: lambda *x: attend(*x[:3]), GRADIENTS: with_gradients}
 
 
-def errors(form: Form, inputs: list[Any], outs: dict[str, Any]) -> dict[str, float]:
+def errors(
+    tiles: Callable[..., Any], inputs: list[Any], outs: dict[str, Any]
+) -> dict[str, float]:
     """Of each implementation's value and gradients, the largest."""
     wide = [x.astype(jnp.float32) for x in inputs]
-    run = programs(implementations(form)["tiles"])[list(OPS)[1]]
     with jax.default_matmul_precision("highest"):
-        truth = jax.jit(run)(*wide)
+        truth = jax.jit(programs(tiles)[GRADIENTS])(*wide)
 
     def off(out: Any) -> float:
         pairs = [(x.astype(jnp.float32), y) for x, y in zip(out, truth, strict=True)]
@@ -139,19 +139,19 @@ def measure(form: Form, size: Plan, give: Callable[[rows.Row], None]) -> bool:
     (N, K, H), rng = form.heads, np.random.default_rng(0)
     shapes = [(form.rows, form.length, heads, H) for heads in (N, K, K, N)]
     inputs = [jnp.asarray(rng.standard_normal(x), jnp.bfloat16) for x in shapes]
-    calls, outs, whys = {}, {}, {}
-    for name, attend in implementations(form).items():
+    calls, outs, whys, had = {}, {}, {}, implementations(form)
+    for name, attend in had.items():
         for op, program in programs(attend).items():
             subject = Subject(op=op, implementation=name, **_shape(form))
             try:
                 compiled = jax.jit(program).lower(*inputs).compile()
-                outs[name] = jax.block_until_ready(compiled(*inputs))
+                out = jax.block_until_ready(compiled(*inputs))
+                if op == GRADIENTS:
+                    outs[name] = out
                 calls[subject] = functools.partial(compiled, *inputs)
             except FAILURES as error:
                 whys[subject] = why(error)
-    found = errors(
-        form, inputs, {k: x for k, x in outs.items() if len(x) == len(OPS) * 2}
-    )
+    found = errors(had["tiles"], inputs, outs)
     times = take_turns(calls, jax.block_until_ready, size, lambda _: None)
     facts = {"form": form.name, "rows": form.rows, "sequences": form.sequences}
     facts |= {"device": jax.devices()[0].device_kind}
@@ -188,10 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     path = Path(os.devnull) if args.rehearse else rows.RESULTS / "gpu_attention.jsonl"
 
     def give(row: rows.Row) -> None:
-        """A line of JSON in the file and a shorter one on the terminal, at once."""
-        with (args.output or path).open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(summary.line(row), row["form"], flush=True)
+        quick.give(row, args.output or path)
 
     size = sizes.REHEARSAL if args.rehearse else sizes.REAL
     forms = REHEARSAL if args.rehearse else REAL

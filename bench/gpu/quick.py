@@ -46,6 +46,13 @@ def compiled(function: Callable, x: programs.Inputs, x64: bool = False) -> Any:
         return jax.jit(function).lower(x).compile()
 
 
+def give(row: rows.Row, output: Path) -> None:
+    """A line of JSON in the file and a shorter one on the terminal, at once."""
+    with output.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(summary.line(row), flush=True)
+
+
 class Run:
     """One shape: what is timed there, and where the rows go."""
 
@@ -55,13 +62,11 @@ class Run:
         self.bare = compiled(programs.matmul, self.x)
 
     def give(self, op: str, name: str, **fields: Any) -> None:
-        """A line of JSON in the file and a shorter one on the terminal, at once."""
+        """The row of a program or of its errors."""
         fields |= dict(zip("TDV", self.size.main, strict=True)) | {"dtype": "bfloat16"}
         fields |= {"device": jax.devices()[0].device_kind}
         row = rows.row(op, name, **fields, xla_flags=os.environ.get("XLA_FLAGS", ""))
-        with self.output.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(summary.line(row), flush=True)
+        give(row, self.output)
 
     def time(self, op: str, name: str, program: Any, flops: int) -> Any:
         """The row of a program, timed in turns with the bare product."""

@@ -10,6 +10,7 @@ import json
 import time
 from concurrent.futures import Future
 
+import jax
 import numpy as np
 import pytest
 
@@ -247,3 +248,22 @@ def test_attention_fails_where_one_is_wrong_and_says_what_does_not_run(monkeypat
     assert given[2]["relative_error"] > 0.1 > given[0]["relative_error"]
     assert given[6]["error"] == "NotImplementedError: heads of 16"
     assert given[6]["ms"] is None and given[4]["ms"] > 0
+
+
+def test_attention_without_gradients_is_a_row_that_says_so(monkeypatch):
+    """Whatever the number of rows, which the result has as many parts as."""
+    form, given = attention.Form("padded", 4, 96, heads=(4, 2, 16)), []
+    sound = attention.implementations(form)["tiles"]
+
+    def forward_only(query, key, value):
+        return jax.lax.while_loop(
+            lambda carry: carry[0] < 1,
+            lambda carry: (carry[0] + 1, sound(query, key, value)),
+            (0, query),
+        )[1]
+
+    found = {"tiles": sound, "other": forward_only}
+    monkeypatch.setattr(attention, "implementations", lambda _: found)
+    assert not attention.measure(form, TINY, given.append)
+    assert [row["ms"] is None for row in given] == [False, False, False, True]
+    assert given[2]["relative_error"] is None and given[3]["error"]
