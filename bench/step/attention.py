@@ -13,6 +13,7 @@ scores are among it. Exits with 1 where something does not compile. Nothing runs
 """
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -45,44 +46,41 @@ class Form:
     longest: int | None = None
     sequence: int = 1  # devices that the tokens of a row are spread over
 
+    @property
+    def arrangement(self) -> Any:
+        """Of its rows."""
+        from engine.parallel.batch import Arrangement
 
+        return Arrangement(
+            packing=self.packed, share_prompt=self.shared, longest=self.longest
+        )
+
+
+LLAMA = functools.partial(Form, N=32, K=8, H=128)
+GEMMA_2 = functools.partial(Form, N=16, K=8, H=256, softcap=50)
 FORMS = (
-    Form(name="Llama 3.1 8B", S=2048, N=32, K=8, H=128),
-    Form(name="Llama 3.1 8B", S=8192, N=32, K=8, H=128),
-    Form(name="Llama 3.1 8B, packed", S=8192, N=32, K=8, H=128, packed=True),
-    Form(
+    LLAMA(name="Llama 3.1 8B", S=2048),
+    LLAMA(name="Llama 3.1 8B", S=8192),
+    LLAMA(name="Llama 3.1 8B, packed", S=8192, packed=True),
+    LLAMA(
         name="Llama 3.1 8B, packed, sequences of 2048",
         S=8192,
-        N=32,
-        K=8,
-        H=128,
         packed=True,
         longest=2048,
     ),
-    Form(
-        name="Llama 3.1 8B, shared",
-        S=8192,
-        N=32,
-        K=8,
-        H=128,
-        packed=True,
-        shared=True,
-    ),
-    Form(name="Llama 3.1 8B, spread", S=65536, N=32, K=8, H=128, sequence=4),
-    Form(
+    LLAMA(name="Llama 3.1 8B, shared", S=8192, packed=True, shared=True),
+    LLAMA(name="Llama 3.1 8B, spread", S=65536, sequence=4),
+    LLAMA(
         name="Llama 3.1 8B, spread and packed",
         S=65536,
-        N=32,
-        K=8,
-        H=128,
         packed=True,
         sequence=4,
         longest=16384,
     ),
-    Form(name="Gemma 2 9B, sliding", S=8192, N=16, K=8, H=256, softcap=50, window=4096),
-    Form(name="Gemma 2 9B, packed", S=8192, N=16, K=8, H=256, softcap=50, packed=True),
-    Form(name="Gemma 2 9B, packed", S=1000, N=16, K=8, H=256, softcap=50, packed=True),
-    Form(name="Gemma 2 9B, packed", S=500, N=16, K=8, H=256, softcap=50, packed=True),
+    GEMMA_2(name="Gemma 2 9B, sliding", S=8192, window=4096),
+    GEMMA_2(name="Gemma 2 9B, packed", S=8192, packed=True),
+    GEMMA_2(name="Gemma 2 9B, packed", S=1000, packed=True),
+    GEMMA_2(name="Gemma 2 9B, packed", S=500, packed=True),
     Form(name="Gemma 3 1B, sliding", S=1000, N=4, K=1, H=256, window=512),
     Form(name="SmolLM2 135M, packed", S=640, N=9, K=3, H=64, packed=True),
 )
@@ -95,20 +93,24 @@ def implementations(target: str) -> tuple[str, ...]:
     return ("tiles", "cudnn", *["tokamax"] * bool(find_spec("tokamax")))
 
 
-def claimed(target: str, name: str, form: Form) -> bool:
-    """Whether an implementation has a form, on devices of a target."""
+def pretend_cudnn() -> None:
+    """Answer what JAX would ask of a library and of a device that are absent.
+
+    To compile takes no cuDNN: a program calls it when it runs.
+    """
     from jax._src.cudnn import fused_attention_stablehlo
 
-    from engine.models import attention
-    from engine.parallel.batch import Arrangement
-
-    # To compile takes no cuDNN, which a program calls when it runs; and the device that
-    # JAX would ask is absent.
     fused_attention_stablehlo.check_cudnn_version = lambda: CUDNN
     fused_attention_stablehlo.check_compute_capability = lambda _: True
+
+
+def claimed(target: str, name: str, form: Form) -> bool:
+    """Whether an implementation has a form, on devices of a target."""
+    from engine.models import attention
+
     case = attention.Case(
         platform="gpu" if target.startswith("h") else "tpu",
-        arrangement=Arrangement(packing=form.packed, share_prompt=form.shared),
+        arrangement=form.arrangement,
         sequence=form.sequence,
         capability=(9, 0),
         head_dim=form.H,
@@ -124,7 +126,7 @@ def program(target: str, name: str, form: Form) -> tuple[Any, tuple[Any, ...]]:
     from jax.sharding import PartitionSpec
 
     from engine.models import attention
-    from engine.parallel.batch import Arrangement, KeySpans
+    from engine.parallel.batch import KeySpans
     from engine.parallel.row_parts import RowParts
     from engine.parallel.sharding import BATCH, DATA, SEQUENCE, make_mesh, place
     from engine.planning.devices import devices_of
@@ -132,9 +134,7 @@ def program(target: str, name: str, form: Form) -> tuple[Any, tuple[Any, ...]]:
 
     devices = devices_of(parse_target(target))
     mesh = make_mesh(-1, 1, 1, devices=devices, sequence=form.sequence)
-    arrangement = Arrangement(
-        packing=form.packed, share_prompt=form.shared, longest=form.longest
-    )
+    arrangement = form.arrangement
 
     def of_rows(*spans):
         return KeySpans(*spans) if arrangement.with_spans else None
@@ -156,9 +156,7 @@ def program(target: str, name: str, form: Form) -> tuple[Any, tuple[Any, ...]]:
                 spans=own,
                 longest=form.longest,
                 starts=parts.starts,
-                key_begin=jnp.asarray(whole.begin)
-                if whole and form.sequence > 1
-                else None,
+                key_begin=None if whole is None else jnp.asarray(whole.begin),
                 device=devices[0],
             )
             return out.astype(jnp.float32).sum(), out
@@ -249,6 +247,7 @@ def main(argv: list[str] | None = None) -> int:
         return args.form in form and name in (args.implementation or [name])
 
     if args.worker:
+        pretend_cudnn()
         for name in implementations(args.worker):
             for form in FORMS:
                 if asked(name, form.name) and claimed(args.worker, name, form):

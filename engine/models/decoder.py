@@ -144,7 +144,7 @@ class Decoder(nnx.Module):
             spans=laid_out(name, parts.own(spans), arrangement),
             longest=arrangement.longest,
             starts=parts.starts,
-            key_begin=jnp.asarray(spans.begin) if spans and parts.devices > 1 else None,
+            key_begin=None if spans is None else jnp.asarray(spans.begin),
             device=self.mesh.devices.flat[0],
         )
         tile = tile_of(self.mesh) if self.mlp_tile is None else self.mlp_tile

@@ -44,9 +44,7 @@ REFERENCE, FORWARD, RECOMPUTED, BACKWARD = (
     "backward",
 )
 PHASES = (REFERENCE, FORWARD, RECOMPUTED, BACKWARD)
-
-
-# JAX's calls of it, and the products of each.
+# JAX's calls of cuDNN's attention, and the products of each.
 _BY_CUDNN = {
     "dot_product_attention_fwd_wrapper": 2,
     "dot_product_attention_bwd_wrapper": 5,
@@ -150,7 +148,7 @@ def _count(jaxpr: Jaxpr, times: int, around: int, within: str, work: Work) -> No
             if _part(equation) == ATTENTION:
                 _count_fused(equation, times, where, work)
         elif name in _BY_CUDNN:
-            _count_cudnn(equation, times, where, work)
+            _count_attention(equation, times * _BY_CUDNN[name], where, work)
         else:
             total, length = times, around
             if name == "scan":
@@ -192,21 +190,18 @@ def _count_fused(equation: Any, times: int, where: str, work: Work) -> None:
     and values.
     """
     shapes = [x.aval.shape for x in equation.invars]
-    rows, length, heads, size = shapes[0]
     products = 2
     if shapes[3:4] == shapes[:1]:
         products = 2 + len(equation.outvars)
-    # Spread rows have pieces from both ends on each device: half of the keys, too.
-    pairs = rows * heads * length * (shapes[1][1] + 1) // 2
-    work.add(ATTENTION, _phase(where), times * products * 2 * pairs * size)
+    _count_attention(equation, times * products, where, work)
 
 
-def _count_cudnn(equation: Any, times: int, where: str, work: Work) -> None:
-    """Add what cuDNN multiplies in attention, of the keys up to each query."""
+def _count_attention(equation: Any, times: int, where: str, work: Work) -> None:
+    """Add products of [rows, length, heads, size], with the keys up to each query."""
     rows, length, heads, size = equation.invars[0].aval.shape
+    # Spread rows have pieces from both ends on each device: half of the keys, too.
     pairs = rows * heads * length * (equation.invars[1].aval.shape[1] + 1) // 2
-    products = _BY_CUDNN[equation.primitive.name]
-    work.add(ATTENTION, _phase(where), times * products * 2 * pairs * size)
+    work.add(ATTENTION, _phase(where), times * 2 * pairs * size)
 
 
 def _product(equation: Any) -> int:

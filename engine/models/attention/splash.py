@@ -199,11 +199,10 @@ class Kernel:
         def info(query: Any, keys: Any, *, by_keys: bool) -> Any:
             seen = queries.blocks(query, keys, self.rows.keys // keys)
             widths = self.rows.widths(query, keys)
+            width, runs = widths.keys, 1
             if by_keys:
-                facts = {"width": widths.queries, "runs": self.rows.runs}
-            else:
-                facts = {"width": widths.keys}
-            return mask_info(seen, numbers=queries.number, by_keys=by_keys, **facts)
+                width, runs = widths.queries, self.rows.runs
+            return mask_info(seen, width, queries.number, by_keys=by_keys, runs=runs)
 
         sizes, dq = self.sizes, None
         forward = info(sizes.block_q, sizes.block_kv, by_keys=False)

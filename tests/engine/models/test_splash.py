@@ -1,6 +1,7 @@
 """JAX's kernels for TPUs, in Pallas's interpreter, give what the plain tiles give."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,17 +125,17 @@ def test_rows_are_padded_to_no_more_than_before(monkeypatch):
     assert lengths == [128, 256, 512, 1024, 1536, 2048]
 
 
-def runs_of(starts, size, attend, **options):
+def runs_of(starts, size, **options):
     """What runs of each row's queries see, by the kernels; and by the tiles."""
     rows = np.concatenate([np.arange(x, x + size) for x in starts])
 
     def by_kernels(query, key, value, spans):
-        where = {"starts": tuple(map(jnp.int32, starts))}
+        where: dict[str, Any] = {"starts": tuple(map(jnp.int32, starts))}
         if spans is not None:
             own = KeySpans(*(x[:, rows] for x in spans))
             where |= {"spans": own, "key_begin": spans.begin}
-        given = where | options
-        out = attend(query[:, rows], key, value, scale=0.125, interpret=True, **given)
+        attend = functools.partial(splash.attend, scale=0.125, interpret=True)
+        out = attend(query[:, rows], key, value, **where | options)
         return jnp.sum(jnp.sin(3 * out)), out
 
     def by_tiles(query, key, value, spans):
@@ -161,7 +162,7 @@ def runs_of(starts, size, attend, **options):
 def test_runs_of_a_row_see_what_the_whole_row_sees(starts, size, spans, options):
     rng = np.random.default_rng(0)
     args = [jnp.asarray(rng.standard_normal(x), jnp.float32) for x in SHAPES]
-    ours, plain = runs_of(starts, size, splash.attend, **options)
+    ours, plain = runs_of(starts, size, **options)
     got, want = ours(*args, spans), plain(*args, spans)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert relative(a, b) < 1e-5
